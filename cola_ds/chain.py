@@ -1,0 +1,223 @@
+"""Chain of LoRA: algorithm 1 of COLA (arXiv 2401.04151) on a DeepSpeed engine.
+
+    for each link:
+        tune_lora       update A and B only, until the link's knot
+        tie_knot        W <- W + scaling * B A
+        extend_chain    fresh A and B, and a fresh optimizer around them
+
+One link is LoRA. Without adapters (method full) the same loop trains every weight, and there is nothing to tie.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_ds import zero
+from cola_ds.config import RunConfig, Timetable
+from cola_ds.data.batching import Batch, Batcher, StepExamples
+from cola_ds.errors import TrainingFailedError
+from cola_ds.evaluate import HeldOut, held_out_loss, loss_sum
+from cola_ds.journal import Journal
+from cola_ds.lora import delta_weight, lora_layers, start_link
+from cola_ds.optim import learning_rate, make_optimizer
+
+
+@dataclass
+class ChainState:
+    """All that changes while a chain runs, besides the engine. Steps are finished optimizer updates."""
+
+    link: int = 1
+    step: int = 0
+    step_in_link: int = 0
+    examples_seen: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    """Updates that the engine left out because gradients overflowed (fp16, bf16)."""
+
+
+@dataclass
+class Chain:
+    """A chain on its way: the engine, what it learns from, and how far it is."""
+
+    config: RunConfig
+    timetable: Timetable
+    engine: zero.Engine
+    engine_config: dict[str, Any]
+    world_size: int
+    train: Batcher
+    held_out: Batcher | None
+    journal: Journal
+    save_link: Callable[[int, dict[str, Tensor]], None] | None
+    """Writes a tied link; None on every process but 0."""
+    state: ChainState = field(default_factory=ChainState)
+
+
+def run_chain(chain: Chain) -> None:
+    """Tune, tie, extend, until the last link is tied. Collective, as is all below."""
+    length, state = chain.config.chain.length, chain.state
+    chain.journal.restart_clock()
+    while state.step < chain.timetable.total_steps:
+        batch = tune_lora(chain)
+        if chain.config.trains_lora:
+            knot = tie_knot(chain, batch)
+            rebuild_s = extend_chain(chain) if state.link < length else None
+            chain.journal.knot({**knot, "rebuild_s": rebuild_s})
+        if evaluation_is_due(chain, at_knot=True):  # of the merged weights: what an export holds
+            evaluate(chain)
+        if state.link < length:
+            state.link, state.step_in_link = state.link + 1, 0
+
+
+def tune_lora(chain: Chain) -> Batch:
+    """Train the current link up to its knot. Returns the last micro batch."""
+    state, timetable, optim = chain.state, chain.timetable, chain.config.optim
+    knot = timetable.knots[state.link - 1]
+    while state.step < knot:
+        examples = chain.train.step(state.step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
+        lr = learning_rate(optim, timetable, state.link, state.step_in_link)
+        loss, batch = train_step(chain.engine, examples, lr, chain.world_size)
+        state.step += 1
+        state.step_in_link += 1
+        state.examples_seen += examples.examples
+        state.tokens_seen += examples.tokens
+        state.skipped_steps += not chain.engine.was_step_applied()
+        chain.journal.step(
+            position(chain), loss, examples, now=state.step == knot,
+            lr=lr, grad_norm=chain.engine.get_global_grad_norm(), skipped_steps=state.skipped_steps,
+        )  # fmt: skip
+        if state.step < knot and evaluation_is_due(chain, at_knot=False):
+            evaluate(chain)
+    return batch
+
+
+def train_step(engine: zero.Engine, examples: StepExamples, lr: float, world_size: int) -> tuple[Tensor, Batch]:
+    """One optimizer update. Returns this process's share of the step's loss, () on its device, and the last micro batch.
+
+    The loss is the mean over the labelled tokens of the whole global batch, so that neither accumulation nor the number of
+    processes weighs tokens differently.
+    """
+    zero.set_learning_rate(engine, lr)
+    share = torch.zeros((), device=zero.device())
+    for micro_batch in examples.micro_batches:
+        batch = micro_batch.to(zero.device())
+        loss = loss_sum(engine, batch) / max(examples.loss_tokens, 1)
+        share += loss.detach()
+        # The engine divides by the micro steps, and averages over processes: undo both, the sum is the mean wanted.
+        engine.backward(loss * (len(examples.micro_batches) * world_size))
+        engine.step()
+    return share, batch
+
+
+@torch.no_grad()
+def tie_knot(chain: Chain, batch: Batch) -> dict[str, Any]:
+    """Merge the link into the base weights, W <- W + scaling * B A, rounded once, and save it. Returns the knot's figures.
+
+    B is zero afterwards, so the outputs are what they were and a second tie would add nothing. The optimizer's masters still
+    hold the old link: extend_chain, or the end of the run, must follow before any other step.
+    """
+    state = chain.state
+    loss_before = batch_loss(chain, batch)
+    begin = time.perf_counter()
+    link_tensors: dict[str, Tensor] = {}
+    squares = torch.zeros(2, dtype=torch.float64, device=zero.device())  # of the wanted change; of what rounding lost
+    moved = 0
+    for name, layer in lora_layers(chain.engine.module).items():
+        params = [layer.weight, layer.lora_A, layer.lora_B]
+        with zero.gathered(params, write=True):
+            delta = delta_weight(layer.lora_A, layer.lora_B, layer.scaling)  # (out, in)
+            before = layer.weight.clone()
+            if chain.save_link:
+                link_tensors |= host_copies(
+                    {f"{name}.lora_A.weight": layer.lora_A, f"{name}.lora_B.weight": layer.lora_B}
+                )
+            layer.weight.copy_(before.float() + delta)
+            layer.lora_B.zero_()
+            stored = layer.weight.float() - before.float()
+            squares += torch.stack([delta.double().square().sum(), (stored - delta).double().square().sum()])
+        if layer.bias is not None and layer.bias.requires_grad:
+            with zero.gathered([layer.bias]):
+                if chain.save_link:
+                    link_tensors |= host_copies({f"{name}.base_layer.bias": layer.bias})
+        moved += zero.collective_bytes(params, write=True)
+    delta_norm, lost_norm = squares.sqrt().tolist()
+    if not torch.isfinite(squares).all():
+        raise TrainingFailedError(f"link {state.link} is not finite at its knot (step {state.step}); it was not saved")
+    if chain.save_link:
+        chain.save_link(state.link, link_tensors)
+    tie_s = time.perf_counter() - begin
+    return {
+        "link": state.link,
+        "step": state.step,
+        "lora_rank": chain.config.lora_ranks[state.link - 1],
+        "delta_norm": delta_norm,
+        "rounding_error": lost_norm / delta_norm if delta_norm else 0.0,
+        "loss_before": loss_before,
+        "loss_after": batch_loss(chain, batch),
+        "tie_s": tie_s,
+        "bytes_moved": moved,
+        "peak_memory_bytes": int(zero.max_over_processes(zero.peak_memory_bytes())),
+    }
+
+
+def extend_chain(chain: Chain) -> float:
+    """Start the next link: fresh A and B, and an engine whose optimizer knows nothing of the old ones. Returns seconds."""
+    begin = time.perf_counter()
+    config, link = chain.config, chain.state.link + 1
+    start_link(
+        chain.engine.module, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, zero.device()
+    )
+    chain.engine = zero.rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
+    chain.engine.train()
+    return time.perf_counter() - begin
+
+
+def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory that outlive the gathering."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def position(chain: Chain) -> dict[str, Any]:
+    """Where the chain is, for a row."""
+    state = chain.state
+    return {"step": state.step, "link": state.link, "epoch": state.step / chain.timetable.steps_per_epoch}
+
+
+def evaluation_is_due(chain: Chain, at_knot: bool) -> bool:
+    """Whether `eval.every` wants an evaluation after this step; the end of the run always does."""
+    if chain.held_out is None:
+        return False
+    step, every = chain.state.step, chain.config.eval.every
+    if step == chain.timetable.total_steps:
+        return True
+    if every == "link":
+        return at_knot
+    if every == "end":
+        return False
+    return step % (chain.timetable.steps_per_epoch if every == "epoch" else int(every)) == 0
+
+
+def evaluate(chain: Chain) -> HeldOut:
+    """Held-out loss now; it goes into the journal too."""
+    assert chain.held_out is not None
+    found = held_out_loss(
+        chain.engine, chain.held_out, chain.config.eval.batch_size or chain.config.optim.micro_batch_size
+    )
+    chain.journal.evaluation(position(chain), found)
+    return found
+
+
+@torch.no_grad()
+def batch_loss(chain: Chain, batch: Batch) -> float:
+    """Mean loss on one micro batch of each process, without dropout."""
+    chain.engine.eval()
+    loss, tokens = loss_sum(chain.engine, batch), (batch.labels >= 0).sum()
+    chain.engine.train()
+    total, count = zero.sum_over_processes(torch.stack([loss, tokens.to(loss.dtype)])).tolist()
+    return total / max(count, 1)

@@ -1,0 +1,136 @@
+"""The command `cola-ds`.
+
+Exit status: 0 done; 2 the user's mistake, with one line on stderr; 3 training failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+import traceback
+
+from cola_ds.config import load_config
+from cola_ds.errors import TrainingFailedError, UserError
+from cola_ds.launcher import Process, identify
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on positional arguments that follow an option; overrides may stand anywhere.
+    if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        args.overrides += rest
+    process = None
+    try:
+        process = identify()
+        return args.run(args, process)
+    except UserError as error:
+        _say(f"cola-ds: {error}", process)
+        return 2
+    except TrainingFailedError as error:
+        _say(f"cola-ds: training failed: {error}", process)
+        return 3
+
+
+def _say(message: str, process: Process | None) -> None:
+    """One message from one process, although all may have found the same mistake.
+
+    Process 0 speaks at once, and launchers end the others when it exits. A process that is still there after a while found
+    what process 0 did not (a file missing on its node, say): it names itself.
+    """
+    if process is None or process.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+        return
+    time.sleep(10)
+    print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cola-ds", description="Chain of LoRA under DeepSpeed ZeRO-3.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as a run's YAML says, under any launcher or alone")
+    train.add_argument("config", metavar="RUN.yaml")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, and stop")
+    train.add_argument("--processes", type=int, metavar="N", help="with --dry-run: resolve for N processes")
+    train.add_argument(
+        "--fresh", action="store_true", help="remove what an earlier run left in run.dir, and start anew"
+    )
+    train.set_defaults(run=_train)
+
+    export = commands.add_parser("export", help="write a finished run's model in another form")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("--to", choices=["hf"], required=True, help="hf: the merged model as a Hugging Face folder")
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="finished runs side by side, as a table")
+    report.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    report.add_argument("--plot", metavar="FILE.png", help="also draw their loss curves")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(args: argparse.Namespace, process: Process) -> int:
+    if args.processes is not None and (not args.dry_run or args.processes < 1):
+        raise UserError(
+            "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
+        )
+    config = load_config(args.config, args.overrides)
+    from cola_ds.train import prepare, summarize, train  # torch takes seconds to import: not for a misspelt key
+
+    _quiet_libraries(process)
+    world_size = args.processes or process.world_size
+    prepared = prepare(config, world_size)
+    if process.rank == 0:
+        print(summarize(prepared, world_size), flush=True)
+    if args.dry_run:
+        return 0
+    from cola_ds import zero
+
+    try:
+        train(prepared, process, args.fresh)
+    except (UserError, TrainingFailedError):
+        raise
+    except Exception:  # a defect or a fault of the machine: all that is known of it, and the status that says so
+        traceback.print_exc()
+        return 3
+    zero.stop_processes()
+    if process.rank == 0:
+        print(f"done: {config.run.dir}", flush=True)
+    return 0
+
+
+def _quiet_libraries(process: Process) -> None:
+    """One progress bar from one process: the libraries' own bars and notices stay away."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if process.rank != 0:
+        transformers.utils.logging.set_verbosity_error()
+
+
+def _export(args: argparse.Namespace, process: Process) -> int:
+    from cola_ds.export import export_hf
+
+    _quiet_libraries(process)
+    print(f"wrote {export_hf(args.run_dir, args.out)}")
+    return 0
+
+
+def _report(args: argparse.Namespace, process: Process) -> int:
+    from cola_ds.report import report
+
+    print(report(args.runs, args.plot))
+    return 0

@@ -1,0 +1,323 @@
+"""The run's YAML: a strict schema, cross-checks, and everything that is derived from it.
+
+`load_config` reads, overrides and checks a file without touching a model, a dataset or a device. `resolve` adds what
+depends on the number of processes and of training examples. No other module reads config keys by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cola_ds.errors import UserError
+from cola_ds.knots import place_knots
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _lora_ranks(value: Any) -> Any:
+    ranks = value if isinstance(value, list) else [value]
+    if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+        raise ValueError("must be a whole number of at least 1, or one such number per link, like [8, 4]")
+    return value
+
+
+def _knots(value: Any) -> Any:
+    if value == "even":
+        return value
+    if isinstance(value, dict) and len(value) == 1 and set(value) <= {"epochs", "steps"}:
+        (at,) = value.values()
+        if isinstance(at, list) and at and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in at):
+            if any(b <= a for a, b in itertools.pairwise(at)):
+                raise ValueError("are out of order: each knot must come after the one before it")
+            return value
+    raise ValueError("must be even, {epochs: [3]} or {steps: [125, 250]} with positive whole numbers")
+
+
+def _targets(value: Any) -> Any:
+    if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(t, str) and t for t in value)):
+        return value
+    raise ValueError("must be all-linear or a list of module name suffixes, like [q_proj, v_proj]")
+
+
+def _eval_every(value: Any) -> Any:
+    if value in ("epoch", "link", "end") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("must be epoch, link, end or a positive number of steps")
+
+
+class ModelConfig(_Section):
+    path: str = Field(min_length=1)
+    """A Hugging Face hub name or a local folder with safetensors weights."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What the weights are stored in and computed in; DeepSpeed keeps fp32 masters of what is trained."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them."""
+
+
+class LoraConfig(_Section):
+    rank: Annotated[int | list[int], BeforeValidator(_lora_ranks)] = 8
+    """One LoRA rank for all links, or one per link."""
+    alpha: float = Field(default=16.0, gt=0)
+    """scaling = alpha / rank, link by link."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Annotated[str | list[str], BeforeValidator(_targets)] = ["q_proj", "v_proj"]
+    """Suffixes of module names, or all-linear (every nn.Linear but the output head)."""
+    bias: Literal["none", "lora_only"] = "none"
+    """lora_only also trains the target layers' own biases, where they have one."""
+
+
+class ChainConfig(_Section):
+    length: int = Field(default=1, ge=1)
+    """Number of links; 1 is plain LoRA."""
+    knots: Annotated[str | dict[str, list[int]], BeforeValidator(_knots)] = "even"
+    """Where links end. The last link ends with the run; an explicit list names the length - 1 knots before it."""
+
+
+class DataConfig(_Section):
+    train: str = Field(min_length=1)
+    """A .jsonl, .json, .parquet or (with `text`) .txt file; with `hub`, the name of a split."""
+    eval: str | None = None
+    """Held-out data, likewise."""
+    hub: str | None = None
+    """A dataset on the Hugging Face hub."""
+    hub_config: str | None = None
+    revision: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    """Column names. The loss is on the completion, and the end-of-sequence token after it, alone."""
+    text: str | None = None
+    """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
+    max_length: int = Field(default=512, ge=2)
+    """Tokens per example. A longer prompt loses its beginning (the BOS token stays)."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_example(self) -> DataConfig:
+        if self.text is not None and self.model_fields_set & {"prompt", "completion"}:
+            raise ValueError("data.text contradicts data.prompt and data.completion: name either the one or the others")
+        if self.hub is None and (self.hub_config or self.revision):
+            raise ValueError("data.hub_config and data.revision need data.hub")
+        return self
+
+
+class OptimConfig(_Section):
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule_over: Literal["chain", "link"] = "chain"
+    """Whether the schedule runs once over the whole chain, or anew in each link."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up at the start of each link, in steps."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Global gradient norm to clip to; null or 0 turns clipping off."""
+    epochs: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Steps of the whole run, whatever its epochs; null: the epochs decide."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Examples per step, over all processes."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Examples per forward pass and process."""
+
+    @model_validator(mode="after")
+    def _some_length(self) -> OptimConfig:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("optim.epochs or optim.max_steps must say how long to train")
+        return self
+
+
+class EvalConfig(_Section):
+    every: Annotated[str | int, BeforeValidator(_eval_every)] = "epoch"
+    """epoch, link, end, or a number of steps. The end of the run is always evaluated."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Examples per forward pass and process; null: as in training."""
+
+
+class RunSection(_Section):
+    dir: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    log_every_steps: int = Field(default=10, ge=1)
+
+
+class RunConfig(_Section):
+    """The run's YAML, checked. Paths in it are relative to the working directory."""
+
+    model: ModelConfig
+    method: Literal["cola", "lora", "full", "zero-shot"] = "cola"
+    lora: LoraConfig = LoraConfig()
+    chain: ChainConfig = ChainConfig()
+    data: DataConfig
+    optim: OptimConfig
+    eval: EvalConfig = EvalConfig()
+    run: RunSection
+    deepspeed: str = "ds_configs/zero3.json"
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunConfig:
+        ranks, length = self.lora.rank, self.chain.length
+        if self.method != "cola" and length > 1:
+            raise ValueError(
+                f"method {self.method} contradicts chain.length {length}: set chain.length=1 or method=cola"
+            )
+        if isinstance(ranks, list) and len(ranks) != length:
+            raise ValueError(f"lora.rank {ranks} names {len(ranks)} links, but chain.length is {length}")
+        if isinstance(self.chain.knots, dict):
+            (at,) = self.chain.knots.values()
+            if len(at) != length - 1:
+                raise ValueError(
+                    f"chain.knots names {len(at)} knots; chain.length {length} takes {length - 1}, the last ends with the run"
+                )
+        if self.method == "zero-shot" and self.data.eval is None:
+            raise ValueError("method zero-shot only evaluates: name data.eval")
+        return self
+
+    @property
+    def trains_lora(self) -> bool:
+        return self.method in ("cola", "lora")
+
+    @property
+    def lora_ranks(self) -> list[int]:
+        """The LoRA rank of each link, one per link."""
+        return self.lora.rank if isinstance(self.lora.rank, list) else [self.lora.rank] * self.chain.length
+
+
+# YAML as people write it: 5e-4 is a number (YAML 1.2; PyYAML's YAML 1.1 reads it as text), and a key given twice is an error.
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str) else None)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML, apply `section.key=value` overrides in order, and check it.
+
+    Raises UserError, in one line, for a missing file, bad YAML, an unknown key, a wrong type, a value out of range, or
+    keys that contradict each other.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the run's YAML {path}: {getattr(error, 'strerror', None) or error}") from None
+    raw = _parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no keys; a run's YAML has sections such as model, data and optim")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(dict(e)) for e in error.errors())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise UserError(f"override {override!r} must look like section.key=value, for example optim.lr=5e-4")
+    *sections, key = name.split(".")
+    target: Any = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"override {name}: {section} is a value, not a section")
+    target[key] = _parse_yaml(text, f"override {name}")
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One pydantic error as a sentence that names the key, the value and the remedy."""
+    # Only names of keys stay: pydantic adds the tags of unions and positions in lists.
+    names = [str(part) for part in error["loc"]]
+    key, kind, message = ".".join(names), error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = _keys_of(names[:-1])
+        nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*names[:-1], nearest[0]])}?" if nearest else f"known are {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    if kind == "missing":
+        return f"missing key {key}"
+    if not names or (kind == "value_error" and message.startswith(f"{names[0]}.")):
+        return message
+    value = error["input"]
+    if kind == "value_error":
+        return f"{key} {message}; it is {value!r}"
+    quoted = " (text: write numbers without quotes)" if isinstance(value, str) and "number" in message + kind else ""
+    message = message.removeprefix("Input ").replace("should be", "must be").replace("a valid ", "a ")
+    return f"{key} {message}; it is {value!r}{quoted}"
+
+
+def _keys_of(names: list[str]) -> list[str]:
+    section: Any = RunConfig
+    for name in names:
+        field = section.model_fields.get(name)
+        section = field.annotation if field else RunConfig
+    return list(section.model_fields)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """What follows from the config, the number of training examples and of processes."""
+
+    examples: int
+    """Training examples in one epoch."""
+    steps_per_epoch: int
+    total_steps: int
+    knots: tuple[int, ...]
+    """The step after which each link ends, one per link; the last is total_steps."""
+    micro_steps: int
+    """Forward/backward passes per step and process (gradient accumulation)."""
+
+    def link_steps(self, link: int) -> int:
+        """Steps in a link, counted from 1."""
+        return self.knots[link - 1] - (self.knots[link - 2] if link > 1 else 0)
+
+
+def resolve(config: RunConfig, examples: int, world_size: int) -> Timetable:
+    """Derive steps, knots and gradient accumulation.
+
+    Raises UserError when the global batch does not divide over micro batches and processes, or a knot lies outside the run.
+    """
+    optim = config.optim
+    per_micro_step = optim.micro_batch_size * world_size
+    if optim.global_batch_size % per_micro_step:
+        raise UserError(
+            f"optim.global_batch_size {optim.global_batch_size} does not divide into micro batches of {optim.micro_batch_size} "
+            f"on {world_size} processes; use a multiple of {per_micro_step}, or another optim.micro_batch_size"
+        )
+    steps_per_epoch = -(-examples // optim.global_batch_size)
+    total_steps = optim.max_steps or (optim.epochs or 1) * steps_per_epoch
+    knots = place_knots(config.chain.knots, config.chain.length, total_steps, steps_per_epoch)
+    return Timetable(examples, steps_per_epoch, total_steps, knots, optim.global_batch_size // per_micro_step)

@@ -1,0 +1,76 @@
+"""`cola-ds export`: a run's result in a form that others open."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from cola_ds.config import RunConfig
+from cola_ds.errors import UserError
+from cola_ds.lora import delta_weight
+from cola_ds.rundir import RunFolder
+
+_PREFIX = "base_model.model."
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_hf(run: str | Path, out: str | Path) -> Path:
+    """Write the run's merged model and its tokenizer as the Hugging Face folder `out`.
+
+    The base is loaded into this process's memory, and each link is tied to it as the run did: in order, in the run's dtype.
+    Raises UserError when `out` exists, the run has not finished, or its base model is not where it was.
+    """
+    folder, target = RunFolder(run), Path(out)
+    config = folder.config()
+    if target.exists():
+        raise UserError(f"--out {target} already exists; name a new folder")
+    folder.result()
+    scratch = target.with_name(target.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if config.method == "full":
+        shutil.copytree(folder.path / "model", scratch)
+    else:
+        _merge(config, folder, scratch)
+    scratch.rename(target)
+    return target
+
+
+def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    links = [folder.link_path(link) for link in range(1, config.chain.length + 1)] if config.trains_lora else []
+    for path in links:
+        if not path.is_dir():
+            raise UserError(f"{folder.path} lacks {path.relative_to(folder.path)}: a link of the chain is missing")
+    options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=_DTYPES[config.model.dtype], use_safetensors=True, **options
+        )
+    except OSError as error:
+        raise UserError(
+            f"the run's base model {config.model.path} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
+    for link, path in enumerate(links, start=1):
+        tie_saved_link(model, path, config.lora.alpha / config.lora_ranks[link - 1])
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def tie_saved_link(model: torch.nn.Module, link: Path, scaling: float) -> None:
+    """W <- W + scaling * B A for every layer of a saved link, rounded to the dtype of W; trained biases are put in place."""
+    with safe_open(link / "adapter_model.safetensors", framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - not a dict
+            layer, _, kind = key.removeprefix(_PREFIX).partition(".lora_A.")
+            if kind:
+                weight = model.get_parameter(f"{layer}.weight")
+                lora_A, lora_B = tensors.get_tensor(key), tensors.get_tensor(f"{_PREFIX}{layer}.lora_B.weight")
+                weight.copy_(weight.float() + delta_weight(lora_A, lora_B, scaling))
+            elif key.endswith(".base_layer.bias"):
+                layer = key.removeprefix(_PREFIX).removesuffix(".base_layer.bias")
+                model.get_parameter(f"{layer}.bias").copy_(tensors.get_tensor(key))

@@ -1,0 +1,99 @@
+"""What a run says while it runs: rows, a progress bar, a line per knot, the monitors. Process 0 alone speaks."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cola_ds import zero
+from cola_ds.data.batching import StepExamples
+from cola_ds.errors import TrainingFailedError
+from cola_ds.evaluate import HeldOut
+from cola_ds.rundir import RunFolder
+
+
+class Journal:
+    """Takes every step, knot and evaluation of a chain. All processes call it alike: a logged step is a collective."""
+
+    def __init__(self, folder: RunFolder | None, monitor: zero.Monitor, total_steps: int, log_every_steps: int):
+        """`folder` is None on every process but 0."""
+        self.folder, self.monitor, self.log_every_steps = folder, monitor, log_every_steps
+        every_s = 0.5 if sys.stderr.isatty() else 30  # a job's log is no place for ten lines a second
+        self.bar = tqdm(total=total_steps, unit="step", disable=folder is None, dynamic_ncols=True, mininterval=every_s)
+        self._loss = torch.zeros((), device=zero.device())
+        self._steps = self._tokens = 0
+        self._since = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave out of step_s what happened since the last row: an evaluation, a knot, loading."""
+        self._since = time.perf_counter()
+
+    def step(self, where: dict[str, Any], loss: Tensor, examples: StepExamples, now: bool, **facts: Any) -> None:
+        """Take a step's share of the loss (on this process's device). Writes a row every log_every_steps, or if `now`.
+
+        Between rows nothing is copied from the device. Raises TrainingFailedError when the loss is not finite.
+        """
+        self._loss += loss
+        self._steps += 1
+        self._tokens += examples.tokens
+        self.bar.update()
+        if where["step"] % self.log_every_steps and not now:
+            return
+        mean_loss = zero.sum_over_processes(self._loss).item() / self._steps
+        seconds = time.perf_counter() - self._since
+        tokens_per_s = self._tokens / seconds
+        if self.folder:
+            row = {
+                **where,
+                "loss": mean_loss,
+                **{key: float(value) if isinstance(value, Tensor) else value for key, value in facts.items()},
+                "tokens": self._tokens,
+                "tokens_per_s": tokens_per_s,
+                "step_s": seconds / self._steps,
+            }
+            self.folder.append("metrics.jsonl", row)
+        self.bar.set_postfix(
+            loss=f"{mean_loss:.4f}", link=where["link"], tokens_per_s=f"{tokens_per_s:.0f}", refresh=False
+        )
+        self.monitor.write(
+            where["step"], {"Train/loss": mean_loss, "Train/lr": facts["lr"], "Train/link": where["link"]}
+        )
+        self._loss.zero_()
+        self._steps = self._tokens = 0
+        self.restart_clock()
+        if not math.isfinite(mean_loss):
+            raise TrainingFailedError(
+                f"the loss is {mean_loss} at step {where['step']} of link {where['link']}; lower optim.lr or look at the data"
+            )
+
+    def knot(self, row: dict[str, Any]) -> None:
+        """Take a knot."""
+        if self.folder:
+            self.folder.append("knots.jsonl", row)
+            rebuilt = f", rebuilt in {row['rebuild_s']:.2f} s" if row["rebuild_s"] is not None else ""
+            self.bar.write(
+                f"knot: link {row['link']} (rank {row['lora_rank']}) tied at step {row['step']}: "
+                f"|delta| {row['delta_norm']:.4g}, loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}, tied in {row['tie_s']:.2f} s{rebuilt}"
+            )
+        self.restart_clock()
+
+    def evaluation(self, where: dict[str, Any], found: HeldOut) -> None:
+        """Take an evaluation."""
+        if self.folder:
+            self.folder.append("evals.jsonl", {**where, **asdict(found)})
+            self.bar.write(
+                f"held-out at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}"
+            )
+        self.monitor.write(where["step"], {"Eval/loss": found.loss, "Eval/perplexity": found.perplexity})
+        self.restart_clock()
+
+    def close(self) -> None:
+        """Take the bar down."""
+        self.bar.close()

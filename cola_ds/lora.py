@@ -1,0 +1,132 @@
+"""Low-rank adapters: plain torch, no collectives.
+
+    before                          after inject(model, layers, r, alpha / r, ...)
+    q_proj: Linear                  q_proj: LoRALinear
+      weight (out, in)                weight (out, in)   the same Parameter, frozen
+                                      lora_A (r, in)     Gaussian
+                                      lora_B (out, r)    zero
+
+LoRALinear is an nn.Linear, so the names of the base weights in the state dict stay what they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cola_ds.errors import UserError
+
+
+def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # (r, in), (out, r) -> (out, in)
+    """scaling * B @ A in fp32: what a link adds to its base weight."""
+    return (lora_B.float() @ lora_A.float()) * scaling
+
+
+def draw_lora_A(seed: int, link: int, layer: str, shape: tuple[int, int]) -> Tensor:
+    """The A (r, in) that `layer` starts `link` with, in fp32 on the CPU.
+
+    Drawn from a seed that names (seed, link, layer): the same on every process, at every world size and in every order.
+    Gaussian (COLA, algorithm 1), with the variance 1 / (3 in) of the uniform draw in LoRA's own code and PEFT's default.
+    """
+    digest = hashlib.sha256(f"{seed}/{link}/{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator) / (3 * shape[1]) ** 0.5
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + scaling * B A dropout(x), with W frozen."""
+
+    lora_A: nn.Parameter  # (r, in)
+    lora_B: nn.Parameter  # (out, r)
+
+    def __init__(self, base: nn.Linear, dropout: float, train_bias: bool):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        # Under ZeRO-3 a Parameter carries its shard with it: the object itself must move, not its values.
+        self.weight = base.weight
+        self.bias = base.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(train_bias)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scaling = 0.0
+
+    def reset(self, lora_A: Tensor, scaling: float, device: torch.device) -> None:
+        """Start a new link: fresh A (r, in) and zero B, as new Parameters in the base weight's dtype.
+
+        New Parameters rather than new values: the LoRA rank may change, and no gradient, hook or shard of the old link
+        is carried over.
+        """
+        dtype = self.weight.dtype
+        self.lora_A = nn.Parameter(lora_A.to(device=device, dtype=dtype))
+        # B = 0 keeps the outputs unchanged at birth; A is random, else both gradients would vanish.
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora_A.shape[0], device=device, dtype=dtype))
+        self.scaling = scaling
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        base = F.linear(x, self.weight, self.bias)
+        return base + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scaling
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The injected layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def find_targets(model: Any, targets: str | list[str]) -> list[str]:
+    """Names of the layers that `targets` selects: suffixes such as q_proj or mlp.down_proj, or all-linear.
+
+    all-linear means every nn.Linear but the output head. Raises UserError for a suffix that matches nothing (the message
+    lists what there is), a match that is not an nn.Linear, and an output head whose weight is the input embedding.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if targets == "all-linear":
+        names = [name for name, module in linear.items() if module is not head]
+        if not names:
+            raise UserError(
+                "lora.targets all-linear matches no layer: this model has no nn.Linear besides its output head"
+            )
+        return names
+
+    def matches(name: str, suffix: str) -> bool:
+        return name == suffix or name.endswith(f".{suffix}")
+
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for suffix in targets:
+        matched = [(name, module) for name, module in model.named_modules() if matches(name, suffix)]
+        if not matched:
+            raise UserError(
+                f"lora.targets {suffix} matches no layer; this model's linear layers are {', '.join(known)}"
+            )
+        for name, module in matched:
+            if type(module) is not nn.Linear:
+                raise UserError(
+                    f"lora.targets {suffix} matches {name}, a {type(module).__name__} and not an nn.Linear, which is all "
+                    f"that is supported; this model's linear layers are {', '.join(known) or 'none'}"
+                )
+    names = [name for name in linear if any(matches(name, suffix) for suffix in targets)]
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name in names:
+        if embedding is not None and linear[name].weight is embedding.weight:
+            raise UserError(f"lora.targets matches {name}, whose weight is also the input embedding; leave it out")
+    return names
+
+
+def inject(model: nn.Module, names: list[str], dropout: float, train_bias: bool) -> None:
+    """Freeze the model and replace the named nn.Linear layers by LoRALinear, still without a link (see `reset`)."""
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        base = cast(nn.Linear, model.get_submodule(name))
+        setattr(model.get_submodule(parent), child, LoRALinear(base, dropout, train_bias).train(base.training))
+
+
+def start_link(model: nn.Module, link: int, lora_rank: int, alpha: float, seed: int, device: torch.device) -> None:
+    """Give every injected layer the A and B that `link` starts with."""
+    for name, layer in lora_layers(model).items():
+        lora_A = draw_lora_A(seed, link, name, (lora_rank, layer.in_features))
+        layer.reset(lora_A, alpha / lora_rank, device)

@@ -1,0 +1,251 @@
+"""The only file that imports deepspeed: loading into shards, building and rebuilding the engine, gathering parameters.
+
+Every function here that says "collective" must be called by all processes together.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import resource
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# The engine's log lines would drown the run's own; DeepSpeed's warnings stay.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from deepspeed import comm as dist  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.monitor.config import get_monitor_config  # noqa: E402
+from deepspeed.monitor.monitor import MonitorMaster  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from cola_ds.config import ModelConfig  # noqa: E402
+from cola_ds.errors import UserError  # noqa: E402
+from cola_ds.launcher import Process  # noqa: E402
+
+Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def start_processes(process: Process) -> None:
+    """Join the process group over the accelerator's own backend. Collective."""
+    accelerator = get_accelerator()
+    accelerator.set_device(process.local_rank)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
+    )
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False
+    )
+
+
+def stop_processes() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def accelerator_name() -> str:
+    """The device's name as torch gives it, such as cpu or NVIDIA A100."""
+    accelerator = get_accelerator()
+    name = getattr(getattr(torch, accelerator.device_name(), None), "get_device_name", None)
+    return str(name()) if name else str(accelerator.device_name())
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse (UserError) a dtype that this accelerator cannot train in."""
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[dtype]:
+        usable = ", ".join(name for name, ok in supported.items() if ok)
+        raise UserError(f"model.dtype {dtype} is not supported on {accelerator.device_name()}; use {usable}")
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add a tensor (on this process's device) element by element over all processes, in place. Collective."""
+    dist.all_reduce(values)
+    return values
+
+
+def max_over_processes(value: float) -> float:
+    """The largest of one number per process. Collective."""
+    held = torch.tensor([value], dtype=torch.float64, device=device())
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return float(held.item())
+
+
+def texts_of_processes(text: str) -> list[str]:
+    """One text per process, in the order of their ranks; cut after 256 bytes. Collective. Nothing is pickled."""
+    encoded = text.encode()[:256].ljust(256, b"\0")
+    mine = torch.tensor(list(encoded), dtype=torch.uint8, device=device())
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    return [bytes(held.tolist()).rstrip(b"\0").decode(errors="replace") for held in theirs]
+
+
+def peak_memory_bytes() -> int:
+    """This process's peak: allocated device memory, or resident memory where the device is the CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(accelerator.max_memory_allocated())
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def check_engine_config(engine_config: dict[str, Any]) -> None:
+    """Have DeepSpeed check the completed config. Raises UserError naming the key that it refuses. Needs a process group."""
+    try:
+        DeepSpeedConfig(engine_config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"DeepSpeed refuses {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"DeepSpeed refuses the config: {error}") from None
+
+
+def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
+    """Load a causal LM; under ZeRO-3 straight into shards, one module at a time. Collective.
+
+    Under ZeRO-3, process 0 maps the checkpoint (it is never copied as a whole) and each module goes out to the shards of all
+    processes before the next one is read. At stage 2 every process holds the model, as that stage does.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers shards while this object is alive, and only then: keep it until the model is loaded.
+    sharding = HfDeepSpeedConfig(engine_config) if engine_config["zero_optimization"]["stage"] == 3 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path,
+        revision=config.revision,
+        dtype=DTYPES[config.dtype],
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+    )
+    del sharding
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def numel(param: Tensor) -> int:
+    """Elements of the whole parameter, wherever its shards are."""
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def build_engine(
+    model: nn.Module,
+    engine_config: dict[str, Any],
+    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+) -> Engine:
+    """Wrap the model in an engine whose optimizer holds what is trainable, with no state yet. Collective.
+
+    A model with nothing to train gets an engine that only evaluates.
+    """
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    optimizer = make_optimizer(trainable) if trainable else None
+    if optimizer is None and engine_config["zero_optimization"]["stage"] < 3:
+        # Stages 1 and 2 shard gradients and optimizer states; without an optimizer DeepSpeed refuses them.
+        engine_config = {**engine_config, "zero_optimization": {"stage": 0}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config, dist_init_required=False)
+    return engine
+
+
+def rebuild_engine(
+    engine: Engine,
+    engine_config: dict[str, Any],
+    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+) -> Engine:
+    """A new engine around the same model: fresh fp32 masters, moments and step counts for what is trainable now. Collective.
+
+    The fp16 loss scale carries over: it is a fact about the loss, not about the link.
+    """
+    model = engine.module
+    if "fp16" in engine_config:
+        scale = float(engine.optimizer.loss_scale)
+        fp16 = {**engine_config["fp16"], "initial_scale_power": max(0, round(math.log2(scale)))}
+        engine_config = {**engine_config, "fp16": fp16}
+    take_down_engine(engine)
+    del engine
+    return build_engine(model, engine_config, make_optimizer)
+
+
+def take_down_engine(engine: Engine) -> None:
+    """Free all that the engine holds, and leave the model as it is."""
+    engine.destroy()
+    # destroy() leaves these two hooks on the model, and with them the old engine, its masters and its optimizer state.
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        if hook is not None:
+            hook.remove()
+    # Under ZeRO-3 it also leaves on every module the functions that fetch parameters in the backward pass. A new engine keeps
+    # those that it finds, and would prefetch by the old engine's trace of the old adapters.
+    for module in engine.module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            module.__dict__.pop(name, None)
+    gc.collect()  # the engine is full of reference cycles; its memory must be free before the next one is built
+
+
+def set_learning_rate(engine: Engine, lr: float) -> None:
+    """Set the rate of the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextmanager
+def gathered(params: Iterable[Tensor], write: bool = False) -> Iterator[None]:
+    """Whole parameters inside the block. Collective, and not to be nested for one parameter.
+
+    With `write`, changes made inside are kept: every process must make the same change. (Under ZeRO-3 those of process 0 go
+    to all shards; without it the change would be lost in silence.)
+    """
+    with deepspeed.zero.GatheredParameters(list(params), modifier_rank=0 if write else None):
+        yield
+
+
+def collective_bytes(params: Iterable[Tensor], write: bool) -> int:
+    """Bytes that the collectives of `gathered` carry for these parameters: an all-gather, and a broadcast if written."""
+    sharded = [p for p in params if hasattr(p, "ds_id") and dist.get_world_size() > 1]
+    return sum(numel(p) * p.element_size() for p in sharded) * (2 if write else 1)
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict with whole tensors in host memory, on process 0; empty elsewhere. Collective."""
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        with gathered([value] if isinstance(value, nn.Parameter) else []):
+            if dist.get_rank() == 0:
+                state[name] = value.detach().cpu().clone()
+    return state
+
+
+class Monitor:
+    """The monitors that the DeepSpeed JSON asks for (TensorBoard, W&B, ...), fed with the chain's own step counts."""
+
+    def __init__(self, engine_json: dict[str, Any]):
+        self._master = MonitorMaster(get_monitor_config(engine_json))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write named numbers at a step; process 0 alone does so."""
+        if self._master.enabled:
+            self._master.write_events([(name, value, step) for name, value in values.items()])
