@@ -85,7 +85,7 @@ def _train(args: argparse.Namespace, process: Process) -> int:
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
         )
     config = load_config(args.config, args.overrides)
-    from cola_ds.train import prepare, summarize, train  # torch takes seconds to import: not for a misspelt key
+    from cola_ds.prepare import prepare, summarize  # torch takes seconds to import: not for a misspelt key
 
     _quiet_libraries(process)
     world_size = args.processes or process.world_size
@@ -94,7 +94,8 @@ def _train(args: argparse.Namespace, process: Process) -> int:
         print(summarize(prepared, world_size), flush=True)
     if args.dry_run:
         return 0
-    from cola_ds import zero
+    from cola_ds import zero  # and deepspeed more
+    from cola_ds.train import train
 
     try:
         train(prepared, process, args.fresh)

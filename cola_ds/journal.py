@@ -77,10 +77,12 @@ class Journal:
         """Take a knot."""
         if self.folder:
             self.folder.append("knots.jsonl", row)
-            rebuilt = f", rebuilt in {row['rebuild_s']:.2f} s" if row["rebuild_s"] is not None else ""
+            seconds = f"tied in {row['tie_s']:.2f} s"
+            if row["rebuild_s"] is not None:
+                seconds += f", rebuilt in {row['rebuild_s']:.2f} s"
             self.bar.write(
                 f"knot: link {row['link']} (rank {row['lora_rank']}) tied at step {row['step']}: "
-                f"|delta| {row['delta_norm']:.4g}, loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}, tied in {row['tie_s']:.2f} s{rebuilt}"
+                f"|delta| {row['delta_norm']:.4g}, loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}, {seconds}"
             )
         self.restart_clock()
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,9 @@ from typing import Any
 
 # The engine's log lines would drown the run's own; DeepSpeed's warnings stay.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed compiles operations on first use. Environments that shared one cache would rebuild each other's copies.
+if sys.prefix != sys.base_prefix:
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402

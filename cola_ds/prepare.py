@@ -1,0 +1,151 @@
+"""A run before it starts: every check that needs no weights, and what is known of it beforehand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cola_ds.config import RunConfig, Timetable, resolve
+from cola_ds.data.sources import TokenizedData, load_split
+from cola_ds.engine_config import complete, read_engine_config
+from cola_ds.errors import UserError
+from cola_ds.lora import find_targets
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no weights."""
+
+    config: RunConfig
+    engine_json: dict[str, Any]
+    timetable: Timetable
+    tokenizer: Any
+    skeleton: Any
+    """The model on the meta device: its modules and shapes."""
+    targets: list[str]
+    train: TokenizedData
+    held_out: TokenizedData | None
+
+
+def prepare(config: RunConfig, world_size: int) -> Prepared:
+    """Check the DeepSpeed JSON, model, targets and data, and derive the timetable. Raises UserError. No weight is read."""
+    engine_json = read_engine_config(config)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"path": _model_path(config.model.path)})}
+    )
+    tokenizer, skeleton = _describe_model(config)
+    targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit and config.data.max_length > limit:
+        raise UserError(f"data.max_length {config.data.max_length} is more than the model's {limit} positions")
+    train = load_split(config.data, "train", tokenizer)
+    held_out = load_split(config.data, "eval", tokenizer) if config.data.eval is not None else None
+    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    for data in filter(None, (train, held_out)):
+        if data.largest_id >= vocabulary:
+            raise UserError(
+                f"model.path {config.model.path}: its tokenizer has id {data.largest_id}, its embedding ends at {vocabulary}"
+            )
+    timetable = resolve(config, len(train), world_size)
+    complete(engine_json, config, timetable)
+    return Prepared(config, engine_json, timetable, tokenizer, skeleton, targets, train, held_out)
+
+
+def _model_path(path: str) -> str:
+    """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
+    if not Path(path).is_dir():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+            raise UserError(f"model.path {path} is not a folder, and cannot be a name on the Hugging Face hub")
+        return path
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path {path} has no config.json: it is not a model's folder")
+    return str(Path(path).resolve())
+
+
+def _describe_model(config: RunConfig) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    model = config.model
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(model.path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "" if Path(model.path).is_dir() else "is not a folder here, and the hub does not give it: "
+        raise UserError(f"model.path {model.path}: {where}{reason}") from None
+    if Path(model.path).is_dir() and not any(Path(model.path).glob("*.safetensors")):
+        raise UserError(
+            f"model.path {model.path} has no *.safetensors; pickled weights are not read, so convert them first"
+        )
+    return tokenizer, skeleton
+
+
+def summarize(prepared: Prepared, world_size: int) -> str:
+    """The resolved run, for people: links, knots, batches, parameters."""
+    config, timetable = prepared.config, prepared.timetable
+    optim = config.optim
+    total = sum(p.numel() for p in prepared.skeleton.parameters())
+    layers = f", {len(prepared.targets)} target layers" if config.trains_lora else ""
+    data = f"{len(prepared.train)} training examples"
+    if prepared.train.shortened:
+        data += f" ({prepared.train.shortened} shortened to {config.data.max_length} tokens)"
+    data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+    batch = f"{optim.micro_batch_size} examples x {timetable.micro_steps} micro steps x {world_size} processes"
+    lines = [
+        f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
+        f"method      {config.method}{layers}",
+        f"data        {data}",
+        f"batch       {optim.global_batch_size} = {batch}",
+        f"steps       {timetable.total_steps} ({timetable.steps_per_epoch} per epoch)",
+    ]
+    for link, knot in enumerate(timetable.knots, start=1) if config.method != "zero-shot" else ():
+        name = f"link {link:<7}" if config.trains_lora else "training    "
+        lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
+        steps = f"steps {knot - timetable.link_steps(link) + 1}-{knot}"
+        lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
+    return "\n".join(lines)
+
+
+def count_trainable(prepared: Prepared, link: int) -> int:
+    """Parameters that `link` trains: A and B (and biases, if asked), or all of them with method full."""
+    config = prepared.config
+    if config.method == "full":
+        return sum(p.numel() for p in prepared.skeleton.parameters())
+    count = 0
+    for name in prepared.targets:
+        layer = prepared.skeleton.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        count += config.lora_ranks[link - 1] * (layer.in_features + layer.out_features)
+        if config.lora.bias == "lora_only" and layer.bias is not None:
+            count += layer.bias.numel()
+    return count
+
+
+def training_flops(prepared: Prepared, tokens: int) -> float:
+    """Floating-point operations of training on `tokens`, spread evenly over the steps: matrix products of the weights alone.
+
+    Per token and weight: 2 forward and 2 for the gradient of its input; 2 more for the gradient of the weight where it is
+    trained. Attention scores and recomputed activations are left out.
+    """
+    config, timetable = prepared.config, prepared.timetable
+    if config.method == "zero-shot":
+        return 0.0
+    embedding = prepared.skeleton.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in prepared.skeleton.parameters())
+    if not prepared.skeleton.config.tie_word_embeddings:
+        weights -= embedding  # a table that is looked up, not multiplied
+    if config.method == "full":
+        return 6.0 * weights * tokens
+    per_step = tokens / timetable.total_steps
+    adapters = sum(
+        count_trainable(prepared, link) * timetable.link_steps(link) for link in range(1, config.chain.length + 1)
+    )
+    return 4.0 * weights * tokens + 6.0 * adapters * per_step

@@ -1,0 +1,66 @@
+"""Algorithm 1 of COLA (arXiv 2401.04151) in plain torch, one process: what the pipeline is measured against.
+
+It shares with the pipeline only the draw of A, the order of examples and the tokenizer; forward, loss, update and merge are
+written again, on whole batches and whole matrices.
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cola_ds.lora import draw_lora_A
+
+
+def tokenized(path, tokenizer):
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    return [
+        (tokenizer(r["prompt"]).input_ids, tokenizer(r["completion"], add_special_tokens=False).input_ids + [2]) for r in rows
+    ]
+
+
+def chain_of_lora(config, knots):
+    """Train as a run's dict says. Returns the losses and the model, with every link merged into it."""
+    model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
+    data = tokenized(config["data"]["train"], AutoTokenizer.from_pretrained(config["model"]["path"]))
+    optim, alpha, size = config["optim"], config["lora"]["alpha"], config["optim"]["global_batch_size"]
+    ranks = config["lora"]["rank"]
+    targets = {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))}
+    model.requires_grad_(False)
+    losses, start = [], 0
+    for link, knot in enumerate(knots, start=1):
+        r = ranks[link - 1] if isinstance(ranks, list) else ranks
+        A = {n: draw_lora_A(0, link, n, (r, m.in_features)).requires_grad_() for n, m in targets.items()}
+        B = {n: torch.zeros(m.out_features, r, requires_grad=True) for n, m in targets.items()}
+        for name, module in targets.items():
+            module.forward = lambda x, m=module, n=name: (
+                F.linear(x, m.weight, m.bias) + alpha / r * (x @ A[n].T @ B[n].T)
+            )
+        params = [*A.values(), *B.values()]
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optim["name"]]
+        optimizer = kind(params, lr=optim["lr"], weight_decay=0.0)
+        for step in range(start, knot):
+            epoch, i = divmod(step, math.ceil(len(data) / size))
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
+            batch = [data[k] for k in order[i * size : (i + 1) * size]]
+            width = max(len(p) + len(c) for p, c in batch)
+            ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in batch])
+            labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in batch])
+            mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in batch])
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, optim.get("max_grad_norm", 1.0))
+            for group in optimizer.param_groups:
+                group["lr"] = optim["lr"] * (1 - step / knots[-1])
+            optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            for name, module in targets.items():
+                module.weight += alpha / r * (B[name] @ A[name])
+                del module.forward
+        start = knot
+    return losses, model
