@@ -76,7 +76,7 @@ def run_chain(chain: Chain) -> None:
 
 
 def tune_lora(chain: Chain) -> Batch:
-    """Train the current link up to its knot. Returns the last micro batch."""
+    """Train the current link up to its knot. Returns a micro batch of its last step."""
     state, timetable, optim = chain.state, chain.timetable, chain.config.optim
     knot = timetable.knots[state.link - 1]
     while state.step < knot:
@@ -98,21 +98,21 @@ def tune_lora(chain: Chain) -> Batch:
 
 
 def train_step(engine: zero.Engine, examples: StepExamples, lr: float, world_size: int) -> tuple[Tensor, Batch]:
-    """One optimizer update. Returns this process's share of the step's loss, () on its device, and the last micro batch.
+    """One optimizer update. Returns this process's share of the step's loss, () on its device, and a micro batch of it.
 
     The loss is the mean over the labelled tokens of the whole global batch, so that neither accumulation nor the number of
     processes weighs tokens differently.
     """
     zero.set_learning_rate(engine, lr)
     share = torch.zeros((), device=zero.device())
-    for micro_batch in examples.micro_batches:
-        batch = micro_batch.to(zero.device())
+    micro_batches = [batch.to(zero.device()) for batch in examples.micro_batches]
+    for batch in micro_batches:
         loss = loss_sum(engine, batch) / max(examples.loss_tokens, 1)
         share += loss.detach()
         # The engine divides by the micro steps, and averages over processes: undo both, the sum is the mean wanted.
-        engine.backward(loss * (len(examples.micro_batches) * world_size))
+        engine.backward(loss * (len(micro_batches) * world_size))
         engine.step()
-    return share, batch
+    return share, micro_batches[0]  # the first: where examples ran out, the later ones count nothing
 
 
 @torch.no_grad()

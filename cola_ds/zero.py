@@ -29,6 +29,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.monitor.config import get_monitor_config  # noqa: E402
 from deepspeed.monitor.monitor import MonitorMaster  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -197,17 +198,28 @@ def rebuild_engine(
 
 
 def take_down_engine(engine: Engine) -> None:
-    """Free all that the engine holds, and leave the model as it is."""
+    """Free all that the engine holds, and leave the model as it is.
+
+    `engine.destroy()` leaves references to the engine, and with it its fp32 masters and moments, in four places.
+    """
     engine.destroy()
-    # destroy() leaves these two hooks on the model, and with them the old engine, its masters and its optimizer state.
+    # 1. Two hooks on the model.
     for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
         if hook is not None:
             hook.remove()
-    # Under ZeRO-3 it also leaves on every module the functions that fetch parameters in the backward pass. A new engine keeps
-    # those that it finds, and would prefetch by the old engine's trace of the old adapters.
+    # 2. On every module, the functions that fetch parameters in the backward pass. A new engine keeps those that it finds, and
+    #    would prefetch by the old engine's trace of the old adapters.
     for module in engine.module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(name, None)
+    # 3. On every trained parameter, the optimizer.
+    for param in engine.param_names:
+        param.__dict__.pop("_z3_optimizer", None)
+    # 4. In a cache of a method, keyed by the coordinator, which knows every parameter of its trace. The decorator around the
+    #    method hides the cache in its closure.
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in cached.__closure__ or ():
+        getattr(cell.cell_contents, "cache_clear", lambda: None)()
     gc.collect()  # the engine is full of reference cycles; its memory must be free before the next one is built
 
 

@@ -4,6 +4,7 @@ The processes are forked from a server that has imported torch, transformers and
 seconds. Every run has a hard timeout, after which its processes are killed.
 """
 
+import io
 import multiprocessing as mp
 import os
 import socket
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
 
 from cola_ds.launcher import Process, identify
 
@@ -32,7 +35,7 @@ def free_port() -> int:
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180) -> list[Any]:
-    """Run `fn`, a function of a test module, and return what each process returned, by rank.
+    """Run `fn`, a function of a test module, and return what each process returned (tensors, numbers, text), by rank.
 
     Raises WorkerFailedError with the traceback of the first process that failed.
     """
@@ -60,7 +63,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
             if rank in results or not pipe.poll(0.05):
                 continue
             try:
-                ok, value = pipe.recv()
+                ok, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=True)
             except EOFError:
                 processes[rank].join(5)
                 raise WorkerFailedError(f"process {rank} died with status {processes[rank].exitcode}") from None
@@ -76,14 +79,14 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
 def _work(pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import torch
-
     torch.set_num_threads(1)
     try:
         result = (True, fn(identify(), *args))
     except BaseException:
         result = (False, traceback.format_exc())
-    pipe.send(result)
+    encoded = io.BytesIO()
+    torch.save(result, encoded)
+    pipe.send_bytes(encoded.getvalue())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # no exit handlers: a process group whose peer failed would wait in them

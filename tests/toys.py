@@ -56,7 +56,7 @@ def save_sums(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
-def run_config(model: Path, train: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
+def run_config(model: Path, train: Path, run_dir: Path, /, **sections: Any) -> dict[str, Any]:
     """A run's YAML as a dict: a chain on the toy data in fp32; keyword arguments update its sections."""
     config: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "fp32"},
