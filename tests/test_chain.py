@@ -1,0 +1,345 @@
+"""What happens inside a chain: properties of tune, tie and extend on real ZeRO engines."""
+
+import ctypes
+import gc
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cola_ds.config import load_config
+from cola_ds.launcher import Process
+from cola_ds.lora import lora_layers
+from tests.distributed import process_group, run_distributed
+from tests.toys import ARCHITECTURES, REPOSITORY, run_config, save_model, save_run, save_sums
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain")
+    return save_model(folder / "model"), save_sums(folder / "train.jsonl", 50)
+
+
+def make_chain(process: Process, config_path):
+    """A chain at its first step, its folder kept by process 0."""
+    from cola_ds.prepare import prepare
+    from cola_ds.rundir import RunFolder
+    from cola_ds.train import build_chain
+
+    config = load_config(config_path)
+    process_group(process)
+    folder = RunFolder.create(config, fresh=True) if process.rank == 0 else None
+    return build_chain(prepare(config, process.world_size), process, folder)
+
+
+def next_batch(chain):
+    """A micro batch of this process, on its device."""
+    from cola_ds import zero
+
+    optim = chain.config.optim
+    return chain.train.step(0, 99, optim.global_batch_size, optim.micro_batch_size).micro_batches[0].to(zero.device())
+
+
+@torch.no_grad()
+def outputs(chain, batch):
+    """Logits in fp32, without dropout."""
+    chain.engine.eval()
+    logits = chain.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    chain.engine.train()
+    return logits.float().cpu().clone()
+
+
+def whole_weights(chain):
+    """Every parameter by name, whole, on every process."""
+    from cola_ds import zero
+
+    found = {}
+    for name, param in chain.engine.module.named_parameters():
+        with zero.gathered([param]):
+            found[name] = param.detach().float().cpu().clone()
+    return found
+
+
+def optimizer_state(chain):
+    """The optimizer's state tensors and step counts, of this process's shards."""
+    inner = getattr(chain.engine.optimizer, "optimizer", chain.engine.optimizer)
+    return [value for state in inner.state.values() for value in state.values()]
+
+
+# -- injection, tuning, a knot -----------------------------------------------------------------------------------------
+
+
+def through_a_knot(process, path):
+    from cola_ds.chain import extend_chain, tie_knot, train_step, tune_lora
+    from transformers import AutoModelForCausalLM
+
+    chain = make_chain(process, path)
+    found = {}
+    batch = next_batch(chain)
+    plain = AutoModelForCausalLM.from_pretrained(chain.config.model.path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = plain(input_ids=batch.input_ids.cpu(), attention_mask=batch.attention_mask.cpu()).logits
+    found["injected"], found["expected"] = outputs(chain, batch), expected
+
+    found["weights before"] = whole_weights(chain)
+    last = tune_lora(chain)
+    found["weights tuned"] = whole_weights(chain)
+    found["moments tuned"] = sum(float(v.abs().sum()) for v in optimizer_state(chain))
+    found["tuned"] = outputs(chain, batch)
+    found["knot"] = tie_knot(chain, last)
+    found["tied"] = outputs(chain, batch)
+    found["weights tied"] = whole_weights(chain)
+    chain.save_link = None
+    tie_knot(chain, last)  # B is zero: a second tie adds nothing
+    found["tied twice"] = outputs(chain, batch)
+
+    extend_chain(chain)
+    chain.state.link = 2
+    found["state after extend"] = len(optimizer_state(chain))
+    found["extended"] = outputs(chain, batch)
+    found["weights extended"] = whole_weights(chain)
+
+    optim = chain.config.optim
+    examples = chain.train.step(chain.state.step, 0, optim.global_batch_size, optim.micro_batch_size)
+    train_step(chain.engine, examples, optim.lr, process.world_size)
+    found["steps after one"] = {float(v) for v in optimizer_state(chain) if v.numel() == 1}
+    found["weights one step on"] = whole_weights(chain)
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def knot(request, toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("knot")
+    config = run_config(*toy, folder / "run", lora={"rank": [4, 3]}, optim={"micro_batch_size": 2})
+    return run_distributed(through_a_knot, request.param, save_run(folder / "run.yaml", config))
+
+
+def test_injection_changes_no_output(knot):
+    for found in knot:
+        torch.testing.assert_close(found["injected"], found["expected"], rtol=1e-5, atol=1e-6)
+
+
+def test_training_moves_adapters_only(knot):
+    before, after = knot[0]["weights before"], knot[0]["weights tuned"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.endswith(("lora_A", "lora_B"))}
+    assert len(moved) == 8  # two layers, q_proj and v_proj
+
+
+def test_knot_keeps_outputs(knot):
+    for found in knot:
+        assert not torch.allclose(found["tuned"], found["injected"], rtol=1e-3)  # the link had learnt something to lose
+        for after in ("tied", "tied twice", "extended"):
+            torch.testing.assert_close(found[after], found["tuned"], rtol=1e-5, atol=1e-5)
+        assert found["knot"]["loss_before"] == pytest.approx(found["knot"]["loss_after"], rel=1e-5)
+
+
+def test_tie_adds_the_link_to_the_base(knot):
+    before, tuned, tied = (knot[0][f"weights {name}"] for name in ("before", "tuned", "tied"))
+    layers = [name.removesuffix(".lora_A") for name in before if name.endswith("lora_A")]
+    change = 0.0
+    for layer in layers:
+        delta = 8 / 4 * tuned[f"{layer}.lora_B"].double() @ tuned[f"{layer}.lora_A"].double()
+        expected = before[f"{layer}.weight"].double() + delta
+        torch.testing.assert_close(tied[f"{layer}.weight"].double(), expected, rtol=0, atol=1e-7)
+        assert not tied[f"{layer}.lora_B"].any()
+        change += float(delta.square().sum())
+    assert knot[0]["knot"]["delta_norm"] == pytest.approx(change**0.5, rel=1e-5)
+
+
+def test_extend_starts_anew_and_alike(knot):
+    first = knot[0]["weights extended"]
+    assert knot[0]["moments tuned"] > 0
+    for found in knot:
+        assert found["state after extend"] == 0  # no moment and no step count is left
+        assert found["steps after one"] <= {1.0}  # Adam counts from the first step again
+        for name, value in found["weights extended"].items():
+            assert torch.equal(value, first[name])
+            if name.endswith("lora_B"):
+                assert not value.any()
+            if name.endswith("lora_A"):
+                assert value.shape[0] == 3
+                assert value.std() > 0
+
+
+def test_b_moves_at_the_first_step_after_a_knot(knot):
+    extended, stepped = knot[0]["weights extended"], knot[0]["weights one step on"]
+    for name in extended:
+        if name.endswith("lora_B"):
+            assert (stepped[name] != 0).any()  # its gradient is not zero
+        else:
+            assert torch.equal(stepped[name], extended[name])  # A's first gradient is zero while B is
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+def bf16_knot_and_a_step(process, path):
+    from cola_ds.chain import extend_chain, tie_knot, train_step, tune_lora
+
+    chain = make_chain(process, path)
+    before = whole_weights(chain)
+    last = tune_lora(chain)
+    tuned, batch = whole_weights(chain), next_batch(chain)
+    row = tie_knot(chain, last)
+    tied = whole_weights(chain)
+    extend_chain(chain)
+    chain.state.link = 2
+    extended = outputs(chain, batch)
+    optim = chain.config.optim
+    examples = chain.train.step(chain.state.step, 0, optim.global_batch_size, optim.micro_batch_size)
+    train_step(chain.engine, examples, 1e-9, process.world_size)  # a step too small to show in the outputs
+    return before, tuned, tied, whole_weights(chain), extended, outputs(chain, batch), row
+
+
+@pytest.mark.parametrize("engine", ["zero3", "zero2"])
+def test_bf16_knot_is_one_rounding_and_the_old_adapter_stays_away(toy, tmp_path, engine):
+    config = run_config(
+        *toy, tmp_path / "run", model={"dtype": "bf16"}, optim={"lr": 1e-2, "max_steps": 6},
+        deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+    )  # fmt: skip
+    path = save_run(tmp_path / "run.yaml", config)
+    before, tuned, tied, stepped, extended, one_step_on, row = run_distributed(bf16_knot_and_a_step, 2, path)[0]
+    for name in [name for name in before if name.endswith("lora_B")]:
+        layer = name.removesuffix(".lora_B")
+        exact = before[f"{layer}.weight"] + 2 * tuned[name] @ tuned[f"{layer}.lora_A"]
+        assert torch.equal(tied[f"{layer}.weight"], exact.bfloat16().float())  # the base, rounded once
+        assert tuned[name].abs().max() > 1e-3
+        assert stepped[name].abs().max() < 1e-6  # the fp32 master of the old link would bring it back here
+        assert torch.equal(stepped[f"{layer}.weight"], tied[f"{layer}.weight"])
+    torch.testing.assert_close(one_step_on, extended, rtol=0, atol=1e-6)
+    assert 0 < row["rounding_error"] < 1
+
+
+# -- six knots ---------------------------------------------------------------------------------------------------------
+
+
+def count_through_knots(process, path):
+    from cola_ds.chain import extend_chain, tie_knot, tune_lora
+
+    # Blocks above 128 KiB come from the kernel and go back to it, so that resident memory is memory in use.
+    ctypes.CDLL(None).mallopt(-3, 128 * 1024)
+    chain = make_chain(process, path)
+    counts = []
+    while True:
+        last = tune_lora(chain)
+        tie_knot(chain, last)
+        if chain.state.link == chain.config.chain.length:
+            return counts
+        extend_chain(chain)
+        chain.state.link, chain.state.step_in_link = chain.state.link + 1, 0
+        del last
+        gc.collect()
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        modules = list(chain.engine.module.modules())
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+        engines = sum(type(thing).__name__ in ("DeepSpeedEngine", "DeepSpeedZeRoOffload") for thing in gc.get_objects())
+        with open("/proc/self/status", encoding="ascii") as status:
+            resident_kib = int(re.search(r"RssAnon:\s+(\d+)", status.read())[1])
+        counts.append((tensors, hooks, engines, resident_kib))
+
+
+@pytest.mark.parametrize("engine", ["zero3", "zero2"])
+def test_nothing_grows_over_knots(toy, tmp_path, engine):
+    # Adapters larger than the model: one engine's masters and moments, kept by mistake, are 20 MiB a knot and process.
+    ranks = [16384, 8192] * 4 + [16384]
+    config = run_config(
+        *toy, tmp_path / "run", model={"dtype": "bf16"}, chain={"length": 9}, lora={"rank": ranks},
+        optim={"max_steps": 18}, deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+    )  # fmt: skip
+    for counts in run_distributed(count_through_knots, 2, save_run(tmp_path / "run.yaml", config)):
+        # Six knots, from the second to the eighth: the first one still fills caches.
+        settled, *later = counts[1:]
+        assert len(later) == 6
+        for tensors, hooks, engines, _ in later:
+            assert (tensors, hooks, engines) == settled[:3]
+        growth_kib = [resident - settled[3] for *_, resident in later]
+        assert growth_kib[5] < 40 * 1024, growth_kib
+
+
+# -- every process the same, every engine file, every architecture -----------------------------------------------------
+
+
+def export_and_compare(process, path, out):
+    """Run the chain, export it, and compare the logits of the export with the engine's."""
+    from cola_ds.chain import run_chain
+    from cola_ds.export import export_hf
+    from transformers import AutoModelForCausalLM
+
+    chain = make_chain(process, path)
+    batch = next_batch(chain)
+    before = outputs(chain, batch)
+    run_chain(chain)
+    logits = outputs(chain, batch)
+    if process.rank:
+        return None
+    chain.journal.folder.write_json("result.json", {})
+    export_hf(chain.config.run.dir, out)
+    model = AutoModelForCausalLM.from_pretrained(out).float()
+    with torch.no_grad():
+        exported = model(input_ids=batch.input_ids.cpu(), attention_mask=batch.attention_mask.cpu()).logits
+    return before, logits, exported
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt2"])
+def test_export_gives_the_engines_logits(tmp_path, architecture):
+    model = save_model(tmp_path / "model", architecture)
+    targets = "all-linear" if architecture != "llama" else ["q_proj", "v_proj"]
+    bias = "lora_only" if architecture in ("opt", "qwen2") else "none"
+    config = run_config(
+        model, save_sums(tmp_path / "train.jsonl", 20), tmp_path / "run", lora={"targets": targets, "bias": bias},
+        chain={"length": 3}, optim={"lr": 1e-2},
+    )  # fmt: skip
+    path = save_run(tmp_path / "run.yaml", config)
+    before, logits, exported = run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0]
+    assert not torch.allclose(before, logits, atol=1e-2)
+    torch.testing.assert_close(exported, logits, rtol=1e-5, atol=1e-5)
+
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("12").input_ids == AutoTokenizer.from_pretrained(model)("12").input_ids
+    if bias == "lora_only":
+        base, merged = load_file(model / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+        moved = [name for name in base if name.endswith("q_proj.bias") and not torch.equal(base[name], merged[name])]
+        assert len(moved) == 2
+
+
+@pytest.mark.parametrize("engine", sorted(path.stem for path in (REPOSITORY / "ds_configs").glob("*.json")))
+def test_every_engine_file_runs_a_chain(toy, tmp_path, engine):
+    dtype = "bf16" if "bf16" in engine else "fp32"
+    config = run_config(
+        *toy, tmp_path / "run", model={"dtype": dtype, "activation_checkpointing": True}, optim={"lr": 1e-2},
+        deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+    )  # fmt: skip
+    path = save_run(tmp_path / "run.yaml", config)
+    before, logits, exported = run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0]
+    assert not torch.allclose(before, logits, atol=1e-2)
+    # The engine computes in bf16, the export above in fp32: the weights are what must agree.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "fp32" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(exported, logits, **tolerance)
+
+
+def full_fine_tuning(process, path):
+    from cola_ds.prepare import prepare
+    from cola_ds.train import train
+
+    train(prepare(load_config(path), process.world_size), process, fresh=False)
+    return os.listdir(load_config(path).run.dir)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_full_fine_tuning_moves_everything_and_exports(tmp_path, architecture):
+    from cola_ds.export import export_hf
+    from transformers import AutoModelForCausalLM
+
+    model = save_model(tmp_path / "model", architecture)
+    config = run_config(model, save_sums(tmp_path / "train.jsonl", 20), tmp_path / "run", chain={"length": 1}, method="full")
+    files = run_distributed(full_fine_tuning, 2, save_run(tmp_path / "run.yaml", config))[0]
+    assert {"run.yaml", "environment.json", "metrics.jsonl", "result.json", "model"} <= set(files)
+    assert "knots.jsonl" not in files
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(export_hf(tmp_path / "run", tmp_path / "out")).state_dict()
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
