@@ -36,31 +36,32 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sa
 
 
 class RunFolder:
-    """A run's folder, to write (see `create`) or to read."""
+    """A run's folder, to write or to read."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    @classmethod
-    def create(cls, config: RunConfig, fresh: bool) -> RunFolder:
-        """Make the folder and write run.yaml.
-
-        Raises UserError when it already holds a run, unless `fresh`: then what that run left is removed.
-        """
-        folder = cls(config.run.dir)
-        left = [folder.path / name for name in (*_FILES, *_FOLDERS) if (folder.path / name).exists()]
+    def check_is_free(self, fresh: bool) -> None:
+        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run left."""
+        left = self._left()
         if left and not fresh:
             raise UserError(
-                f"run.dir {folder.path} already holds a run ({left[0].name}); name another, or start it anew with --fresh"
+                f"run.dir {self.path} already holds a run ({left[0].name}); name another, or start it anew with --fresh"
             )
-        for old in left:
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+    def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
+        """Make the folder anew, with run.yaml and environment.json. Raises UserError when it cannot be written."""
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder.path / "run.yaml", dump_config(config))
+            for old in self._left():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.path / "run.yaml", dump_config(config))
+            self.write_json("environment.json", environment)
         except OSError as error:
-            raise UserError(f"run.dir {folder.path} cannot be written: {error.strerror}") from None
-        return folder
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+
+    def _left(self) -> list[Path]:
+        return [self.path / name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
 
     def config(self) -> RunConfig:
         """The run's config. Raises UserError when this is no run's folder."""

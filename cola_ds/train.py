@@ -59,12 +59,14 @@ def train(prepared: Prepared, process: Process, fresh: bool) -> None:
     """
     begin = time.perf_counter()
     zero.check_dtype(prepared.config.model.dtype)
-    folder = RunFolder.create(prepared.config, fresh) if process.rank == 0 else None
-    zero.start_processes(process)
-    hosts = zero.texts_of_processes(platform.node())
+    folder = RunFolder(prepared.config.run.dir) if process.rank == 0 else None
     if folder:
-        folder.write_json("environment.json", describe_environment(hosts, zero.accelerator_name()))
+        folder.check_is_free(fresh)
+    zero.start_processes(process)
     chain = build_chain(prepared, process, folder)
+    hosts = zero.texts_of_processes(platform.node())
+    if folder:  # not before all that can be refused has been accepted
+        folder.create(prepared.config, describe_environment(hosts, zero.accelerator_name()))
     loading_s = time.perf_counter() - begin
     if prepared.config.method == "zero-shot":
         evaluate(chain)

@@ -76,9 +76,13 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _work(pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(
+    pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        {name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     try:
         result = (True, fn(identify(), *args))

@@ -15,9 +15,11 @@ from cola_ds.lora import draw_lora_A
 
 
 def tokenized(path, tokenizer):
-    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    with open(path, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     return [
-        (tokenizer(r["prompt"]).input_ids, tokenizer(r["completion"], add_special_tokens=False).input_ids + [2]) for r in rows
+        (tokenizer(r["prompt"]).input_ids, [*tokenizer(r["completion"], add_special_tokens=False).input_ids, 2])
+        for r in rows
     ]
 
 
@@ -35,8 +37,8 @@ def chain_of_lora(config, knots):
         A = {n: draw_lora_A(0, link, n, (r, m.in_features)).requires_grad_() for n, m in targets.items()}
         B = {n: torch.zeros(m.out_features, r, requires_grad=True) for n, m in targets.items()}
         for name, module in targets.items():
-            module.forward = lambda x, m=module, n=name: (
-                F.linear(x, m.weight, m.bias) + alpha / r * (x @ A[n].T @ B[n].T)
+            module.forward = lambda x, m=module, a=A[name], b=B[name], s=alpha / r: (
+                F.linear(x, m.weight, m.bias) + s * (x @ a.T @ b.T)
             )
         params = [*A.values(), *B.values()]
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optim["name"]]

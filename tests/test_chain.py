@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from cola_ds.config import load_config
 from cola_ds.launcher import Process
-from cola_ds.lora import lora_layers
 from tests.distributed import process_group, run_distributed
 from tests.toys import ARCHITECTURES, REPOSITORY, run_config, save_model, save_run, save_sums
 
@@ -30,7 +29,9 @@ def make_chain(process: Process, config_path):
 
     config = load_config(config_path)
     process_group(process)
-    folder = RunFolder.create(config, fresh=True) if process.rank == 0 else None
+    folder = RunFolder(config.run.dir) if process.rank == 0 else None
+    if folder:
+        folder.create(config, {})
     return build_chain(prepare(config, process.world_size), process, folder)
 
 
@@ -72,8 +73,9 @@ def optimizer_state(chain):
 
 
 def through_a_knot(process, path):
-    from cola_ds.chain import extend_chain, tie_knot, train_step, tune_lora
     from transformers import AutoModelForCausalLM
+
+    from cola_ds.chain import extend_chain, tie_knot, train_step, tune_lora
 
     chain = make_chain(process, path)
     found = {}
@@ -266,9 +268,10 @@ def test_nothing_grows_over_knots(toy, tmp_path, engine):
 
 def export_and_compare(process, path, out):
     """Run the chain, export it, and compare the logits of the export with the engine's."""
+    from transformers import AutoModelForCausalLM
+
     from cola_ds.chain import run_chain
     from cola_ds.export import export_hf
-    from transformers import AutoModelForCausalLM
 
     chain = make_chain(process, path)
     batch = next_batch(chain)
@@ -301,7 +304,10 @@ def test_export_gives_the_engines_logits(tmp_path, architecture):
 
     from transformers import AutoTokenizer
 
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("12").input_ids == AutoTokenizer.from_pretrained(model)("12").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged")("12").input_ids
+        == AutoTokenizer.from_pretrained(model)("12").input_ids
+    )
     if bias == "lora_only":
         base, merged = load_file(model / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
         moved = [name for name in base if name.endswith("q_proj.bias") and not torch.equal(base[name], merged[name])]
@@ -333,11 +339,14 @@ def full_fine_tuning(process, path):
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
 def test_full_fine_tuning_moves_everything_and_exports(tmp_path, architecture):
-    from cola_ds.export import export_hf
     from transformers import AutoModelForCausalLM
 
+    from cola_ds.export import export_hf
+
     model = save_model(tmp_path / "model", architecture)
-    config = run_config(model, save_sums(tmp_path / "train.jsonl", 20), tmp_path / "run", chain={"length": 1}, method="full")
+    config = run_config(
+        model, save_sums(tmp_path / "train.jsonl", 20), tmp_path / "run", chain={"length": 1}, method="full"
+    )
     files = run_distributed(full_fine_tuning, 2, save_run(tmp_path / "run.yaml", config))[0]
     assert {"run.yaml", "environment.json", "metrics.jsonl", "result.json", "model"} <= set(files)
     assert "knots.jsonl" not in files

@@ -1,5 +1,6 @@
 """Promise 3: every world size, with accumulation and without, follows the plain-torch reference of algorithm 1."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -10,8 +11,6 @@ from cola_ds.train import train
 from tests.distributed import run_distributed
 from tests.reference import chain_of_lora
 from tests.toys import rows, run_config, save_model, save_run, save_sums
-
-import pytest
 
 STEPS, KNOTS = 33, (11, 22, 33)
 RATES = {"adamw": 1e-3, "sgd": 5e-2, "adagrad": 1e-2}

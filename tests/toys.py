@@ -10,10 +10,21 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-_SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "llama-tied": {"model_type": "llama", "intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama-tied": {
+        "model_type": "llama",
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True, "dropout": 0.0},
     "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
@@ -31,14 +42,23 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def save_model(folder: Path, architecture: str = "llama", **sizes: Any) -> Path:
     """A random causal LM of a known architecture, with a tokenizer, as a model folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {**_SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **ARCHITECTURES[architecture], **sizes}
+    options = {
+        **_SIZES,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        **ARCHITECTURES[architecture],
+        **sizes,
+    }
     torch.manual_seed(1)
     config = AutoConfig.for_model(options.pop("model_type", architecture), **options)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Starts a run on this machine with DeepSpeed's launcher:
+#   ./launch/local.sh RUN.yaml [N] [section.key=value ...]
+# N processes, one per GPU; without N, all the GPUs there are, or two processes on the CPU.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ $# -ge 1 ] || { echo "usage: launch/local.sh RUN.yaml [N] [section.key=value ...]" >&2; exit 2; }
+run=$1
+shift
+processes=
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+  processes=$1
+  shift
+fi
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$root/.venv/bin/activate" ]; then
+  # shellcheck disable=SC1091
+  source "$root/.venv/bin/activate"
+fi
+command -v deepspeed >/dev/null || { echo "local.sh: no deepspeed command here; run ./launch/setup.sh quickstart first" >&2; exit 2; }
+
+if [ -z "$processes" ]; then
+  processes=$(python -c 'from deepspeed.accelerator import get_accelerator
+a = get_accelerator()
+print(2 if a.device_name() == "cpu" else a.device_count())' 2>/dev/null | tail -n 1)
+fi
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+# Processes that each take all cores slow each other down.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / (processes ? processes : 1)) > 1 ? n : 1))}
+# An empty hostfile path keeps a cluster's /job/hostfile out: this machine alone.
+exec deepspeed --hostfile /dev/null --no_local_rank --num_gpus "$processes" --master_port "$port" \
+  --module cola_ds train "$run" "$@"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Fine-tunes a real small Llama on the documentation of Python's standard library: zero-shot, LoRA, and a chain of three
+# links, at the same steps and learning rate, under DeepSpeed ZeRO-3. Installs on its first run only.
+#   ./launch/quickstart.sh [N] [section.key=value ...]
+# N processes (default: the GPUs it finds, or two on the CPU); overrides of launch/runs/quickstart.yaml, e.g. optim.max_steps=90.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+./launch/setup.sh quickstart
+# shellcheck disable=SC1091
+source .venv/bin/activate
+
+python launch/quickstart_model.py build/SmolLM2-135M-Instruct
+[ -f build/quickstart/dev.jsonl ] || python launch/quickstart_data.py build/quickstart 800 96
+
+processes=()
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+  processes=("$1")
+  shift
+fi
+for method in zero-shot lora cola; do
+  length=1
+  [ "$method" = cola ] && length=3
+  echo "== $method"
+  ./launch/local.sh launch/runs/quickstart.yaml "${processes[@]}" --fresh "$@" \
+    "method=$method" "chain.length=$length" "run.dir=runs/quickstart/$method"
+done
+
+echo
+cola-ds report runs/quickstart/{zero-shot,lora,cola} --plot runs/quickstart/loss.png
+echo
+echo "loss curves:             runs/quickstart/loss.png"
+echo "export the merged model: cola-ds export runs/quickstart/cola --to hf --out build/quickstart-cola"
+echo "(first: source .venv/bin/activate)"

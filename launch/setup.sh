@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv with what an extra of pyproject.toml needs, unless that is done already.
+#   ./launch/setup.sh quickstart|test
+# PYTHON names the interpreter (default python3). pip's own settings apply: on a machine without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the download of torch's CUDA build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=${1:?usage: launch/setup.sh quickstart|test}
+python=${PYTHON:-python3}
+
+fail() { echo "setup: $1" >&2; exit 2; }
+command -v "$python" >/dev/null || fail "no $python found; install Python 3.10 or later, or name it in PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" -V) is too old; Python 3.10 or later is needed"
+"$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python lacks venv; on Debian and Ubuntu: apt-get install python3-venv"
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found (DeepSpeed compiles an operation); install g++"
+
+stamp=".venv/.installed-$extra"
+wanted=$(cat pyproject.toml launch/setup.sh | sha256sum | cut -d' ' -f1)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+# shellcheck disable=SC1091
+source .venv/bin/activate
+echo "setup: installing cola_ds[$extra] into .venv"
+python -m pip install --quiet --editable ".[$extra]"
+# DeepSpeed compiles its communication operation on first use: here, where nobody waits for a run. A lock that an
+# interrupted compilation left behind would hang every later one.
+find .venv/torch_extensions -name lock -delete 2>/dev/null || true
+echo "setup: compiling DeepSpeed's communication operation"
+python -c 'from cola_ds import launcher, zero; zero.start_processes(launcher.identify()); zero.stop_processes()' >/dev/null
+echo "$wanted" >"$stamp"

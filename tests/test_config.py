@@ -1,0 +1,296 @@
+"""The run's YAML and the DeepSpeed JSON: what is read, refused and derived."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from cola_ds.config import dump_config, load_config, resolve
+from cola_ds.engine_config import complete, read_engine_config
+from cola_ds.errors import UserError
+from cola_ds.knots import place_knots
+from cola_ds.optim import learning_rate
+from tests.toys import REPOSITORY
+
+MINIMAL = """
+model: {path: some/model}
+data: {train: train.jsonl}
+optim: {lr: 5e-4, epochs: 5}
+run: {dir: runs/x}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text=MINIMAL, *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, list(overrides))
+
+    return load
+
+
+def test_minimal_run_has_the_papers_defaults(load):
+    config = load()
+    assert config.optim.lr == 5e-4  # YAML 1.1 would read 5e-4 as text
+    assert (config.lora_ranks, config.lora.alpha, config.lora.targets) == ([8], 16, ["q_proj", "v_proj"])
+    assert (config.optim.name, config.optim.schedule, config.optim.weight_decay) == ("adamw", "linear", 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("optim.lr=1e-3", lambda c: c.optim.lr == 1e-3),
+        ("lora.rank=16", lambda c: c.lora_ranks == [16]),
+        ("lora.targets=all-linear", lambda c: c.lora.targets == "all-linear"),
+        ("lora.targets=[q_proj]", lambda c: c.lora.targets == ["q_proj"]),
+        ("eval.every=50", lambda c: c.eval.every == 50),
+        ("optim.max_grad_norm=null", lambda c: c.optim.max_grad_norm is None),
+        ("data.text=text", lambda c: c.data.text == "text"),
+        ("model.dtype=fp16", lambda c: c.model.dtype == "fp16"),
+    ],
+)
+def test_overrides(load, override, read):
+    assert read(load(MINIMAL, override))
+
+
+def test_later_override_wins_and_several_apply_together(load):
+    config = load(
+        MINIMAL, "chain.length=2", "lora.rank=[8, 4]", "optim.lr=1", "optim.lr=2", "chain.knots={epochs: [3]}"
+    )
+    assert (config.lora_ranks, config.optim.lr, config.chain.knots) == ([8, 4], 2, {"epochs": [3]})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnk=8", "unknown key lora.rnk; did you mean lora.rank?"),
+        ("optm.lr=1", "unknown key optm; did you mean optim?"),
+        ("lora.zzz=8", "unknown key lora.zzz; known are rank, alpha, dropout, targets, bias"),
+        (
+            "lora.rank=0",
+            "lora.rank must be a whole number of at least 1, or one such number per link, like [8, 4]; it is 0",
+        ),
+        ("lora.rank=[8, 0]", "it is [8, 0]"),
+        ("lora.rank=true", "it is True"),
+        ("lora.rank=[8, 4]", "lora.rank [8, 4] names 2 links, but chain.length is 1"),
+        ("optim.lr='5e-4'", "optim.lr must be a number; it is '5e-4' (text: write numbers without quotes)"),
+        ("optim.lr=fast", "optim.lr must be a number; it is 'fast'"),
+        ("optim.lr=0", "optim.lr must be greater than 0; it is 0"),
+        ("optim.lr=.inf", "optim.lr must be a finite number"),
+        ("optim.micro_batch_size=2.5", "optim.micro_batch_size must be a integer; it is 2.5"),
+        ("optim.name=lion", "optim.name must be 'adamw', 'sgd' or 'adagrad'; it is 'lion'"),
+        ("optim.epochs=null", "optim.epochs or optim.max_steps must say how long to train"),
+        ("method=icl", "method must be 'cola', 'lora', 'full' or 'zero-shot'; it is 'icl'"),
+        ("method=zero-shot", "method zero-shot only evaluates: name data.eval"),
+        ("lora.targets=q_proj", "lora.targets must be all-linear or a list"),
+        ("lora.dropout=1", "lora.dropout must be less than 1; it is 1"),
+        ("chain.length=0", "chain.length must be greater than or equal to 1; it is 0"),
+        ("chain.knots=odd", "chain.knots must be even, {epochs: [3]} or {steps: [125, 250]}"),
+        ("chain.knots={steps: [9, 3]}", "chain.knots are out of order"),
+        ("chain.knots={steps: [3, 9]}", "chain.knots names 2 knots; chain.length 1 takes 0"),
+        ("data.revision=main", "data.hub_config and data.revision need data.hub"),
+        ("eval.every=never", "eval.every must be epoch, link, end or a positive number of steps; it is 'never'"),
+        ("run=3", "run must be a"),
+        ("optim.lr", "override 'optim.lr' must look like section.key=value"),
+        ("optim.lr.x=3", "override optim.lr.x: lr is a value, not a section"),
+        ("optim.lr=[", "override optim.lr is not valid YAML"),
+    ],
+)
+def test_refusals_name_key_value_and_remedy(load, override, message):
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL, override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=lora", "chain.length=3"], "method lora contradicts chain.length 3"),
+        (["method=full", "chain.length=2"], "method full contradicts chain.length 2"),
+        (["data.text=text", "data.prompt=q"], "data.text contradicts data.prompt and data.completion"),
+    ],
+)
+def test_contradictions(load, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no keys"),
+        ("a: [", "is not valid YAML"),
+        (MINIMAL + "run: {dir: twice}", "key run is given twice"),
+        ("model: {path: m}\ndata: {train: t}\noptim: {lr: 1, epochs: 1}", "missing key run"),
+        ("model: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_files_that_cannot_be_a_run(load, text, message):
+    with pytest.raises(UserError, match=message):
+        load(text)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the run's YAML .*none.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_dumped_config_loads_equal(load, tmp_path):
+    config = load(MINIMAL, "chain.length=2", "lora.rank=[8, 4]", "chain.knots={steps: [7]}")
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+# -- derived -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knots", "length", "total", "placed"),
+    [
+        ("even", 1, 10, (10,)),
+        ("even", 3, 10, (4, 7, 10)),  # differ by at most one step, the earlier links longer
+        ("even", 3, 11, (4, 8, 11)),
+        ("even", 4, 4, (1, 2, 3, 4)),
+        ({"epochs": [3]}, 2, 625, (375, 625)),  # the paper's length 2: epochs 1-3, then 4-5
+        ({"steps": [2, 9]}, 3, 10, (2, 9, 10)),
+    ],
+)
+def test_knots(knots, length, total, placed):
+    assert place_knots(knots, length, total, steps_per_epoch=125) == placed
+
+
+@pytest.mark.parametrize(
+    ("knots", "length", "message"),
+    [
+        ("even", 11, "chain.length 11 needs at least one step per link"),
+        ({"steps": [10]}, 2, "step 10 is at or past the end of the run, which has 10 steps"),
+        ({"epochs": [5]}, 2, r"epoch 5 \(step 10\) is at or past the end"),
+    ],
+)
+def test_knots_outside_the_run(knots, length, message):
+    with pytest.raises(UserError, match=message):
+        place_knots(knots, length, 10, steps_per_epoch=2)
+
+
+def test_timetable(load):
+    config = load(MINIMAL, "chain.length=3", "optim.global_batch_size=8", "optim.micro_batch_size=2")
+    timetable = resolve(config, examples=1001, world_size=2)
+    assert (timetable.steps_per_epoch, timetable.total_steps, timetable.micro_steps) == (126, 630, 2)
+    assert [timetable.link_steps(link) for link in (1, 2, 3)] == [210, 210, 210]
+    assert resolve(load(MINIMAL, "optim.max_steps=7"), 1001, 1).total_steps == 7
+
+
+def test_batch_that_does_not_divide(load):
+    with pytest.raises(
+        UserError, match=r"optim.global_batch_size 8 does not divide .* 3 processes; use a multiple of 12"
+    ):
+        resolve(load(), examples=10, world_size=3)
+
+
+def rates(load, *overrides, steps=10):
+    config = load(MINIMAL, "optim.lr=1", f"optim.max_steps={steps}", "chain.length=2", *overrides)
+    timetable = resolve(config, 8, 1)
+    return [
+        learning_rate(config.optim, timetable, link, step)
+        for link in (1, 2)
+        for step in range(timetable.link_steps(link))
+    ]
+
+
+def test_learning_rates(load):
+    assert rates(load) == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert rates(load, "optim.schedule_over=link") == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2] * 2)
+    assert rates(load, "optim.schedule=constant") == [1.0] * 10
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(10)]
+    assert rates(load, "optim.schedule=cosine") == pytest.approx(cosine)
+    warm = rates(load, "optim.schedule=constant", "optim.warmup_steps=4")
+    assert warm == pytest.approx([0.25, 0.5, 0.75, 1, 1] * 2)  # anew in each link
+
+
+def test_linear_schedule_is_transformers_own(load):
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, 10)
+    expected = []
+    for _ in range(10):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates(load) == pytest.approx(expected)
+
+
+# -- the DeepSpeed JSON ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(load, tmp_path):
+    def engine(content, *overrides):
+        path = tmp_path / "engine.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        config = load(MINIMAL, f"deepspeed={path}", *overrides)
+        return complete(read_engine_config(config), config, resolve(config, 100, 1))
+
+    return engine
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+def test_engine_config_is_completed(engine):
+    found = engine({**ZERO3, "train_batch_size": "auto", "tensorboard": {"enabled": True}}, "model.dtype=bf16")
+    assert found["train_batch_size"] == 8
+    assert found["train_micro_batch_size_per_gpu"] == 4
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["gradient_clipping"] == 1.0
+    assert found["bf16"] == {"enabled": True}
+    assert "tensorboard" not in found  # the run feeds the monitors itself
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"a": 1, "a": 2}', "a key is given twice"),
+        ({}, "zero_optimization.stage is None; a chain runs at stage 2 or 3"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is 1; a chain runs at stage 2 or 3"),
+        ({"zero_optimizaton": {"stage": 3}}, "key zero_optimizaton; did you mean zero_optimization?"),
+        ({**ZERO3, "train_batch_size": 9}, "train_batch_size 9 contradicts optim.global_batch_size 8"),
+        ({**ZERO3, "train_micro_batch_size_per_gpu": 1}, "contradicts optim.micro_batch_size 4"),
+        ({**ZERO3, "gradient_accumulation_steps": 5}, "gradient_accumulation_steps 5 contradicts the 2 that follow"),
+        ({**ZERO3, "gradient_clipping": 3}, "gradient_clipping 3 contradicts optim.max_grad_norm 1.0"),
+        ({**ZERO3, "optimizer": {"type": "AdamW"}}, "remove optimizer; the run's YAML says it"),
+        ({**ZERO3, "scheduler": {}}, "remove scheduler; the run's YAML says it"),
+        ({**ZERO3, "fp16": {"enabled": True}}, "fp16.enabled true contradicts model.dtype bf16"),
+        ({**ZERO3, "bf16": {"enabled": False}}, "bf16.enabled false contradicts model.dtype bf16"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "zero_hpz_partition_size 2 is not supported",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device nvme is not"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
+    ],
+)
+def test_engine_files_that_are_refused(engine, content, message):
+    with pytest.raises(UserError) as caught:
+        engine(content)
+    assert message in str(caught.value)
+
+
+def test_missing_engine_file(load):
+    with pytest.raises(UserError, match=r"cannot read the DeepSpeed JSON none\.json"):
+        read_engine_config(load(MINIMAL, "deepspeed=none.json"))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch/runs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_loads_and_says_how_it_is_started(path):
+    config = load_config(path)
+    text = path.read_text(encoding="utf-8")
+    assert f"./launch/local.sh {path.relative_to(REPOSITORY)}" in text.split("\nmodel:")[0]
+    assert (REPOSITORY / config.deepspeed).is_file()
+    assert yaml.safe_load(text)
