@@ -5,6 +5,7 @@ Every function here that says "collective" must be called by all processes toget
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import math
@@ -138,18 +139,37 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
 
     # transformers shards while this object is alive, and only then: keep it until the model is loaded.
     sharding = HfDeepSpeedConfig(engine_config) if engine_config["zero_optimization"]["stage"] == 3 else None
-    model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        revision=config.revision,
-        dtype=DTYPES[config.dtype],
-        trust_remote_code=config.trust_remote_code,
-        use_safetensors=True,
-    )
+    with _freed_memory_goes_back():
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=DTYPES[config.dtype],
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
     del sharding
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+@contextmanager
+def _freed_memory_goes_back() -> Iterator[None]:
+    """Have glibc return large blocks to the kernel as they are freed, and behave as usual afterwards.
+
+    It would keep them for later use. Loading frees a gathered module after another, and would leave each process with more
+    resident memory than the whole model takes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 1)  # another C library: nothing to set
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    mallopt(mmap_threshold, 128 * 1024)
+    try:
+        yield
+    finally:
+        # What glibc's own adjustment arrives at once a program has freed large blocks.
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 64 * 2**20)
 
 
 def numel(param: Tensor) -> int:

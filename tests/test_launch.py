@@ -94,7 +94,11 @@ def test_quickstart_runs_twice(copy):
     table = {line.split("|")[1].strip(): line.split("|") for line in first.splitlines() if line.startswith("| ")}
     assert [table[name][3].strip() for name in ("zero-shot", "lora", "cola")] == ["0", "1", "3"]
     assert (copy / "runs/quickstart/loss.png").read_bytes().startswith(b"\x89PNG")
-    losses = [json.loads((copy / f"runs/quickstart/{name}/result.json").read_text())["scores"]["loss"] for name in table if name in ("lora", "cola")]
+    losses = [
+        json.loads((copy / f"runs/quickstart/{name}/result.json").read_text())["scores"]["loss"]
+        for name in table
+        if name in ("lora", "cola")
+    ]
     assert len(losses) == 2
 
     model = (copy / "build/SmolLM2-135M-Instruct/model.safetensors").stat().st_mtime_ns
@@ -117,7 +121,9 @@ def test_quickstart_data_is_split_without_leakage(copy):
     in_copy(copy, "python launch/quickstart_data.py data/docs")
     halves = []
     for name in ("train", "dev"):
-        rows = [json.loads(line) for line in (copy / f"data/docs/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line) for line in (copy / f"data/docs/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         packages = {re.search(r"`(\w+)", row["prompt"])[1] for row in rows}
         halves.append((packages, {row["completion"].lower() for row in rows}, len(rows)))
     (train_packages, train_texts, train), (held_packages, held_texts, held) = halves
