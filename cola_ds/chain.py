@@ -76,9 +76,12 @@ def run_chain(chain: Chain) -> None:
 
 
 def tune_lora(chain: Chain) -> Batch:
-    """Train the current link up to its knot. Returns a micro batch of its last step."""
+    """Train the current link up to its knot. Returns a micro batch of its last step.
+
+    Raises TrainingFailedError when the engine had to leave out every update.
+    """
     state, timetable, optim = chain.state, chain.timetable, chain.config.optim
-    knot = timetable.knots[state.link - 1]
+    knot, skipped_before = timetable.knots[state.link - 1], state.skipped_steps
     while state.step < knot:
         examples = chain.train.step(state.step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
         lr = learning_rate(optim, timetable, state.link, state.step_in_link)
@@ -94,6 +97,10 @@ def tune_lora(chain: Chain) -> Batch:
         )  # fmt: skip
         if state.step < knot and evaluation_is_due(chain, at_knot=False):
             evaluate(chain)
+    if state.skipped_steps - skipped_before == timetable.link_steps(state.link):
+        raise TrainingFailedError(
+            f"no update of link {state.link} could be applied: no gradient was finite; lower optim.lr"
+        )
     return batch
 
 

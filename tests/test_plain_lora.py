@@ -80,7 +80,8 @@ def peft_here(process, path):
 def test_length_one_is_plain_lora_bit_for_bit(tmp_path, engine, world_size):
     model, data = save_model(tmp_path / "model"), save_sums(tmp_path / "train.jsonl", 40)
     config = run_config(
-        model, data, tmp_path / "run", method="lora", chain={"length": 1}, deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+        model, data, tmp_path / "run", method="lora", chain={"length": 1},
+        deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
         optim={"name": "adamw", "lr": 5e-3, "max_steps": STEPS, "micro_batch_size": 8 // world_size, "max_grad_norm": None},
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
