@@ -270,7 +270,8 @@ def _explain(error: dict[str, Any]) -> str:
     if kind == "value_error":
         return f"{key} {message}; it is {value!r}"
     quoted = " (text: write numbers without quotes)" if isinstance(value, str) and "number" in message + kind else ""
-    message = message.removeprefix("Input ").replace("should be", "must be").replace("a valid ", "a ")
+    message = message.removeprefix("Input ").replace("should be", "must be")
+    message = message.replace("a valid integer", "an integer").replace("a valid ", "a ")
     return f"{key} {message}; it is {value!r}{quoted}"
 
 

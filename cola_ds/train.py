@@ -89,6 +89,7 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
         "seed": config.run.seed,
         "scores": _scores(folder),
         "steps": chain.state.step,
+        "examples": chain.state.examples_seen,
         "links": config.chain.length if config.trains_lora else 0,
         "tokens": chain.state.tokens_seen,
         "skipped_steps": chain.state.skipped_steps,

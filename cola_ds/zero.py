@@ -280,7 +280,11 @@ class Monitor:
     """The monitors that the DeepSpeed JSON asks for (TensorBoard, W&B, ...), fed with the chain's own step counts."""
 
     def __init__(self, engine_json: dict[str, Any]):
-        self._master = MonitorMaster(get_monitor_config(engine_json))
+        """Raises UserError when a monitor's package is not installed."""
+        try:
+            self._master = MonitorMaster(get_monitor_config(engine_json))
+        except ImportError as error:
+            raise UserError(f"the DeepSpeed JSON asks for a monitor whose package is missing: {error}") from None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write named numbers at a step; process 0 alone does so."""

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 source .venv/bin/activate
 
 python launch/quickstart_model.py build/SmolLM2-135M-Instruct
-[ -f build/quickstart/dev.jsonl ] || python launch/quickstart_data.py build/quickstart 800 96
+[ -f build/quickstart/dev.jsonl ] || python launch/quickstart_data.py build/quickstart 800 64
 
 processes=()
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then

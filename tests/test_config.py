@@ -79,7 +79,7 @@ def test_later_override_wins_and_several_apply_together(load):
         ("optim.lr=fast", "optim.lr must be a number; it is 'fast'"),
         ("optim.lr=0", "optim.lr must be greater than 0; it is 0"),
         ("optim.lr=.inf", "optim.lr must be a finite number"),
-        ("optim.micro_batch_size=2.5", "optim.micro_batch_size must be a integer; it is 2.5"),
+        ("optim.micro_batch_size=2.5", "optim.micro_batch_size must be an integer; it is 2.5"),
         ("optim.name=lion", "optim.name must be 'adamw', 'sgd' or 'adagrad'; it is 'lion'"),
         ("optim.epochs=null", "optim.epochs or optim.max_steps must say how long to train"),
         ("method=icl", "method must be 'cola', 'lora', 'full' or 'zero-shot'; it is 'icl'"),

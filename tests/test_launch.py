@@ -61,7 +61,8 @@ def test_scripts_pass_shellcheck():
 def test_readme_commands_run(copy):
     """In the order of the README, on a toy model and data where it has the reader's own."""
     save_model(copy / "models/my-llama")
-    save_sums(copy / "data/train.jsonl", 40) if (copy / "data").mkdir() is None else None
+    (copy / "data").mkdir(exist_ok=True)
+    save_sums(copy / "data/train.jsonl", 40)
     save_sums(copy / "data/dev.jsonl", 12, seed=1)
     for row in blocks("json"):
         assert {"prompt", "completion"} <= set(json.loads(row))
@@ -89,17 +90,12 @@ def test_quickstart_runs_twice(copy):
     """With fewer steps; the whole of it otherwise, the download of the model included."""
     stamp = REPOSITORY / ".venv/.installed-quickstart"
     first = in_copy(copy, "./launch/quickstart.sh 2 optim.max_steps=3 eval.every=end", timeout_s=1200)
-    assert first.count("| zero-shot |") == first.count("| lora |") == first.count("| cola |") == 1 + 0
     installed = stamp.stat().st_mtime_ns
     table = {line.split("|")[1].strip(): line.split("|") for line in first.splitlines() if line.startswith("| ")}
     assert [table[name][3].strip() for name in ("zero-shot", "lora", "cola")] == ["0", "1", "3"]
     assert (copy / "runs/quickstart/loss.png").read_bytes().startswith(b"\x89PNG")
-    losses = [
-        json.loads((copy / f"runs/quickstart/{name}/result.json").read_text())["scores"]["loss"]
-        for name in table
-        if name in ("lora", "cola")
-    ]
-    assert len(losses) == 2
+    losses = [float(table[name][5]) for name in ("zero-shot", "lora", "cola")]
+    assert max(losses[1:]) < losses[0]  # even three steps teach something
 
     model = (copy / "build/SmolLM2-135M-Instruct/model.safetensors").stat().st_mtime_ns
     command = re.search(r"cola-ds export .*", first)[0]

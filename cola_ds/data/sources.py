@@ -11,6 +11,13 @@ import datasets
 from cola_ds.config import DataConfig
 from cola_ds.errors import UserError
 
+_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "shortened": datasets.Value("bool"),
+    }
+)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -51,8 +58,14 @@ def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
                     f"data.{split} {name}: row {index + 1} has {value!r} in column {column}; it must be text"
                 )
     encode = _TextEncoder(tokenizer, config) if config.text is not None else _PairEncoder(tokenizer, config)
+    # No cache: its key would not change with this file's code, and a stale cache is a wrong number in someone's table.
     rows = rows.map(
-        encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, keep_in_memory=True
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+        load_from_cache_file=False,
+        keep_in_memory=True,
     )
     lengths = [len(ids) for ids in rows["input_ids"]]
     # The first id of an example has nothing before it to be predicted from.
