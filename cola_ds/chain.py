@@ -134,20 +134,20 @@ def tie_knot(chain: Chain, batch: Batch) -> dict[str, Any]:
     begin = time.perf_counter()
     link_tensors: dict[str, Tensor] = {}
     squares = torch.zeros(2, dtype=torch.float64, device=zero.device())  # of the wanted change; of what rounding lost
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     moved = 0
     for name, layer in lora_layers(chain.engine.module).items():
         params = [layer.weight, layer.lora_A, layer.lora_B]
         with zero.gathered(params, write=True):
             delta = delta_weight(layer.lora_A, layer.lora_B, layer.scaling)  # (out, in)
-            before = layer.weight.clone()
             if chain.save_link:
                 link_tensors |= host_copies(
                     {f"{name}.lora_A.weight": layer.lora_A, f"{name}.lora_B.weight": layer.lora_B}
                 )
-            layer.weight.copy_(before.float() + delta)
+            before = layer.weight.to(torch.float32, copy=True)
+            layer.weight.copy_(before + delta)
             layer.lora_B.zero_()
-            stored = layer.weight.float() - before.float()
-            squares += torch.stack([delta.double().square().sum(), (stored - delta).double().square().sum()])
+            squares += torch.stack([norm(delta), norm(before.sub_(layer.weight).add_(delta))]).square()
         if layer.bias is not None and layer.bias.requires_grad:
             with zero.gathered([layer.bias]):
                 if chain.save_link:
@@ -220,11 +220,9 @@ def evaluate(chain: Chain) -> HeldOut:
     return found
 
 
-@torch.no_grad()
 def batch_loss(chain: Chain, batch: Batch) -> float:
     """Mean loss on one micro batch of each process, without dropout."""
-    chain.engine.eval()
-    loss, tokens = loss_sum(chain.engine, batch), (batch.labels >= 0).sum()
-    chain.engine.train()
+    with zero.evaluating(chain.engine):
+        loss, tokens = loss_sum(chain.engine, batch), (batch.labels >= 0).sum()
     total, count = zero.sum_over_processes(torch.stack([loss, tokens.to(loss.dtype)])).tolist()
     return total / max(count, 1)

@@ -11,9 +11,11 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cola_ds.config import load_config
-from cola_ds.errors import TrainingFailedError, UserError
+from cola_ds.errors import TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
 
 
@@ -30,13 +32,23 @@ def main(argv: list[str] | None = None) -> int:
     process = None
     try:
         process = identify()
-        return args.run(args, process)
+        args.run(args, process)
+        return 0
     except UserError as error:
         _say(f"cola-ds: {error}", process)
-        return 2
+        status = 2
     except TrainingFailedError as error:
         _say(f"cola-ds: training failed: {error}", process)
-        return 3
+        status = 3
+    except Exception:  # a defect, or a fault of the machine: all that is known of it
+        traceback.print_exc()
+        status = 3 if args.run is _train else 1
+    if process and process.world_size > 1:
+        # Exit handlers of a process group can wait for peers that wait for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _say(message: str, process: Process | None) -> None:
@@ -79,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(args: argparse.Namespace, process: Process) -> int:
+def _train(args: argparse.Namespace, process: Process) -> None:
     if args.processes is not None and (not args.dry_run or args.processes < 1):
         raise UserError(
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
@@ -93,21 +105,14 @@ def _train(args: argparse.Namespace, process: Process) -> int:
     if process.rank == 0:
         print(summarize(prepared, world_size), flush=True)
     if args.dry_run:
-        return 0
+        return
     from cola_ds import zero  # and deepspeed more
     from cola_ds.train import train
 
-    try:
-        train(prepared, process, args.fresh)
-    except (UserError, TrainingFailedError):
-        raise
-    except Exception:  # a defect or a fault of the machine: all that is known of it, and the status that says so
-        traceback.print_exc()
-        return 3
+    train(prepared, process, args.fresh)
     zero.stop_processes()
     if process.rank == 0:
         print(f"done: {config.run.dir}", flush=True)
-    return 0
 
 
 def _quiet_libraries(process: Process) -> None:
@@ -122,16 +127,29 @@ def _quiet_libraries(process: Process) -> None:
         transformers.utils.logging.set_verbosity_error()
 
 
-def _export(args: argparse.Namespace, process: Process) -> int:
+def _export(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.export import export_hf
 
     _quiet_libraries(process)
-    print(f"wrote {export_hf(args.run_dir, args.out)}")
-    return 0
+    with _readable(args.run_dir):
+        print(f"wrote {export_hf(args.run_dir, args.out)}")
 
 
-def _report(args: argparse.Namespace, process: Process) -> int:
+def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report import report
 
-    print(report(args.runs, args.plot))
-    return 0
+    with _readable(", ".join(args.runs)):
+        print(report(args.runs, args.plot))
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn what damaged files of a run raise into a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None

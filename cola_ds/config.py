@@ -69,7 +69,7 @@ class ModelConfig(_Section):
 class LoraConfig(_Section):
     rank: Annotated[int | list[int], BeforeValidator(_lora_ranks)] = 8
     """One LoRA rank for all links, or one per link."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
     """scaling = alpha / rank, link by link."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Annotated[str | list[str], BeforeValidator(_targets)] = ["q_proj", "v_proj"]
@@ -146,7 +146,7 @@ class EvalConfig(_Section):
 
 class RunSection(_Section):
     dir: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     log_every_steps: int = Field(default=10, ge=1)
 
 
@@ -204,11 +204,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that _Loader would read as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+        list("-+.0123456789"),
+    )
 
 
 def _parse_yaml(text: str, source: str) -> Any:
@@ -285,7 +290,7 @@ def _keys_of(names: list[str]) -> list[str]:
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False)
+    return yaml.dump(config.model_dump(exclude_unset=True), Dumper=_Dumper, sort_keys=False)
 
 
 @dataclass(frozen=True)
@@ -309,7 +314,8 @@ class Timetable:
 def resolve(config: RunConfig, examples: int, world_size: int) -> Timetable:
     """Derive steps, knots and gradient accumulation.
 
-    Raises UserError when the global batch does not divide over micro batches and processes, or a knot lies outside the run.
+    Raises UserError when the global batch does not divide over micro batches and processes, a knot lies outside the run, or a
+    warm-up outlasts its link.
     """
     optim = config.optim
     per_micro_step = optim.micro_batch_size * world_size
@@ -321,4 +327,8 @@ def resolve(config: RunConfig, examples: int, world_size: int) -> Timetable:
     steps_per_epoch = -(-examples // optim.global_batch_size)
     total_steps = optim.max_steps or (optim.epochs or 1) * steps_per_epoch
     knots = place_knots(config.chain.knots, config.chain.length, total_steps, steps_per_epoch)
-    return Timetable(examples, steps_per_epoch, total_steps, knots, optim.global_batch_size // per_micro_step)
+    timetable = Timetable(examples, steps_per_epoch, total_steps, knots, optim.global_batch_size // per_micro_step)
+    shortest = min(timetable.link_steps(link) for link in range(1, config.chain.length + 1))
+    if optim.warmup_steps >= shortest:
+        raise UserError(f"optim.warmup_steps {optim.warmup_steps} never ends: the shortest link has {shortest} steps")
+    return timetable

@@ -32,6 +32,8 @@ _UNSUPPORTED_ZERO = {
     "zero_quantized_weights": False,
     "zero_quantized_nontrainable_weights": False,
     "zero_quantized_gradients": False,
+    "zenflow": None,
+    "super_offload": False,
 }
 
 
@@ -51,6 +53,9 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     if not isinstance(engine, dict):
         raise UserError(f"{path} must hold a JSON object")
     engine = _without_auto(engine)
+    for key in ("zero_optimization", *_PRECISIONS, *MONITORS):
+        if not isinstance(engine.get(key, {}), dict):
+            raise UserError(f"{path}: {key} must be an object like {{...}}; it is {json.dumps(engine[key])}")
     _check_keys(engine, config, path)
     _check_zero(engine.get("zero_optimization"), path)
     _check_precision(engine, config, path)
@@ -102,7 +107,12 @@ def _check_zero(zero: Any, path: Path) -> None:
         if zero.get(key, harmless) != harmless:
             raise UserError(f"{path}: zero_optimization.{key} {zero[key]} is not supported; remove it")
     for key in ("offload_param", "offload_optimizer"):
-        device = (zero.get(key) or {}).get("device", "none")
+        section = zero.get(key) or {}
+        if not isinstance(section, dict):
+            raise UserError(
+                f"{path}: zero_optimization.{key} must be an object like {{...}}; it is {json.dumps(section)}"
+            )
+        device = section.get("device", "none")
         if device not in ("none", "cpu"):
             raise UserError(f"{path}: zero_optimization.{key}.device {device} is not supported; use cpu or none")
         if key == "offload_param" and device == "cpu" and stage != 3:

@@ -5,5 +5,10 @@ class UserError(ValueError):
     """A mistake in the config, data or model: one line that names the value, what was expected and the remedy. Exit 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class TrainingFailedError(RuntimeError):
     """Training itself went wrong, such as a loss that is not finite. Exit 3."""

@@ -42,21 +42,18 @@ class HeldOut:
     seconds: float
 
 
-@torch.no_grad()
 def held_out_loss(engine: zero.Engine, batcher: Batcher, batch_size: int) -> HeldOut:
     """Evaluate on every example once, whatever the world size. Collective."""
     begin = time.perf_counter()
-    was_training = engine.training
-    engine.eval()
     device = zero.device()
     total = torch.zeros((), device=device)
     examples = tokens = 0
-    for share in batcher.evaluation(batch_size):
-        # Every process runs every forward pass, if need be on a batch that counts nothing: under ZeRO-3 they gather together.
-        for batch in share.micro_batches:
-            total += loss_sum(engine, batch.to(device))
-        examples += share.examples
-        tokens += share.loss_tokens
-    engine.train(was_training)
+    with zero.evaluating(engine):
+        for share in batcher.evaluation(batch_size):
+            # Every process runs every forward pass, if need be on a batch that counts nothing: under ZeRO-3 they gather together.
+            for batch in share.micro_batches:
+                total += loss_sum(engine, batch.to(device))
+            examples += share.examples
+            tokens += share.loss_tokens
     loss = zero.sum_over_processes(total).item() / max(tokens, 1)
     return HeldOut(loss, math.exp(min(loss, 700.0)), examples, tokens, time.perf_counter() - begin)

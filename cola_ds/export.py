@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cola_ds.config import RunConfig
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 from cola_ds.lora import delta_weight
 from cola_ds.rundir import RunFolder
 
@@ -51,10 +51,8 @@ def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             config.model.path, dtype=_DTYPES[config.model.dtype], use_safetensors=True, **options
         )
-    except OSError as error:
-        raise UserError(
-            f"the run's base model {config.model.path} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the run's base model {config.model.path} cannot be loaded: {first_line(error)}") from None
     for link, path in enumerate(links, start=1):
         tie_saved_link(model, path, config.lora.alpha / config.lora_ranks[link - 1])
     model.save_pretrained(out)

@@ -13,7 +13,7 @@ from torch import nn
 from cola_ds.config import RunConfig, Timetable, resolve
 from cola_ds.data.sources import TokenizedData, load_split
 from cola_ds.engine_config import complete, read_engine_config
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 from cola_ds.lora import find_targets
 
 
@@ -77,10 +77,12 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # whatever a folder's files or a missing package make transformers raise
+        reason = first_line(error)
         where = "" if Path(model.path).is_dir() else "is not a folder here, and the hub does not give it: "
         raise UserError(f"model.path {model.path}: {where}{reason}") from None
+    if getattr(model_config, "quantization_config", None):
+        raise UserError(f"model.path {model.path} is quantised, which is not supported; use the model it was made from")
     if Path(model.path).is_dir() and not any(Path(model.path).glob("*.safetensors")):
         raise UserError(
             f"model.path {model.path} has no *.safetensors; pickled weights are not read, so convert them first"

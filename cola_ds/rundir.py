@@ -41,8 +41,19 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def check_is_free(self, fresh: bool) -> None:
-        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run left."""
+    def check_is_free(self, fresh: bool, inputs: list[str]) -> None:
+        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run left.
+
+        Whatever `fresh` says, the run's inputs (paths) may not lie in it, and it must be possible to write there.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run.dir {self.path} is not a folder")
+        for path in inputs:
+            if self.path.resolve() in Path(path).resolve().parents:
+                raise UserError(f"run.dir {self.path} holds {path}, which the run reads; name a folder of its own")
+        parent = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"run.dir {self.path} cannot be written: no permission to write in {parent}")
         left = self._left()
         if left and not fresh:
             raise UserError(

@@ -27,7 +27,7 @@ def build_chain(prepared: Prepared, process: Process, folder: RunFolder | None) 
     """Load, inject, and wrap in an engine: a chain at its first step. Collective; `folder` is None on every process but 0."""
     config = prepared.config
     engine_config = complete(prepared.engine_json, config, prepared.timetable)
-    zero.check_engine_config(engine_config)
+    zero.check_engine_config({**prepared.engine_json, **engine_config})
     torch.manual_seed(config.run.seed + process.rank)  # dropout alone draws from it, and differs by process
     model = zero.load_model(config.model, engine_config)
     if config.trains_lora:
@@ -38,11 +38,10 @@ def build_chain(prepared: Prepared, process: Process, folder: RunFolder | None) 
     engine = zero.build_engine(model, engine_config, partial(make_optimizer, config.optim))
     engine.train(config.method != "zero-shot")
 
-    pad_id = prepared.tokenizer.pad_token_id or 0  # masked wherever it stands
-    train = Batcher(prepared.train, process.rank, process.world_size, pad_id)
+    train = Batcher(prepared.train, process.rank, process.world_size)
     held_out = None
     if prepared.held_out is not None:
-        held_out = Batcher(prepared.held_out, process.rank, process.world_size, pad_id)
+        held_out = Batcher(prepared.held_out, process.rank, process.world_size)
     steps = prepared.timetable.total_steps if config.method != "zero-shot" else 0
     journal = Journal(folder, zero.Monitor(prepared.engine_json), steps, config.run.log_every_steps)
     save_link = partial(_save_link, folder, config, prepared.targets) if folder else None
@@ -61,7 +60,10 @@ def train(prepared: Prepared, process: Process, fresh: bool) -> None:
     zero.check_dtype(prepared.config.model.dtype)
     folder = RunFolder(prepared.config.run.dir) if process.rank == 0 else None
     if folder:
-        folder.check_is_free(fresh)
+        data = prepared.config.data
+        folder.check_is_free(
+            fresh, [prepared.config.model.path, *filter(None, () if data.hub else (data.train, data.eval))]
+        )
     zero.start_processes(process)
     chain = build_chain(prepared, process, folder)
     hosts = zero.texts_of_processes(platform.node())

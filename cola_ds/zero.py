@@ -29,13 +29,14 @@ from deepspeed import comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.monitor.config import get_monitor_config  # noqa: E402
 from deepspeed.monitor.monitor import MonitorMaster  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from cola_ds.config import ModelConfig  # noqa: E402
-from cola_ds.errors import UserError  # noqa: E402
+from cola_ds.errors import UserError, first_line  # noqa: E402
 from cola_ds.launcher import Process  # noqa: E402
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
@@ -46,8 +47,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_processes(process: Process) -> None:
-    """Join the process group over the accelerator's own backend. Collective."""
+    """Join the process group over the accelerator's own backend. Collective.
+
+    Raises UserError when this machine has fewer accelerators than processes.
+    """
     accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and process.local_rank >= accelerator.device_count():
+        raise UserError(
+            f"process {process.rank} is number {process.local_rank + 1} on its machine, which has "
+            f"{accelerator.device_count()} accelerators; start one process per accelerator"
+        )
     accelerator.set_device(process.local_rank)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
@@ -124,8 +133,8 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"DeepSpeed refuses {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(f"DeepSpeed refuses the config: {error}") from None
+    except (AssertionError, ValueError, KeyError, DeepSpeedConfigError) as error:
+        raise UserError(f"DeepSpeed refuses the config: {first_line(error)}") from None
 
 
 def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
@@ -133,22 +142,32 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
 
     Under ZeRO-3, process 0 maps the checkpoint (it is never copied as a whole) and each module goes out to the shards of all
     processes before the next one is read. At stage 2 every process holds the model, as that stage does.
+
+    Raises UserError for weights that are damaged, incomplete or not safetensors.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards while this object is alive, and only then: keep it until the model is loaded.
     sharding = HfDeepSpeedConfig(engine_config) if engine_config["zero_optimization"]["stage"] == 3 else None
-    with _freed_memory_goes_back():
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            dtype=DTYPES[config.dtype],
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
+    try:
+        with _freed_memory_goes_back():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                revision=config.revision,
+                dtype=DTYPES[config.dtype],
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights of model.path {config.path} cannot be loaded: {first_line(error)}") from None
     del sharding
-    model.config.use_cache = False
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -247,6 +266,22 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set the rate of the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+@contextmanager
+def evaluating(engine: Engine) -> Iterator[None]:
+    """Forward passes without dropout and gradients inside the block; the engine is as before after it. Collective."""
+    was_training = engine.training
+    engine.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        engine.train(was_training)
+        # Under ZeRO-3 a forward pass prefetches for the backward pass that usually follows. What is still in flight could be
+        # neither gathered nor partitioned.
+        if hasattr(engine.optimizer, "empty_partition_cache"):
+            engine.optimizer.empty_partition_cache()
 
 
 @contextmanager

@@ -18,14 +18,21 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$root/.venv/bin/activate" ]; then
 fi
 command -v deepspeed >/dev/null || { echo "local.sh: no deepspeed command here; run ./launch/setup.sh quickstart first" >&2; exit 2; }
 
-if [ -z "$processes" ]; then
-  processes=$(python -c 'from deepspeed.accelerator import get_accelerator
+# How many accelerators there are, and the variable that chooses among them.
+read -r devices visible < <(python -c 'from deepspeed.accelerator import get_accelerator
 a = get_accelerator()
-print(2 if a.device_name() == "cpu" else a.device_count())' 2>/dev/null | tail -n 1)
+print(2 if a.device_name() == "cpu" else a.device_count(), a.visible_devices_envs()[0])' | tail -n 1)
+processes=${processes:-$devices}
+if [ -n "${!visible:-}" ]; then
+  # The launcher starts one process per device that the variable names, and would ignore it beside --num_gpus.
+  export "$visible=$(cut -d, -f"1-$processes" <<<"${!visible}")"
+  where=()
+else
+  where=(--num_gpus "$processes")
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # Processes that each take all cores slow each other down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / (processes ? processes : 1)) > 1 ? n : 1))}
 # An empty hostfile path keeps a cluster's /job/hostfile out: this machine alone.
-exec deepspeed --hostfile /dev/null --no_local_rank --num_gpus "$processes" --master_port "$port" \
+exec deepspeed --hostfile /dev/null --no_local_rank "${where[@]}" --master_port "$port" \
   --module cola_ds train "$run" "$@"

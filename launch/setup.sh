@@ -18,7 +18,7 @@ stamp=".venv/.installed-$extra"
 wanted=$(cat pyproject.toml launch/setup.sh | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -x .venv/bin/pip ] || "$python" -m venv .venv
 # shellcheck disable=SC1091
 source .venv/bin/activate
 echo "setup: installing cola_ds[$extra] into .venv"

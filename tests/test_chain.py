@@ -14,6 +14,8 @@ from cola_ds.launcher import Process
 from tests.distributed import process_group, run_distributed
 from tests.toys import ARCHITECTURES, REPOSITORY, run_config, save_model, save_run, save_sums
 
+ENGINES = {"zero3": str(REPOSITORY / "tests/zero3_sharded.json"), "zero2": str(REPOSITORY / "ds_configs/zero2.json")}
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -43,12 +45,12 @@ def next_batch(chain):
     return chain.train.step(0, 99, optim.global_batch_size, optim.micro_batch_size).micro_batches[0].to(zero.device())
 
 
-@torch.no_grad()
 def outputs(chain, batch):
     """Logits in fp32, without dropout."""
-    chain.engine.eval()
-    logits = chain.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    chain.engine.train()
+    from cola_ds import zero
+
+    with zero.evaluating(chain.engine):
+        logits = chain.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return logits.float().cpu().clone()
 
 
@@ -200,7 +202,7 @@ def bf16_knot_and_a_step(process, path):
 def test_bf16_knot_is_one_rounding_and_the_old_adapter_stays_away(toy, tmp_path, engine):
     config = run_config(
         *toy, tmp_path / "run", model={"dtype": "bf16"}, optim={"lr": 1e-2, "max_steps": 6},
-        deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+        deepspeed=ENGINES[engine],
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
     before, tuned, tied, stepped, extended, one_step_on, row = run_distributed(bf16_knot_and_a_step, 2, path)[0]
@@ -249,7 +251,7 @@ def test_nothing_grows_over_knots(toy, tmp_path, engine):
     ranks = [16384, 8192] * 4 + [16384]
     config = run_config(
         *toy, tmp_path / "run", model={"dtype": "bf16"}, chain={"length": 9}, lora={"rank": ranks},
-        optim={"max_steps": 18}, deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+        optim={"max_steps": 18}, deepspeed=ENGINES[engine],
     )  # fmt: skip
     for counts in run_distributed(count_through_knots, 2, save_run(tmp_path / "run.yaml", config)):
         # Six knots, from the second to the eighth: the first one still fills caches.
@@ -267,7 +269,7 @@ def test_nothing_grows_over_knots(toy, tmp_path, engine):
 
 
 def export_and_compare(process, path, out):
-    """Run the chain, export it, and compare the logits of the export with the engine's."""
+    """Run the chain and export it. Returns the engine's logits before and after, its weights, and the export's logits."""
     from transformers import AutoModelForCausalLM
 
     from cola_ds.chain import run_chain
@@ -277,15 +279,30 @@ def export_and_compare(process, path, out):
     batch = next_batch(chain)
     before = outputs(chain, batch)
     run_chain(chain)
-    logits = outputs(chain, batch)
+    logits, weights = outputs(chain, batch), whole_weights(chain)
     if process.rank:
         return None
     chain.journal.folder.write_json("result.json", {})
     export_hf(chain.config.run.dir, out)
-    model = AutoModelForCausalLM.from_pretrained(out).float()
+    model = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
-        exported = model(input_ids=batch.input_ids.cpu(), attention_mask=batch.attention_mask.cpu()).logits
-    return before, logits, exported
+        exported = model(input_ids=batch.input_ids.cpu(), attention_mask=batch.attention_mask.cpu()).logits.float()
+    return before, logits, weights, exported
+
+
+def check_export(found, out):
+    """The export has the engine's weights to the last bit, and its logits."""
+    from transformers import AutoModelForCausalLM
+
+    before, logits, weights, exported = found
+    state = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    compared = [name for name in weights if "lora_" not in name]
+    assert set(compared) <= set(state)
+    for name in compared:
+        assert torch.equal(weights[name], state[name].float()), name
+    half = state[compared[0]].dtype == torch.bfloat16
+    assert not torch.allclose(before, logits, atol=1e-2)
+    torch.testing.assert_close(exported, logits, rtol=1e-5, atol=1e-2 if half else 1e-5)
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt2"])
@@ -298,9 +315,7 @@ def test_export_gives_the_engines_logits(tmp_path, architecture):
         chain={"length": 3}, optim={"lr": 1e-2},
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
-    before, logits, exported = run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0]
-    assert not torch.allclose(before, logits, atol=1e-2)
-    torch.testing.assert_close(exported, logits, rtol=1e-5, atol=1e-5)
+    check_export(run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0], tmp_path / "merged")
 
     from transformers import AutoTokenizer
 
@@ -322,11 +337,7 @@ def test_every_engine_file_runs_a_chain(toy, tmp_path, engine):
         deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
-    before, logits, exported = run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0]
-    assert not torch.allclose(before, logits, atol=1e-2)
-    # The engine computes in bf16, the export above in fp32: the weights are what must agree.
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "fp32" else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(exported, logits, **tolerance)
+    check_export(run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0], tmp_path / "merged")
 
 
 def full_fine_tuning(process, path):

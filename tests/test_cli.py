@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -254,6 +255,44 @@ def test_what_deepspeed_itself_refuses_is_one_line_too(run_file, tmp_path):
     assert "Traceback" not in done.stderr
     assert seconds < 60
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "incomplete", "other shapes"])
+def test_damaged_weights_are_one_line_too(run_file, tmp_path, toy, damage):
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(toy[0], tmp_path / "damaged")
+    weights = model / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        tensors = load_file(weights)
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensor = tensors.pop(name)
+        save_file(
+            tensors if damage == "incomplete" else tensors | {name: tensor[:3].clone()},
+            weights,
+            metadata={"format": "pt"},
+        )
+    done, seconds = under_two_processes(run_file, f"model.path={model}")
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("cola-ds: ")]
+    assert len(said) == 1
+    assert str(model) in said[0]
+    assert "Traceback" not in done.stderr
+    assert seconds < 60
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folders_that_cannot_be(run_file, tmp_path, toy):
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (tmp_path / "file", "is not a folder"),
+        (toy[0].parent, "which the run reads; name a folder of its own"),
+    ):
+        done = cola_ds("train", run_file, "--fresh", f"run.dir={folder}")
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert (toy[0] / "config.json").is_file()  # --fresh removed nothing of the reader's
 
 
 def test_a_folder_that_holds_a_run_under_two_processes(run_file, tmp_path):

@@ -91,6 +91,8 @@ def test_later_override_wins_and_several_apply_together(load):
         ("chain.knots={steps: [9, 3]}", "chain.knots are out of order"),
         ("chain.knots={steps: [3, 9]}", "chain.knots names 2 knots; chain.length 1 takes 0"),
         ("data.revision=main", "data.hub_config and data.revision need data.hub"),
+        ("lora.alpha=.inf", "lora.alpha must be a finite number"),
+        ("run.seed=99999999999", "run.seed must be less than 2147483648"),
         ("eval.every=never", "eval.every must be epoch, link, end or a positive number of steps; it is 'never'"),
         ("run=3", "run must be a"),
         ("optim.lr", "override 'optim.lr' must look like section.key=value"),
@@ -139,7 +141,8 @@ def test_missing_file(tmp_path):
 
 
 def test_dumped_config_loads_equal(load, tmp_path):
-    config = load(MINIMAL, "chain.length=2", "lora.rank=[8, 4]", "chain.knots={steps: [7]}")
+    # A commit's hash that YAML could take for a number
+    config = load(MINIMAL, "chain.length=2", "lora.rank=[8, 4]", "chain.knots={steps: [7]}", "model.revision='1234e56'")
     (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml") == config
 
@@ -188,6 +191,11 @@ def test_batch_that_does_not_divide(load):
         UserError, match=r"optim.global_batch_size 8 does not divide .* 3 processes; use a multiple of 12"
     ):
         resolve(load(), examples=10, world_size=3)
+
+
+def test_warm_up_that_outlasts_its_link(load):
+    with pytest.raises(UserError, match=r"optim.warmup_steps 3 never ends: the shortest link has 3 steps"):
+        resolve(load(MINIMAL, "optim.max_steps=7", "chain.length=2", "optim.warmup_steps=3"), 100, 1)
 
 
 def rates(load, *overrides, steps=10):
@@ -257,6 +265,13 @@ def test_engine_config_is_completed(engine):
         ("{", "is not valid JSON"),
         ("[]", "must hold a JSON object"),
         ('{"a": 1, "a": 2}', "a key is given twice"),
+        ({"zero_optimization": 3}, "zero_optimization must be an object like {...}; it is 3"),
+        ({**ZERO3, "bf16": True}, "bf16 must be an object like {...}; it is true"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
+            'offload_param must be an object like {...}; it is "cpu"',
+        ),
+        ({"zero_optimization": {"stage": 3, "zenflow": {}}}, "zero_optimization.zenflow {} is not supported"),
         ({}, "zero_optimization.stage is None; a chain runs at stage 2 or 3"),
         ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is 1; a chain runs at stage 2 or 3"),
         ({"zero_optimizaton": {"stage": 3}}, "key zero_optimizaton; did you mean zero_optimization?"),

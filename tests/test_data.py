@@ -50,7 +50,7 @@ def test_parquet_and_other_columns(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("max_length", "expected"),
-    [(10, "<s>abcdefgh</s>"[:0] + "<s>cdefghXY</s>"), (5, "<s>hXY</s>"), (4, "<s>XY</s>"), (3, "<s>XY"), (2, "<s>X")],
+    [(10, "<s>cdefghXY</s>"), (5, "<s>hXY</s>"), (4, "<s>XY</s>"), (3, "<s>XY"), (2, "<s>X")],
 )
 def test_a_long_prompt_loses_its_beginning_but_not_bos(tokenizer, tmp_path, max_length, expected):
     data = load(
@@ -69,6 +69,21 @@ def test_text_is_predicted_once(tokenizer, tmp_path):
     assert sum(data.loss_tokens) == 11  # ten letters and EOS
 
 
+def test_empty_lines_of_text_are_left_out(tokenizer, tmp_path):
+    path = write(
+        tmp_path / "t[1].jsonl", [{"text": "ab"}, {"text": ""}, {"text": " "}, {"text": "c"}]
+    )  # no glob pattern either
+    data = load(tokenizer, path, text="text")
+    assert [tokenizer.decode(ids) for ids in data.rows["input_ids"]] == ["<s>ab</s>", "<s>c</s>"]
+
+
+def test_file_that_is_not_utf8(tokenizer, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"prompt": "\xff\xfe", "completion": "b"}\n')
+    with pytest.raises(UserError, match=r"t\.jsonl"):
+        load(tokenizer, path)
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
@@ -84,6 +99,7 @@ def test_text_is_predicted_once(tokenizer, tmp_path):
         ),
         ('{"prompt": "a", "completion": 3}\n', {}, "row 1 has 3 in column completion"),
         ('{"prompt": "a", "completion": "b"}\n', {"text": "text"}, "has no column text"),
+        ('{"text": ""}\n', {"text": "text"}, "leaves nothing to predict"),
     ],
 )
 def test_files_that_are_refused(tokenizer, tmp_path, content, options, message):
@@ -103,8 +119,8 @@ def test_unknown_suffix(tokenizer, tmp_path):
 
 
 def test_collate_counts_completions_alone():
-    batch = collate([([1, 5, 6, 7], 2), ([1, 8], 1)], pad_id=9)
-    assert batch.input_ids.tolist() == [[1, 5, 6, 7], [1, 8, 9, 9]]
+    batch = collate([([1, 5, 6, 7], 2), ([1, 8], 1)])
+    assert batch.input_ids.tolist() == [[1, 5, 6, 7], [1, 8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.positions.tolist() == [0, 1, 2]
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
@@ -128,8 +144,8 @@ def examples_of(batches):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_an_epoch_holds_each_example_once_at_every_world_size(data, world_size, micro_batch_size):
-    batchers = [Batcher(data, rank, world_size, 0) for rank in range(world_size)]
-    alone = Batcher(data, 0, 1, 0)
+    batchers = [Batcher(data, rank, world_size) for rank in range(world_size)]
+    alone = Batcher(data, 0, 1)
     seen = []
     for step in range(3):  # 21 examples: the last step of the epoch holds 5
         shares = [batcher.step(step, 7, 8, micro_batch_size) for batcher in batchers]
@@ -144,7 +160,7 @@ def test_an_epoch_holds_each_example_once_at_every_world_size(data, world_size, 
 
 
 def test_epochs_and_seeds_differ_in_order_alone(data):
-    batcher = Batcher(data, 0, 1, 0)
+    batcher = Batcher(data, 0, 1)
 
     def epoch(number, seed):
         return [e for step in range(3) for e in examples_of(batcher.step(3 * number + step, seed, 8, 8).micro_batches)]
@@ -157,7 +173,7 @@ def test_epochs_and_seeds_differ_in_order_alone(data):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_holds_each_example_once(data, world_size):
-    shares = [list(Batcher(data, rank, world_size, 0).evaluation(2)) for rank in range(world_size)]
+    shares = [list(Batcher(data, rank, world_size).evaluation(2)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     found = [example for share in shares for part in share for example in examples_of(part.micro_batches)]
     assert sorted(found) == sorted(map(tuple, data.rows["input_ids"]))
@@ -165,9 +181,7 @@ def test_evaluation_holds_each_example_once(data, world_size):
     assert sum(part.loss_tokens for part in shares[0]) == sum(data.loss_tokens)
 
 
-def test_a_batch_that_counts_nothing():
-    batch = Batcher.__new__(Batcher)
-    batch.pad_id = 4
-    filler = batch._collate([])
+def test_a_batch_that_counts_nothing(data):
+    (filler,) = Batcher(data, 1, 2).step(2, 0, 10, 5).micro_batches  # the last of 21 examples is process 0's
     assert (filler.labels == IGNORED).all()
     assert torch.equal(filler.attention_mask, torch.ones(1, 1, dtype=torch.long))

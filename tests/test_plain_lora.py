@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from cola_ds.config import load_config
 from tests.distributed import process_group, run_distributed
 from tests.reference import chain_of_lora
-from tests.toys import REPOSITORY, rows, run_config, save_model, save_run, save_sums
+from tests.test_chain import ENGINES
+from tests.toys import rows, run_config, save_model, save_run, save_sums
 
 STEPS = 12
 
@@ -53,7 +54,7 @@ def peft_here(process, path):
         [p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, weight_decay=0.0
     )
     engine = zero.build_engine(base, engine_config, lambda params: optimizer) if sharded else None
-    batcher = Batcher(prepared.train, process.rank, process.world_size, 0)
+    batcher = Batcher(prepared.train, process.rank, process.world_size)
     for step in range(STEPS):
         examples = batcher.step(step, 0, 8, 8 // process.world_size)
         loss = loss_sum(engine or base, examples.micro_batches[0]) / examples.loss_tokens
@@ -81,7 +82,7 @@ def test_length_one_is_plain_lora_bit_for_bit(tmp_path, engine, world_size):
     model, data = save_model(tmp_path / "model"), save_sums(tmp_path / "train.jsonl", 40)
     config = run_config(
         model, data, tmp_path / "run", method="lora", chain={"length": 1},
-        deepspeed=str(REPOSITORY / f"ds_configs/{engine}.json"),
+        deepspeed=ENGINES[engine],
         optim={"name": "adamw", "lr": 5e-3, "max_steps": STEPS, "micro_batch_size": 8 // world_size, "max_grad_norm": None},
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)

@@ -15,6 +15,7 @@ from torch import Tensor
 from cola_ds.data.sources import TokenizedData
 
 IGNORED = -100  # the label that cross-entropy leaves out
+PADDING = 0  # any id that every vocabulary has: padding is masked, and never a label
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class StepExamples:
 class Batcher:
     """Batches of a dataset for one process among `world_size`."""
 
-    def __init__(self, data: TokenizedData, rank: int, world_size: int, pad_id: int):
-        self.data, self.rank, self.world_size, self.pad_id = data, rank, world_size, pad_id
+    def __init__(self, data: TokenizedData, rank: int, world_size: int):
+        self.data, self.rank, self.world_size = data, rank, world_size
         self._order: tuple[tuple[int, int], list[int]] | None = None
 
     def step(self, step: int, seed: int, global_batch_size: int, micro_batch_size: int) -> StepExamples:
@@ -86,15 +87,15 @@ class Batcher:
 
     def _collate(self, indices: list[int]) -> Batch:
         if not indices:
-            return collate([([self.pad_id], 1)], self.pad_id)
+            return collate([([PADDING], 1)])
         rows = self.data.rows[indices]
-        return collate(list(zip(rows["input_ids"], rows["prompt_length"], strict=True)), self.pad_id)
+        return collate(list(zip(rows["input_ids"], rows["prompt_length"], strict=True)))
 
 
-def collate(examples: list[tuple[list[int], int]], pad_id: int) -> Batch:
+def collate(examples: list[tuple[list[int], int]]) -> Batch:
     """Pad (ids, prompt_length) pairs on the right; positions before the last id of the prompt count nothing."""
     width = max(len(ids) for ids, _ in examples)
-    input_ids = torch.full((len(examples), width), pad_id)  # (B, T)
+    input_ids = torch.full((len(examples), width), PADDING)  # (B, T)
     attention_mask = torch.zeros_like(input_ids)
     next_ids = torch.full_like(input_ids, IGNORED)  # (B, T): the label of each position
     for row, (ids, prompt_length) in enumerate(examples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import datasets
 
 from cola_ds.config import DataConfig
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 
 _FEATURES = datasets.Features(
     {
@@ -51,12 +52,15 @@ def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
             raise UserError(f"data.{split} {name} has no column {column}; it has {', '.join(rows.column_names)}")
     if len(rows) == 0:
         raise UserError(f"data.{split} {name} is empty: it needs at least one row")
-    for column in columns:
-        for index, value in enumerate(rows[column]):
-            if not isinstance(value, str) or (not value and column != config.prompt):
-                raise UserError(
-                    f"data.{split} {name}: row {index + 1} has {value!r} in column {column}; it must be text"
-                )
+    try:
+        for column in columns:
+            for index, value in enumerate(rows[column]):
+                if not isinstance(value, str) or (column == config.completion and config.text is None and not value):
+                    raise UserError(
+                        f"data.{split} {name}: row {index + 1} has {value!r} in column {column}; it must be text"
+                    )
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.{split} {name} is not UTF-8: {error}") from None
     encode = _TextEncoder(tokenizer, config) if config.text is not None else _PairEncoder(tokenizer, config)
     # No cache: its key would not change with this file's code, and a stale cache is a wrong number in someone's table.
     rows = rows.map(
@@ -71,7 +75,7 @@ def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
     # The first id of an example has nothing before it to be predicted from.
     loss_tokens = [length - max(start, 1) for length, start in zip(lengths, rows["prompt_length"], strict=True)]
     if not any(n > 0 for n in loss_tokens):
-        raise UserError(f"data.{split} {name} leaves nothing to predict: every example has a single token")
+        raise UserError(f"data.{split} {name} leaves nothing to predict: it has no text of two tokens or more")
     largest_id = max(max(ids) for ids in rows["input_ids"])
     return TokenizedData(rows, lengths, loss_tokens, sum(rows["shortened"]), largest_id)
 
@@ -80,8 +84,8 @@ def _read(config: DataConfig, name: str, key: str) -> datasets.Dataset:
     if config.hub is not None:
         try:
             return datasets.load_dataset(config.hub, config.hub_config, split=name, revision=config.revision)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{key}: cannot load split {name} of data.hub {config.hub}: {_first_line(error)}") from None
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+            raise UserError(f"{key}: cannot load split {name} of data.hub {config.hub}: {first_line(error)}") from None
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{key} {name} is not a file; for a dataset on the hub name it in data.hub and its split here")
@@ -92,13 +96,9 @@ def _read(config: DataConfig, name: str, key: str) -> datasets.Dataset:
         raise UserError(f"{key} {name} is empty: it needs at least one row")
     options = {"sample_by": "document"} if builder == "text" else {}
     try:
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        return datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", **options)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"{key} {name} cannot be read as {builder}: {_first_line(error.__cause__ or error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{key} {name} cannot be read as {builder}: {first_line(error.__cause__ or error)}") from None
 
 
 class _PairEncoder:
@@ -132,7 +132,8 @@ class _TextEncoder:
     def __call__(self, batch: dict[Any, list[str]]) -> dict[str, list[Any]]:
         eos = self.tokenizer.eos_token_id
         windows = []
-        for ids in self.tokenizer(batch[self.column]).input_ids:
+        texts = [text for text in batch[self.column] if text.strip()]  # empty lines between paragraphs are common
+        for ids in self.tokenizer(texts).input_ids if texts else ():
             ids = _without_end(ids, eos) + ([eos] if eos is not None else [])
             # Each window begins with the last id of the one before, so that every id is predicted once.
             windows += [ids[at : at + self.width] for at in range(0, max(len(ids) - 1, 1), self.width - 1)]
