@@ -176,7 +176,10 @@ BAD_INPUT = {
     "lr as text": (["optim.lr='1e-3'"], "optim.lr must be a number; it is '1e-3'"),
     "knots out of order": (["chain.length=3", "chain.knots={steps: [4, 2]}"], "chain.knots are out of order"),
     "knots past the end": (["chain.knots={steps: [6]}"], "step 6 is at or past the end of the run, which has 6 steps"),
-    "batch that does not divide": (["optim.global_batch_size=7"], "optim.global_batch_size 7 does not divide"),
+    "batch that does not divide": (
+        ["optim.global_batch_size=7"],
+        "optim.global_batch_size 7 does not divide into micro batches of 2 on",
+    ),
     "missing model": (["model.path=/no/such/model"], "model.path /no/such/model is not a folder"),
     "model that the hub lacks": (
         ["model.path=no-such/model"],
@@ -196,51 +199,53 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2(run_file, tmp_path, case):
-    overrides, message = BAD_INPUT[case]
-    done = cola_ds("train", run_file, *overrides)
-    said = [line for line in done.stderr.splitlines() if line.startswith("cola-ds: ")]
-    assert (done.returncode, len(said)) == (2, 1), done.stderr
-    assert message in said[0]
-    assert "Traceback" not in done.stderr
+@pytest.fixture
+def bad_input(tmp_path):
+    """Every case as overrides and the message they must give."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "stage.json").write_text('{"zero_optimization": {"stage": 0}}', encoding="utf-8")
+    (tmp_path / "batch.json").write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": 3}', encoding="utf-8")
+    return BAD_INPUT | {
+        "empty data": ([f"data.train={tmp_path / 'empty.jsonl'}"], "empty.jsonl is empty: it needs at least one row"),
+        "stage 0": (
+            [f"deepspeed={tmp_path / 'stage.json'}"],
+            "zero_optimization.stage is 0; a chain runs at stage 2 or 3",
+        ),
+        "batch size": (
+            [f"deepspeed={tmp_path / 'batch.json'}"],
+            "train_batch_size 3 contradicts optim.global_batch_size 8",
+        ),
+    }
+
+
+CASES = [*BAD_INPUT, "empty data", "stage 0", "batch size"]
+
+
+def said_in_one_line(stderr, message):
+    said = [line for line in stderr.splitlines() if line.startswith("cola-ds: ")]
+    return len(said) == 1 and message in said[0] and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_status_2(run_file, tmp_path, bad_input, case, capfd, monkeypatch):
+    from cola_ds.cli import main
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # alone; and what the command sets is undone
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    overrides, message = bad_input[case]
+    assert main(["train", str(run_file), *overrides]) == 2
+    stderr = capfd.readouterr().err
+    assert said_in_one_line(stderr, message), stderr
     assert not (tmp_path / "run").exists()  # nothing is left half-written
 
 
-def test_bad_files_are_one_line_and_status_2(run_file, tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    bad_json = {
-        "stage.json": '{"zero_optimization": {"stage": 0}}',
-        "batch.json": '{"zero_optimization": {"stage": 3}, "train_batch_size": 3}',
-    }
-    for name, content in bad_json.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    for override, message in (
-        (f"data.train={tmp_path / 'empty.jsonl'}", "empty.jsonl is empty: it needs at least one row"),
-        (f"deepspeed={tmp_path / 'stage.json'}", "zero_optimization.stage is 0; a chain runs at stage 2 or 3"),
-        (f"deepspeed={tmp_path / 'batch.json'}", "train_batch_size 3 contradicts optim.global_batch_size 8"),
-    ):
-        done = cola_ds("train", run_file, override)
-        assert done.returncode == 2
-        assert message in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["unknown key", "target that matches nothing", "missing column", "batch that does not divide", "missing model"],
-)
-def test_bad_input_under_two_processes(run_file, tmp_path, case):
-    overrides, message = BAD_INPUT[case]
-    if case == "batch that does not divide":
-        overrides = ["optim.global_batch_size=6"]
-        message = (
-            "optim.global_batch_size 6 does not divide into micro batches of 2 on 2 processes; use a multiple of 4"
-        )
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_under_two_processes(run_file, tmp_path, bad_input, case):
+    overrides, message = bad_input[case]
     done, seconds = under_two_processes(run_file, *overrides)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count(message) == 1  # from one process
-    assert "Traceback" not in done.stderr
+    assert said_in_one_line(done.stderr, message), done.stderr  # from one process
     assert seconds < 60  # no hang
     assert not (tmp_path / "run").exists()
 

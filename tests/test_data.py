@@ -48,6 +48,15 @@ def test_parquet_and_other_columns(tokenizer, tmp_path):
     assert tokenizer.decode(data.rows[0]["input_ids"]) == "<s>abc</s>"
 
 
+def test_dataset_by_name_and_split(tokenizer, tmp_path):
+    """A folder stands in for a name on the hub: it is loaded the same way."""
+    write(tmp_path / "train.jsonl", [{"prompt": "ab", "completion": "c"}, {"prompt": "d", "completion": "e"}])
+    data = load(tokenizer, "train[:1]", hub=str(tmp_path))
+    assert [tokenizer.decode(ids) for ids in data.rows["input_ids"]] == ["<s>abc</s>"]
+    with pytest.raises(UserError, match=r"data\.train: cannot load split nope of data\.hub"):
+        load(tokenizer, "nope", hub=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("max_length", "expected"),
     [(10, "<s>cdefghXY</s>"), (5, "<s>hXY</s>"), (4, "<s>XY</s>"), (3, "<s>XY"), (2, "<s>X")],
