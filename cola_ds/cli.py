@@ -18,6 +18,8 @@ from cola_ds.config import load_config
 from cola_ds.errors import TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
 
+_PATIENCE_S = 10  # a launcher ends the other processes of a run within seconds of the first that exits
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit status."""
@@ -40,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except TrainingFailedError as error:
         _say(f"cola-ds: training failed: {error}", process)
         status = 3
-    except Exception:  # a defect, or a fault of the machine: all that is known of it
+    except Exception as error:  # a defect, or a fault of the machine: all that is known of it
+        if "by peer" in str(error):  # gloo's "Connection closed by peer": the process that went first says why
+            time.sleep(_PATIENCE_S)
         traceback.print_exc()
         status = 3 if args.run is _train else 1
     if process and process.world_size > 1:
@@ -60,7 +64,7 @@ def _say(message: str, process: Process | None) -> None:
     if process is None or process.rank == 0:
         print(message, file=sys.stderr, flush=True)
         return
-    time.sleep(10)
+    time.sleep(_PATIENCE_S)
     print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
 
 

@@ -107,7 +107,7 @@ def test_quickstart_runs_twice(copy):
     ids = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(exported.generate(**ids, max_new_tokens=4, do_sample=False)[0])
 
-    second = in_copy(copy, "./launch/quickstart.sh 2 optim.max_steps=1 eval.every=end", timeout_s=1200)
+    second = in_copy(copy, "./launch/quickstart.sh 2 optim.max_steps=3 eval.every=end", timeout_s=1200)
     assert "installing" not in second  # run again, it neither installs nor converts again
     assert stamp.stat().st_mtime_ns == installed
     assert (copy / "build/SmolLM2-135M-Instruct/model.safetensors").stat().st_mtime_ns == model
