@@ -85,6 +85,7 @@ def split(found: dict[str, list[tuple[str, str]]]) -> tuple[list[tuple[str, str]
 
 
 def main() -> None:
+    """Write both files; see the top of this one."""
     if len(sys.argv) not in (2, 4):
         sys.exit("usage: python launch/quickstart_data.py OUT_DIR [TRAIN_EXAMPLES HELD_OUT_EXAMPLES]")
     out = Path(sys.argv[1])

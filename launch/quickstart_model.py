@@ -59,6 +59,7 @@ def convert(scratch: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Make the model folder, whole or not at all; see the top of this file."""
     if len(sys.argv) != 2:
         sys.exit("usage: python launch/quickstart_model.py OUT_DIR")
     out = Path(sys.argv[1])
