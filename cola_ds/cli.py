@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cola-ds", description="Chain of LoRA under DeepSpeed ZeRO-3.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train as a run's YAML says, under any launcher or alone")
+    train = commands.add_parser("train", help="train as a run's YAML says: alone, or under deepspeed or torchrun")
     train.add_argument("config", metavar="RUN.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, and stop")
