@@ -38,7 +38,7 @@ def chain_of_lora(config, knots):
         B = {n: torch.zeros(m.out_features, r, requires_grad=True) for n, m in targets.items()}
         for name, module in targets.items():
             module.forward = lambda x, m=module, a=A[name], b=B[name], s=alpha / r: (
-                F.linear(x, m.weight, m.bias) + s * (x @ a.T @ b.T)
+                F.linear(x, m.weight, m.bias) + s * F.linear(F.linear(x, a), b)
             )
         params = [*A.values(), *B.values()]
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optim["name"]]
@@ -46,16 +46,19 @@ def chain_of_lora(config, knots):
         for step in range(start, knot):
             epoch, i = divmod(step, math.ceil(len(data) / size))
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
-            batch = [data[k] for k in order[i * size : (i + 1) * size]]
+            # In the order of their lengths: the sum is the same, and the last bit of it too.
+            batch = sorted((data[k] for k in order[i * size : (i + 1) * size]), key=lambda e: len(e[0]) + len(e[1]))
             width = max(len(p) + len(c) for p, c in batch)
             ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in batch])
             labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in batch])
             mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in batch])
-            logits = model(input_ids=ids, attention_mask=mask).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            counted = (labels[:, 1:] != -100).any(0).nonzero().flatten()
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=counted, use_cache=False).logits
+            labels = labels[:, 1:][:, counted]
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (labels != -100).sum()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, optim.get("max_grad_norm", 1.0))
+            torch.nn.utils.clip_grad_norm_(params, optim["max_grad_norm"] or math.inf)
             for group in optimizer.param_groups:
                 group["lr"] = optim["lr"] * (1 - step / knots[-1])
             optimizer.step()
