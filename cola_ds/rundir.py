@@ -59,6 +59,8 @@ class RunFolder:
             raise UserError(
                 f"run.dir {self.path} already holds a run ({left[0].name}); name another, or start it anew with --fresh"
             )
+        if left and not (self.path / "environment.json").exists():  # every run has it, and nothing else does
+            raise UserError(f"run.dir {self.path} holds {left[0].name}, but no run left it there; name another folder")
 
     def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
         """Make the folder anew, with run.yaml and environment.json. Raises UserError when it cannot be written."""
@@ -66,8 +68,8 @@ class RunFolder:
             for old in self._left():
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.path / "run.yaml", dump_config(config))
             self.write_json("environment.json", environment)
+            _write_atomically(self.path / "run.yaml", dump_config(config))
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
 

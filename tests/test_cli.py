@@ -298,6 +298,10 @@ def test_run_folders_that_cannot_be(run_file, tmp_path, toy):
         done = cola_ds("train", run_file, "--fresh", f"run.dir={folder}")
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert (toy[0] / "config.json").is_file()  # --fresh removed nothing of the reader's
+    (tmp_path / "mine/model").mkdir(parents=True)
+    done = cola_ds("train", run_file, "--fresh", f"run.dir={tmp_path / 'mine'}")
+    assert (done.returncode, "holds model, but no run left it there" in done.stderr) == (2, True), done.stderr
+    assert (tmp_path / "mine/model").is_dir()
 
 
 def test_a_folder_that_holds_a_run_under_two_processes(run_file, tmp_path):
