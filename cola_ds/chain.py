@@ -10,8 +10,8 @@ One link is LoRA. Without adapters (method full) the same loop trains every weig
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,8 +25,10 @@ from cola_ds.data.batching import Batch, Batcher, StepExamples
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluate import HeldOut, held_out_loss, loss_sum
 from cola_ds.journal import Journal
-from cola_ds.lora import delta_weight, lora_layers, start_link
+from cola_ds.lora import lora_layers, start_link
 from cola_ds.optim import learning_rate, make_optimizer
+from cola_ds.rundir import RunFolder
+from cola_ds.tie import overlap, restart_link, tie_link
 
 
 @dataclass
@@ -40,6 +42,10 @@ class ChainState:
     tokens_seen: int = 0
     skipped_steps: int = 0
     """Updates that the engine left out because gradients overflowed (fp16, bf16)."""
+    remainders: dict[str, Tensor] = field(default_factory=dict)
+    """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
+    change_square: float = 0.0
+    """Squared norm of all links' sum: of the change of the base weights that was wanted. On process 0 alone."""
 
 
 @dataclass
@@ -54,8 +60,8 @@ class Chain:
     train: Batcher
     held_out: Batcher | None
     journal: Journal
-    save_link: Callable[[int, dict[str, Tensor]], None] | None
-    """Writes a tied link; None on every process but 0."""
+    folder: RunFolder | None
+    """Takes the tied links; None on every process but 0."""
     state: ChainState = field(default_factory=ChainState)
 
 
@@ -66,9 +72,11 @@ def run_chain(chain: Chain) -> None:
     while state.step < chain.timetable.total_steps:
         batch = tune_lora(chain)
         if chain.config.trains_lora:
-            knot = tie_knot(chain, batch)
+            loss_before = batch_loss(chain, batch)
+            knot = tie_knot(chain)
+            losses = {"loss_before": loss_before, "loss_after": batch_loss(chain, batch)}
             rebuild_s = extend_chain(chain) if state.link < length else None
-            chain.journal.knot({**knot, "rebuild_s": rebuild_s})
+            chain.journal.knot({**knot, **losses, "rebuild_s": rebuild_s})
         if evaluation_is_due(chain, at_knot=True):  # of the merged weights: what an export holds
             evaluate(chain)
         if state.link < length:
@@ -122,72 +130,56 @@ def train_step(engine: zero.Engine, examples: StepExamples, lr: float, world_siz
     return share, micro_batches[0]  # the first: where examples ran out, the later ones count nothing
 
 
-@torch.no_grad()
-def tie_knot(chain: Chain, batch: Batch) -> dict[str, Any]:
-    """Merge the link into the base weights, W <- W + scaling * B A, rounded once, and save it. Returns the knot's figures.
+def tie_knot(chain: Chain) -> dict[str, Any]:
+    """Merge the link into the base weights, W <- W + scaling * B A, and save it. Returns the knot's figures.
 
     B is zero afterwards, so the outputs are what they were and a second tie would add nothing. The optimizer's masters still
-    hold the old link: extend_chain, or the end of the run, must follow before any other step.
+    hold the old link: extend_chain, or the end of the run, must follow before any other step. Parameters must be in their
+    shards, as `zero.evaluating` leaves them.
     """
-    state = chain.state
-    loss_before = batch_loss(chain, batch)
+    state, config, folder = chain.state, chain.config, chain.folder
     begin = time.perf_counter()
-    link_tensors: dict[str, Tensor] = {}
-    squares = torch.zeros(2, dtype=torch.float64, device=zero.device())  # of the wanted change; of what rounding lost
-    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
-    moved = 0
-    for name, layer in lora_layers(chain.engine.module).items():
-        params = [layer.weight, layer.lora_A, layer.lora_B]
-        with zero.gathered(params, write=True):
-            delta = delta_weight(layer.lora_A, layer.lora_B, layer.scaling)  # (out, in)
-            if chain.save_link:
-                link_tensors |= host_copies(
-                    {f"{name}.lora_A.weight": layer.lora_A, f"{name}.lora_B.weight": layer.lora_B}
-                )
-            before = layer.weight.to(torch.float32, copy=True)
-            layer.weight.copy_(before + delta)
-            layer.lora_B.zero_()
-            squares += torch.stack([norm(delta), norm(before.sub_(layer.weight).add_(delta))]).square()
-        if layer.bias is not None and layer.bias.requires_grad:
-            with zero.gathered([layer.bias]):
-                if chain.save_link:
-                    link_tensors |= host_copies({f"{name}.base_layer.bias": layer.bias})
-        moved += zero.collective_bytes(params, write=True)
-    delta_norm, lost_norm = squares.sqrt().tolist()
-    if not torch.isfinite(squares).all():
+    tied = tie_link(
+        chain.engine.module, state.remainders, local=config.chain.tie == "local", exact=config.chain.merge == "exact",
+        last=state.link == config.chain.length, keep_tensors=folder is not None,
+    )  # fmt: skip
+    if not math.isfinite(tied.delta_square + tied.remainder_square):
         raise TrainingFailedError(f"link {state.link} is not finite at its knot (step {state.step}); it was not saved")
-    if chain.save_link:
-        chain.save_link(state.link, link_tensors)
-    tie_s = time.perf_counter() - begin
+    if folder:
+        earlier = map(folder.read_link, range(1, state.link))
+        state.change_square += tied.delta_square + 2 * overlap(
+            tied.tensors, earlier, [config.lora.alpha / r for r in config.lora_ranks[: state.link]]
+        )
+        folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
     return {
         "link": state.link,
         "step": state.step,
-        "lora_rank": chain.config.lora_ranks[state.link - 1],
-        "delta_norm": delta_norm,
-        "rounding_error": lost_norm / delta_norm if delta_norm else 0.0,
-        "loss_before": loss_before,
-        "loss_after": batch_loss(chain, batch),
-        "tie_s": tie_s,
-        "bytes_moved": moved,
+        "lora_rank": config.lora_ranks[state.link - 1],
+        "delta_norm": tied.delta_square**0.5,
+        "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else 0.0,
+        "tie_s": time.perf_counter() - begin,
+        "bytes_moved": tied.bytes_moved,
         "peak_memory_bytes": int(zero.max_over_processes(zero.peak_memory_bytes())),
     }
 
 
 def extend_chain(chain: Chain) -> float:
-    """Start the next link: fresh A and B, and an engine whose optimizer knows nothing of the old ones. Returns seconds."""
+    """Start the next link: fresh A and B, and an optimizer that knows nothing of the old ones. Returns seconds.
+
+    In place where the LoRA rank stays: a rebuilt engine starts alike, but takes a third of a step (tests/bench/knots.py), moves
+    A and B twice and has to learn again in which order the model uses its parameters.
+    """
     begin = time.perf_counter()
-    config, link = chain.config, chain.state.link + 1
-    start_link(
-        chain.engine.module, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, zero.device()
-    )
-    chain.engine = zero.rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
-    chain.engine.train()
+    config, model, link = chain.config, chain.engine.module, chain.state.link + 1
+    lora_rank = config.lora_ranks[link - 1]
+    if lora_rank == config.lora_ranks[link - 2]:
+        restart_link(model, link, config.run.seed)
+        zero.restart_optimizer(chain.engine)
+    else:
+        start_link(model, link, lora_rank, config.lora.alpha, config.run.seed, zero.device())
+        chain.engine = zero.rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
+        chain.engine.train()
     return time.perf_counter() - begin
-
-
-def host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory that outlive the gathering."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def position(chain: Chain) -> dict[str, Any]:
@@ -221,7 +213,8 @@ def evaluate(chain: Chain) -> HeldOut:
 
 
 def batch_loss(chain: Chain, batch: Batch) -> float:
-    """Mean loss on one micro batch of each process, without dropout."""
+    """Mean loss on one example of each process, without dropout: enough to see a knot go wrong, at a fraction of a step."""
+    batch = batch.first()
     with zero.evaluating(chain.engine):
         loss, tokens = loss_sum(chain.engine, batch), (batch.labels >= 0).sum()
     total, count = zero.sum_over_processes(torch.stack([loss, tokens.to(loss.dtype)])).tolist()

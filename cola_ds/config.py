@@ -83,6 +83,10 @@ class ChainConfig(_Section):
     """Number of links; 1 is plain LoRA."""
     knots: Annotated[str | dict[str, list[int]], BeforeValidator(_knots)] = "even"
     """Where links end. The last link ends with the run; an explicit list names the length - 1 knots before it."""
+    tie: Literal["local", "gathered"] = "local"
+    """local: each process adds its part of the link to its own shard, and only A and B move. gathered: whole weights move."""
+    merge: Literal["exact", "plain"] = "exact"
+    """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
 
 
 class DataConfig(_Section):

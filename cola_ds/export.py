@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from torch import Tensor
 
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError, first_line
 from cola_ds.lora import delta_weight
 from cola_ds.rundir import RunFolder
 
-_PREFIX = "base_model.model."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,22 +53,25 @@ def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {config.model.path} cannot be loaded: {first_line(error)}") from None
-    for link, path in enumerate(links, start=1):
-        tie_saved_link(model, path, config.lora.alpha / config.lora_ranks[link - 1])
+    tie_saved_links(model, config, [folder.read_link(link) for link in range(1, len(links) + 1)])
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 @torch.no_grad()
-def tie_saved_link(model: torch.nn.Module, link: Path, scaling: float) -> None:
-    """W <- W + scaling * B A for every layer of a saved link, rounded to the dtype of W; trained biases are put in place."""
-    with safe_open(link / "adapter_model.safetensors", framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - not a dict
-            layer, _, kind = key.removeprefix(_PREFIX).partition(".lora_A.")
-            if kind:
-                weight = model.get_parameter(f"{layer}.weight")
-                lora_A, lora_B = tensors.get_tensor(key), tensors.get_tensor(f"{_PREFIX}{layer}.lora_B.weight")
-                weight.copy_(weight.float() + delta_weight(lora_A, lora_B, scaling))
-            elif key.endswith(".base_layer.bias"):
-                layer = key.removeprefix(_PREFIX).removesuffix(".base_layer.bias")
-                model.get_parameter(f"{layer}.bias").copy_(tensors.get_tensor(key))
+def tie_saved_links(model: torch.nn.Module, config: RunConfig, links: list[dict[str, Tensor]]) -> None:
+    """W <- W + scaling * B A for each layer and link in order, rounded as the run rounded; trained biases are put in place."""
+    layers = (
+        [name.removesuffix(".lora_A.weight") for name in links[0] if name.endswith(".lora_A.weight")] if links else []
+    )
+    for layer in layers:
+        weight = model.get_parameter(f"{layer}.weight")
+        merged = weight.float()
+        for tensors, lora_rank in zip(links, config.lora_ranks, strict=True):
+            factors = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
+            merged = merged + delta_weight(*factors, config.lora.alpha / lora_rank)
+            if config.chain.merge == "plain":
+                merged = merged.to(weight.dtype).float()
+        weight.copy_(merged)
+        if f"{layer}.base_layer.bias" in links[-1]:
+            model.get_parameter(f"{layer}.bias").copy_(links[-1][f"{layer}.base_layer.bias"])

@@ -26,6 +26,34 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # (
     return (lora_B.float() @ lora_A.float()) * scaling
 
 
+def delta_slice(lora_A: Tensor, lora_B: Tensor, scaling: float, start: int, count: int) -> Tensor:  # -> (count,)
+    """Elements `start` to `start + count` of the flattened delta_weight, from the rows of B that they need."""
+    width = lora_A.shape[1]
+    first, end = start // width, -(-(start + count) // width)
+    rows = delta_weight(lora_A, lora_B[first:end], scaling)
+    return rows.flatten().narrow(0, start - first * width, count)
+
+
+def add_link(weight: Tensor, delta: Tensor, remainder: Tensor, exact: bool) -> Tensor:
+    """Add a link's delta (fp32) to a weight of any dtype, in place. Returns the new remainder, fp32, on delta's device.
+
+    The remainder is what rounding has kept out of the weight: weight + remainder is the base plus all links, in fp32. An exact
+    merge rounds that sum; a plain one rounds the stored weight plus delta, and loses the remainder.
+    """
+    before = weight.to(delta)  # device and dtype
+    wanted = before + remainder + delta  # the first sum is exact: the remainder is the bits that rounding cut off
+    weight.copy_(wanted if exact else before + delta)
+    return wanted - weight.to(delta)
+
+
+def inner_product(
+    first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float]
+) -> Tensor:  # (A, B, scaling) of one layer, twice -> ()
+    """The sum over all elements of delta_weight(first) * delta_weight(second), in fp32, without making either."""
+    (A1, B1, scaling1), (A2, B2, scaling2) = first, second
+    return ((B1.float().T @ B2.float()) * (A1.float() @ A2.float().T)).sum() * (scaling1 * scaling2)
+
+
 def draw_lora_A(seed: int, link: int, layer: str, shape: tuple[int, int]) -> Tensor:
     """The A (r, in) that `layer` starts `link` with, in fp32 on the CPU.
 

@@ -108,6 +108,10 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         f"batch       {optim.global_batch_size} = {batch}",
         f"steps       {timetable.total_steps} ({timetable.steps_per_epoch} per epoch)",
     ]
+    if config.trains_lora:
+        remainders = remainder_bytes(prepared, world_size)
+        kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
+        lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
     for link, knot in enumerate(timetable.knots, start=1) if config.method != "zero-shot" else ():
         name = f"link {link:<7}" if config.trains_lora else "training    "
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
@@ -129,6 +133,15 @@ def count_trainable(prepared: Prepared, link: int) -> int:
         if config.lora.bias == "lora_only" and layer.bias is not None:
             count += layer.bias.numel()
     return count
+
+
+def remainder_bytes(prepared: Prepared, world_size: int) -> int:
+    """Host memory of the remainders of a chain, over all processes: fp32, for target weights stored in less than that."""
+    if prepared.config.model.dtype == "fp32" or prepared.config.chain.length == 1:
+        return 0
+    elements = sum(prepared.skeleton.get_submodule(name).weight.numel() for name in prepared.targets)
+    copies = 1 if prepared.engine_json["zero_optimization"]["stage"] == 3 else world_size
+    return 4 * elements * copies
 
 
 def training_flops(prepared: Prepared, tokens: int) -> float:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cola_ds.config import RunConfig, dump_config, load_config
@@ -32,6 +32,7 @@ from cola_ds.errors import UserError
 
 _FILES = ("run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "result.json")
 _FOLDERS = ("chain", "model")
+_PEFT_PREFIX = "base_model.model."
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
 
@@ -108,13 +109,31 @@ class RunFolder:
         """Where a tied link lies."""
         return self.path / "chain" / f"link-{link:04d}"
 
-    def write_link(self, link: int, tensors: dict[str, Tensor], adapter_config: dict[str, Any]) -> None:
-        """Write a link as a PEFT adapter: its folder appears whole or not at all."""
+    def read_link(self, link: int) -> dict[str, Tensor]:
+        """A tied link's tensors, under the names that `write_link` was given."""
+        tensors = load_file(self.link_path(link) / "adapter_model.safetensors")
+        return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+    def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> None:
+        """Write a link of the named layers as a PEFT adapter: its folder appears whole or not at all."""
+        adapter_config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": config.model.path,
+            "revision": config.model.revision,
+            "r": config.lora_ranks[link - 1],
+            "lora_alpha": config.lora.alpha,
+            "lora_dropout": config.lora.dropout,
+            "target_modules": layers,
+            "bias": config.lora.bias,
+            "inference_mode": True,
+        }
         target = self.link_path(link)
         scratch = target.with_name(target.name + ".partial")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+        save_file(named, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_atomically(scratch / "adapter_config.json", json.dumps(adapter_config, indent=2) + "\n")
         scratch.rename(target)
 

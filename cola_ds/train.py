@@ -8,11 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cola_ds import zero
 from cola_ds.chain import Chain, evaluate, run_chain
-from cola_ds.config import RunConfig
 from cola_ds.data.batching import Batcher
 from cola_ds.engine_config import complete
 from cola_ds.journal import Journal
@@ -44,9 +42,8 @@ def build_chain(prepared: Prepared, process: Process, folder: RunFolder | None) 
         held_out = Batcher(prepared.held_out, process.rank, process.world_size)
     steps = prepared.timetable.total_steps if config.method != "zero-shot" else 0
     journal = Journal(folder, zero.Monitor(prepared.engine_json), steps, config.run.log_every_steps)
-    save_link = partial(_save_link, folder, config, prepared.targets) if folder else None
     return Chain(
-        config, prepared.timetable, engine, engine_config, process.world_size, train, held_out, journal, save_link
+        config, prepared.timetable, engine, engine_config, process.world_size, train, held_out, journal, folder
     )
 
 
@@ -78,9 +75,12 @@ def train(prepared: Prepared, process: Process, fresh: bool) -> None:
         _save_whole_model(chain, prepared, folder)
     chain.journal.close()
     peak = int(zero.max_over_processes(zero.peak_memory_bytes()))
+    remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=zero.device())
+    remainder_bytes = 4 * int(zero.sum_over_processes(remainders))
     if folder:
         times = {"loading_s": loading_s, "wall_time_s": time.perf_counter() - begin}
-        folder.write_json("result.json", {**_result(prepared, chain, folder), **times, "peak_memory_bytes": peak})
+        memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
+        folder.write_json("result.json", {**_result(prepared, chain, folder), **times, **memory})
 
 
 def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, Any]:
@@ -103,22 +103,6 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
 def _scores(folder: RunFolder) -> dict[str, Any]:
     evaluations = folder.rows("evals.jsonl")
     return {key: evaluations[-1][key] for key in ("loss", "perplexity", "examples")} if evaluations else {}
-
-
-def _save_link(folder: RunFolder, config: RunConfig, targets: list[str], link: int, tensors: dict[str, Tensor]) -> None:
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.model.path,
-        "revision": config.model.revision,
-        "r": config.lora_ranks[link - 1],
-        "lora_alpha": config.lora.alpha,
-        "lora_dropout": config.lora.dropout,
-        "target_modules": targets,
-        "bias": config.lora.bias,
-        "inference_mode": True,
-    }
-    folder.write_link(link, {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, adapter_config)
 
 
 def _save_whole_model(chain: Chain, prepared: Prepared, folder: RunFolder | None) -> None:

@@ -236,6 +236,20 @@ def rebuild_engine(
     return build_engine(model, engine_config, make_optimizer)
 
 
+@torch.no_grad()
+def restart_optimizer(engine: Engine) -> None:
+    """Make the optimizer what a new engine would have: fp32 masters of the parameters as they are now, no moments, step 0.
+
+    For parameters that were given new values in their shards (`own_part`). Nothing moves between processes.
+    """
+    engine.optimizer.refresh_fp32_params()
+    for state in engine.optimizer.optimizer.state.values():
+        for (
+            value
+        ) in state.values():  # moments, sums of squares and step counts: torch's optimizers start all of them at zero
+            value.zero_()
+
+
 def take_down_engine(engine: Engine) -> None:
     """Free all that the engine holds, and leave the model as it is.
 
@@ -295,9 +309,43 @@ def gathered(params: Iterable[Tensor], write: bool = False) -> Iterator[None]:
         yield
 
 
-def collective_bytes(params: Iterable[Tensor], write: bool) -> int:
+def is_sharded(param: Tensor) -> bool:
+    """Whether ZeRO-3 keeps the parameter in shards, one per process."""
+    return hasattr(param, "ds_id")
+
+
+def own_part(param: Any) -> tuple[Tensor, int]:
+    """The flat part of a parameter that this process keeps, and the position in the whole parameter at which it starts.
+
+    Changing it changes the parameter. Under ZeRO-3 it is the shard without its padding, on the host if parameters are offloaded,
+    and empty where a small parameter leaves nothing for this process; otherwise it is the whole parameter.
+    """
+    if not is_sharded(param):
+        return param.data.view(-1), 0
+    # While a parameter is whole, its shard is a copy that the next gathering ignores.
+    assert param.ds_status.name == "NOT_AVAILABLE", f"{param.ds_id} is {param.ds_status.name}"
+    start = param.ds_tensor.ds_numel * dist.get_rank(param.ds_process_group)
+    return param.ds_tensor.data.narrow(0, 0, min(max(param.ds_numel - start, 0), param.ds_tensor.ds_numel)), start
+
+
+def written_part(param: Tensor) -> Tensor:
+    """What of a parameter, flat, this process has to change inside `gathered(..., write=True)`.
+
+    Under ZeRO-3 all of it on process 0, whose changes go to all shards, and nothing elsewhere; otherwise all of it everywhere.
+    """
+    flat = param.data.view(-1)
+    return flat[:0] if is_sharded(param) and dist.get_rank() else flat
+
+
+def host_zeros(count: int) -> Tensor:
+    """fp32 zeros in host memory; pinned where there is an accelerator, so that copies need not wait."""
+    zeros = torch.zeros(count)
+    return zeros if get_accelerator().device_name() == "cpu" else get_accelerator().pin_memory(zeros)
+
+
+def collective_bytes(params: Iterable[Tensor], write: bool = False) -> int:
     """Bytes that the collectives of `gathered` carry for these parameters: an all-gather, and a broadcast if written."""
-    sharded = [p for p in params if hasattr(p, "ds_id") and dist.get_world_size() > 1]
+    sharded = [p for p in params if is_sharded(p) and dist.get_world_size() > 1]
     return sum(numel(p) * p.element_size() for p in sharded) * (2 if write else 1)
 
 

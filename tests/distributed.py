@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cola_ds.launcher import Process, identify
 
@@ -101,3 +103,25 @@ def process_group(process: Process) -> None:
     from cola_ds import zero
 
     zero.start_processes(process)
+
+
+class CountedCollectives(TorchDispatchMode):
+    """Counts what the collectives inside the block carry, whoever calls them, below DeepSpeed and torch.distributed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+        """The operation, and the bytes of what this process ends up with or gives: the larger of outputs and inputs."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.calls)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            sizes = [
+                sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, torch.Tensor))
+                for arg in args
+            ]
+            self.calls.append((func._opname, max(sizes, default=0)))
+        return func(*args, **(kwargs or {}))

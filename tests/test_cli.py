@@ -57,11 +57,14 @@ def test_dry_run_prints_the_resolved_run_and_leaves_nothing(run_file, tmp_path):
         "data        30 training examples, 30 held out",
         "batch       8 = 2 examples x 2 micro steps x 2 processes",
         "steps       6 (4 per epoch)",
+        "knots       local ties, exact merges",
         "link 1      steps 1-2, LoRA rank 8, 1,792 trainable parameters",  # 2 layers x 8 x (32 + 32 + 32 + 16)
         "link 3      steps 5-6, LoRA rank 2, 448 trainable parameters",
     ):
         assert line in done.stdout
     assert not (tmp_path / "run").exists()
+    done = cola_ds("train", run_file, "--dry-run", "chain.length=2", "model.dtype=bf16", "chain.merge=plain")
+    assert "local ties, plain merges, 0.0 MiB of host memory for remainders" in done.stdout
 
 
 def test_a_run_leaves_its_folder(run_file, tmp_path):
@@ -107,6 +110,7 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert result["scores"]["loss"] == evaluations[-1]["loss"]
     assert (result["method"], result["seed"], result["steps"], result["links"]) == ("cola", 0, 6, 2)
+    assert result["remainder_bytes"] == 0  # fp32
     assert result["tokens"] == sum(row["tokens"] for row in metrics)
     assert min(result["peak_memory_bytes"], result["training_flops"], result["wall_time_s"]) > 0
     check_monitor(events, metrics)

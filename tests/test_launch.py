@@ -19,7 +19,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 def copy(tmp_path_factory):
     """The files of the repository, and its environment, in a folder that may be written to."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs"):
+    for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs", "tests"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     if not (REPOSITORY / ".venv/bin/python").exists():
@@ -111,6 +111,23 @@ def test_quickstart_runs_twice(copy):
     assert "installing" not in second  # run again, it neither installs nor converts again
     assert stamp.stat().st_mtime_ns == installed
     assert (copy / "build/SmolLM2-135M-Instruct/model.safetensors").stat().st_mtime_ns == model
+
+
+@pytest.mark.quickstart
+def test_benchmark_runs(copy):
+    """On a toy model; its tables have every row that the README shows."""
+    save_model(copy / "models/bench")
+    save_sums(copy / "data/bench.jsonl", 40)
+    toy = "model.path=models/bench data.train=data/bench.jsonl data.max_length=64"
+    shown = in_copy(copy, f"./launch/bench.sh {toy} --knots 1 --pairs 1 --steps 6")
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if line.startswith("| ")}
+    for line in README.split("knots of ")[1].split("## What a run")[0].splitlines():
+        if line.startswith("| "):
+            assert line.split("|")[1].strip().split(",")[0] in {name.split(",")[0] for name in cells}, line
+    local, gathered, rebuilt = map(float, cells["tie, KiB moved per process"])
+    assert 0 < local == rebuilt < gathered
+    assert [float(moved) > 0 for moved in cells["extend, KiB moved per process"]] == [False, False, True]
+    assert 0.5 < float(cells["peak memory"][0]) < 2
 
 
 def test_quickstart_data_is_split_without_leakage(copy):

@@ -12,7 +12,7 @@ from tests.distributed import run_distributed
 from tests.reference import chain_of_lora
 from tests.toys import rows, run_config, save_model, save_run, save_sums
 
-STEPS, KNOTS = 33, (11, 22, 33)
+STEPS, KNOTS, LORA_RANKS = 33, (9, 17, 25, 33), [8, 8, 4, 2]  # the first extension is in place, the others rebuild
 RATES = {"adamw": 1e-3, "sgd": 5e-2, "adagrad": 1e-2}
 
 
@@ -50,7 +50,7 @@ def config_for(toy, name, micro_batch_size, run_dir):
     }
     model = {"activation_checkpointing": micro_batch_size == 1}
     return run_config(
-        *toy, run_dir, model=model, lora={"rank": [8, 4, 2], "alpha": 16}, chain={"length": 3}, optim=optim
+        *toy, run_dir, model=model, lora={"rank": LORA_RANKS, "alpha": 16}, chain={"length": 4}, optim=optim
     )
 
 
@@ -65,7 +65,7 @@ def test_pipeline_follows_reference(toy, references, tmp_path, name, world_size,
     assert max(row["grad_norm"] for row in metrics) > 0.1
     assert len(found) == STEPS
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
-    assert [row["lora_rank"] for row in rows(tmp_path / "run/knots.jsonl")] == [8, 4, 2]
+    assert [row["lora_rank"] for row in rows(tmp_path / "run/knots.jsonl")] == LORA_RANKS
 
     exported = load_file(export_hf(tmp_path / "run", tmp_path / "merged") / "model.safetensors")
     expected = model.state_dict()

@@ -34,6 +34,10 @@ class Batch:
         )
         return Batch(*moved)
 
+    def first(self) -> Batch:
+        """Its first example alone."""
+        return Batch(self.input_ids[:1], self.attention_mask[:1], self.positions, self.labels[:1])
+
 
 @dataclass(frozen=True)
 class StepExamples:

@@ -1,0 +1,219 @@
+"""What knots cost: seconds, bytes and memory of tie and extend, and a chain of three links beside one link.
+
+    python -m tests.bench.knots RUN.yaml [section.key=value ...] [--processes 2] [--knots 5] [--pairs 3] [--steps 120]
+
+First, in one run and in turns, `--knots` times each and with four steps before each knot: a local tie and a gathered one, both
+extended in place, and a local one whose extension changes the LoRA rank by one and so rebuilds the engine.
+Then `--pairs` times, in turns: a whole run of one link and one of three, at `--steps` steps each and without evaluations.
+launch/bench.sh runs it on SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from cola_ds import zero
+from cola_ds.chain import Chain, batch_loss, extend_chain, tie_knot, train_step
+from cola_ds.config import RunConfig, load_config
+from cola_ds.launcher import identify
+from cola_ds.prepare import prepare
+from cola_ds.rundir import RunFolder
+from cola_ds.train import build_chain
+from tests.distributed import CountedCollectives, free_port
+from tests.toys import REPOSITORY
+
+STEPS_PER_LINK = 4
+WAYS = ("local", "gathered", "local, rebuilt")
+ON_CPU = get_accelerator().device_name() == "cpu"
+
+
+def reset_peak() -> None:
+    """Forget the peak so far: of the device's memory, or of this process's resident memory where the device is the CPU."""
+    if ON_CPU:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    else:
+        get_accelerator().reset_peak_memory_stats()
+
+
+def peak_mib() -> float:
+    """The peak since `reset_peak`, the highest of all processes."""
+    if ON_CPU:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        here = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+    else:
+        here = get_accelerator().max_memory_allocated() / 2**20
+    return zero.max_over_processes(here)
+
+
+def timed(action, *args):
+    """Seconds that all processes take for an action together, and what it returned."""
+    zero.sum_over_processes(torch.zeros(1, device=zero.device()))
+    get_accelerator().synchronize()
+    begin = time.perf_counter()
+    result = action(*args)
+    get_accelerator().synchronize()
+    return zero.max_over_processes(time.perf_counter() - begin), result
+
+
+def median(values: Iterable[float]) -> float:
+    """Of those that were measured."""
+    return statistics.median(value for value in values if not math.isnan(value))
+
+
+def one_link(chain: Chain, way: str, remainders: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Train a link for some steps, tie it the given way, and start the next. Seconds, MiB and bytes."""
+    config, state, tie = chain.config, chain.state, way.split(",")[0]
+    chain.config = config.model_copy(update={"chain": config.chain.model_copy(update={"tie": tie})})
+    state.remainders = remainders.setdefault(tie, {})  # of a shard, or of the whole weight: each way has its own
+    reset_peak()
+    seconds = []
+    for _ in range(STEPS_PER_LINK):
+        examples = chain.train.step(state.step, 0, config.optim.global_batch_size, config.optim.micro_batch_size)
+        took, (_, batch) = timed(train_step, chain.engine, examples, config.optim.lr, chain.world_size)
+        seconds.append(took)
+        state.step += 1
+    probe_s, _ = timed(batch_loss, chain, batch)
+    training_mib = peak_mib()
+    reset_peak()
+    with CountedCollectives() as counted:
+        tie_s, _ = timed(tie_knot, chain)
+        tied = counted.bytes
+        extend_s, _ = timed(extend_chain, chain)
+    state.link += 1
+    return {
+        "first_step_s": seconds[0], "step_s": statistics.median(seconds[1:]), "probe_s": probe_s, "tie_s": tie_s,
+        "extend_s": extend_s, "training_mib": training_mib, "knot_mib": peak_mib(), "tie_bytes": tied,
+        "extend_bytes": counted.bytes - tied,
+    }  # fmt: skip
+
+
+def measure_knots(config: RunConfig, knots: int) -> None:
+    """Print the table of both ways to tie. Collective."""
+    process = identify()
+    lora_rank = config.lora_ranks[0]
+    ranks = [lora_rank, *(lora_rank + turn % 2 for turn in range(knots) for _ in WAYS), lora_rank + knots % 2]
+    changes = {
+        "chain": config.chain.model_copy(update={"length": len(ranks), "knots": "even"}),
+        "lora": config.lora.model_copy(update={"rank": ranks}),
+        "optim": config.optim.model_copy(update={"max_steps": len(ranks) * STEPS_PER_LINK}),
+    }
+    config = config.model_copy(update=changes)
+    zero.start_processes(process)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = RunFolder(scratch) if process.rank == 0 else None
+        if folder:
+            folder.create(config, {})
+        chain = build_chain(prepare(config, process.world_size), process, folder)
+        chain.journal.close()
+        remainders: dict[str, dict[str, torch.Tensor]] = {}
+        before = one_link(chain, WAYS[0], remainders)  # fills caches
+        rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        for _ in range(knots):
+            for way, found in rows.items():
+                row = one_link(chain, way, remainders)
+                before["next_step_s"] = row["first_step_s"]
+                found.append(row)
+                before = row
+        row["next_step_s"] = float("nan")  # no step followed
+    if folder:
+        report_knots(rows, config, process.world_size)
+    zero.stop_processes()
+    sys.stdout.flush()
+    os._exit(0)  # as the command does: gloo's threads could abort an interpreter that shuts down
+
+
+def report_knots(rows: dict[str, list[dict[str, float]]], config: RunConfig, world_size: int) -> None:
+    """Medians of what `one_link` found, side by side."""
+    medians = {way: {key: median(row[key] for row in rows[way]) for key in rows[way][0]} for way in rows}
+    step = statistics.median(row["step_s"] for way in rows for row in rows[way])
+    print(
+        f"knots of {config.model.path}, {config.model.dtype}, {world_size} processes, LoRA rank {config.lora_ranks[0]}, "
+        f"{config.chain.merge} merge, {len(rows['local'])} knots each way; one optimizer step: {step:.2f} s"
+    )
+    lines = [
+        ("tie, s", lambda m: f"{m['tie_s']:.3f}"),
+        ("tie, steps", lambda m: f"{m['tie_s'] / step:.3f}"),
+        ("extend, s", lambda m: f"{m['extend_s']:.3f}"),
+        ("extend, steps", lambda m: f"{m['extend_s'] / step:.3f}"),
+        ("tie and extend, steps", lambda m: f"{(m['tie_s'] + m['extend_s']) / step:.3f}"),
+        ("first step after it, steps", lambda m: f"{m['next_step_s'] / step:.3f}"),
+        ("one loss probe, steps", lambda m: f"{m['probe_s'] / step:.3f}"),
+        ("tie, KiB moved per process", lambda m: f"{m['tie_bytes'] / 1024:.0f}"),
+        ("extend, KiB moved per process", lambda m: f"{m['extend_bytes'] / 1024:.0f}"),
+        ("peak of the knot above training's, MiB", lambda m: f"{m['knot_mib'] - m['training_mib']:.0f}"),
+    ]
+    print(f"\n| | {' | '.join(WAYS)} |\n| --- | --- | --- | --- |")
+    for name, value in lines:
+        print(f"| {name} | {' | '.join(value(medians[way]) for way in WAYS)} |")
+
+
+def run_quietly(command: list[str], env: dict[str, str]) -> str:
+    """A command's stdout; where it fails, its stderr is shown and the benchmark ends with its status."""
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def compare_runs(run: str, overrides: list[str], processes: int, pairs: int, steps: int) -> None:
+    """Print wall time (without loading) and peak memory of three links in units of one link's, pair by pair."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for pair in range(pairs):
+            found = {}
+            for length in (1, 3) if pair % 2 == 0 else (3, 1):
+                folder = Path(scratch) / f"{length}-{pair}"
+                words = [f"run.dir={folder}", f"chain.length={length}", f"optim.max_steps={steps}", "data.eval=null"]
+                run_quietly(["./launch/local.sh", run, str(processes), *overrides, *words], dict(os.environ))
+                found[length] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            seconds = {length: result["wall_time_s"] - result["loading_s"] for length, result in found.items()}
+            peaks = {length: result["peak_memory_bytes"] for length, result in found.items()}
+            ratios.append((seconds[3] / seconds[1], peaks[3] / peaks[1]))
+            print(f"pair {pair + 1}: {seconds[1]:.1f} s and {seconds[3]:.1f} s", flush=True)
+    times, memories = zip(*ratios, strict=True)
+    print(f"\n| three links / one link, {steps} steps | median | pairs |\n| --- | --- | --- |")
+    for name, values in (("wall time", times), ("peak memory", memories)):
+        print(f"| {name} | {statistics.median(values):.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
+
+
+def main() -> None:
+    """Start the process group's part under torchrun, then the whole runs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--knots", type=int, default=5, help="knots each way")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of whole runs")
+    parser.add_argument("--steps", type=int, default=120, help="steps of each whole run")
+    parser.add_argument("--in-group", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if args.in_group:
+        measure_knots(load_config(args.run, args.overrides), args.knots)
+    here = ["-m", "tests.bench.knots", args.run, *args.overrides, "--knots", str(args.knots), "--in-group"]
+    port = ["--master_port", str(free_port())]
+    group = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), *port, *here]
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)), **os.environ}
+    shown = subprocess.run(
+        group, cwd=REPOSITORY, env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    print(shown.stdout[shown.stdout.index("knots of ") :], flush=True)
+    compare_runs(args.run, args.overrides, args.processes, args.pairs, args.steps)
+
+
+if __name__ == "__main__":
+    main()
