@@ -144,7 +144,9 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
         last=state.link == config.chain.length, keep_tensors=folder is not None,
     )  # fmt: skip
     if not math.isfinite(tied.delta_square + tied.remainder_square):
-        raise TrainingFailedError(f"link {state.link} is not finite at its knot (step {state.step}); it was not saved")
+        raise TrainingFailedError(
+            f"link {state.link}, or a weight that it was added to, is not finite (step {state.step}); it was not saved"
+        )
     if folder:
         earlier = map(folder.read_link, range(1, state.link))
         state.change_square += tied.delta_square + 2 * overlap(
@@ -156,7 +158,7 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
         "step": state.step,
         "lora_rank": config.lora_ranks[state.link - 1],
         "delta_norm": tied.delta_square**0.5,
-        "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else 0.0,
+        "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else math.nan,
         "tie_s": time.perf_counter() - begin,
         "bytes_moved": tied.bytes_moved,
         "peak_memory_bytes": int(zero.max_over_processes(zero.peak_memory_bytes())),

@@ -49,9 +49,9 @@ def add_link(weight: Tensor, delta: Tensor, remainder: Tensor, exact: bool) -> T
 def inner_product(
     first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float]
 ) -> Tensor:  # (A, B, scaling) of one layer, twice -> ()
-    """The sum over all elements of delta_weight(first) * delta_weight(second), in fp32, without making either."""
+    """The sum over all elements of delta_weight(first) * delta_weight(second), in fp64, without making either."""
     (A1, B1, scaling1), (A2, B2, scaling2) = first, second
-    return ((B1.float().T @ B2.float()) * (A1.float() @ A2.float().T)).sum() * (scaling1 * scaling2)
+    return ((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T)).sum() * (scaling1 * scaling2)
 
 
 def draw_lora_A(seed: int, link: int, layer: str, shape: tuple[int, int]) -> Tensor:

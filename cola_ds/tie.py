@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cola_ds import zero
 from cola_ds.lora import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
 
-_ELEMENTS_AT_ONCE = 2**24  # bounds what a tie takes on the device: about 256 MiB of fp32 temporaries
+_ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
 
 
 @dataclass
@@ -61,7 +61,7 @@ def tie_link(
         zero.own_part(layer.lora_B)[0].zero_()
         tied.bytes_moved += zero.collective_bytes(learnt) + zero.collective_bytes(whole, write=True)
     # Reading a number from the device below also waits for the copies of remainders to the host.
-    nothing = torch.zeros((), device=zero.device())
+    nothing = torch.zeros((), dtype=torch.float64, device=zero.device())
     own_square = zero.sum_over_processes(sum(own_squares, nothing))
     tied.remainder_square = float(own_square + sum(copied_squares, nothing))
     tied.delta_square = float(sum(delta_squares, nothing))
@@ -71,13 +71,14 @@ def tie_link(
 def _add_link(layer: LoRALinear, weight: Tensor, start: int, remainder: Tensor | None, exact: bool) -> Tensor:
     """Add a layer's link to a flat part of its weight that begins at `start`. -> (), the new remainder's squared norm"""
     device = layer.lora_A.device
-    square, nothing = torch.zeros((), device=device), torch.zeros((), device=device)
+    nothing = torch.zeros((), device=device)
+    square = nothing.double()
     for begin in range(0, weight.numel(), _ELEMENTS_AT_ONCE):
         piece = slice(begin, min(begin + _ELEMENTS_AT_ONCE, weight.numel()))
         delta = delta_slice(layer.lora_A, layer.lora_B, layer.scaling, start + begin, piece.stop - begin)
         before = nothing if remainder is None else remainder[piece].to(device, non_blocking=True)
         left = add_link(weight[piece], delta, before, exact)
-        square += left.square().sum()
+        square += torch.linalg.vector_norm(left, dtype=torch.float64).square()
         if remainder is not None:
             remainder[piece].copy_(left, non_blocking=True)
     return square
@@ -85,18 +86,18 @@ def _add_link(layer: LoRALinear, weight: Tensor, start: int, remainder: Tensor |
 
 @torch.no_grad()
 def restart_link(model: nn.Module, link: int, seed: int) -> None:
-    """Give every injected layer the A and B that `link` starts with, at the same LoRA rank, in their own shards."""
+    """Give every injected layer the A that `link` starts with, at the same LoRA rank, in its shards. B is zero since the tie."""
     for name, layer in lora_layers(model).items():
         part, start = zero.own_part(layer.lora_A)
         lora_A = draw_lora_A(seed, link, name, (zero.numel(layer.lora_A) // layer.in_features, layer.in_features))
         part.copy_(lora_A.flatten()[start : start + part.numel()])
-        zero.own_part(layer.lora_B)[0].zero_()
 
 
 def overlap(tensors: dict[str, Tensor], earlier: Iterable[dict[str, Tensor]], scalings: list[float]) -> float:
     """Inner product of a link and the sum of those before it, from their tensors (see TiedLink) on the host.
 
-    `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r.
+    `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r, read
+    again at each knot: for links number and LoRA rank as in the paper, milliseconds.
     """
     total = 0.0
     layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]

@@ -240,13 +240,13 @@ def rebuild_engine(
 def restart_optimizer(engine: Engine) -> None:
     """Make the optimizer what a new engine would have: fp32 masters of the parameters as they are now, no moments, step 0.
 
-    For parameters that were given new values in their shards (`own_part`). Nothing moves between processes.
+    For parameters that were given new values in their shards (`own_part`). Nothing moves between processes. The fp16 loss
+    scale stays, as it does in `rebuild_engine`, and here its counters do too.
     """
     engine.optimizer.refresh_fp32_params()
     for state in engine.optimizer.optimizer.state.values():
-        for (
-            value
-        ) in state.values():  # moments, sums of squares and step counts: torch's optimizers start all of them at zero
+        # Moments, sums of squares and step counts: torch's optimizers start all of them at zero.
+        for value in state.values():
             value.zero_()
 
 

@@ -233,7 +233,7 @@ def test_extending_in_place_is_a_rebuild_bit_for_bit(toy, tmp_path, engine, dtyp
     found = []
     for in_place in (True, False):
         config = run_config(
-            *toy, tmp_path / f"run-{in_place}", model={"dtype": dtype}, chain={"length": 3},
+            *toy, tmp_path / f"run-{in_place}", model={"dtype": dtype}, chain={"length": 3}, lora={"rank": 11},
             optim={"name": optimizer, "lr": 1e-2, "weight_decay": 0.1, "max_steps": 9},
             deepspeed=str(REPOSITORY / f"{engine}.json"),
         )  # fmt: skip
@@ -318,7 +318,7 @@ def count_through_knots(process, path):
         counts.append((tensors, hooks, engines, resident_kib))
 
 
-@pytest.mark.parametrize(("dtype", "ranks"), [("fp32", 64), ("bf16", 64), ("fp32", [64, 32] * 25 + [64])])
+@pytest.mark.parametrize(("dtype", "ranks"), [("fp32", 512), ("bf16", 512), ("fp32", [512, 256] * 25 + [512])])
 @pytest.mark.parametrize("engine", ["zero3", "zero2"])
 def test_nothing_grows_over_fifty_knots(toy, tmp_path, engine, dtype, ranks):
     config = run_config(

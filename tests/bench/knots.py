@@ -71,7 +71,8 @@ def timed(action, *args):
 
 def median(values: Iterable[float]) -> float:
     """Of those that were measured."""
-    return statistics.median(value for value in values if not math.isnan(value))
+    measured = [value for value in values if not math.isnan(value)]
+    return statistics.median(measured) if measured else math.nan
 
 
 def one_link(chain: Chain, way: str, remainders: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -140,9 +141,10 @@ def report_knots(rows: dict[str, list[dict[str, float]]], config: RunConfig, wor
     """Medians of what `one_link` found, side by side."""
     medians = {way: {key: median(row[key] for row in rows[way]) for key in rows[way][0]} for way in rows}
     step = statistics.median(row["step_s"] for way in rows for row in rows[way])
+    merge = "" if config.model.dtype == "fp32" else f"{config.chain.merge} merge, "  # in fp32 they are the same
     print(
         f"knots of {config.model.path}, {config.model.dtype}, {world_size} processes, LoRA rank {config.lora_ranks[0]}, "
-        f"{config.chain.merge} merge, {len(rows['local'])} knots each way; one optimizer step: {step:.2f} s"
+        f"{merge}{len(rows['local'])} knots each way; one optimizer step: {step:.2f} s"
     )
     lines = [
         ("tie, s", lambda m: f"{m['tie_s']:.3f}"),
@@ -198,7 +200,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--knots", type=int, default=5, help="knots each way")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of whole runs")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of whole runs, or 0")
     parser.add_argument("--steps", type=int, default=120, help="steps of each whole run")
     parser.add_argument("--in-group", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
@@ -208,11 +210,9 @@ def main() -> None:
     port = ["--master_port", str(free_port())]
     group = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), *port, *here]
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)), **os.environ}
-    shown = subprocess.run(
-        group, cwd=REPOSITORY, env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    print(shown.stdout[shown.stdout.index("knots of ") :], flush=True)
-    compare_runs(args.run, args.overrides, args.processes, args.pairs, args.steps)
+    print("knots of " + run_quietly(group, env).partition("knots of ")[2], flush=True)
+    if args.pairs:
+        compare_runs(args.run, args.overrides, args.processes, args.pairs, args.steps)
 
 
 if __name__ == "__main__":
