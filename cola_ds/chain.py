@@ -168,8 +168,8 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
 def extend_chain(chain: Chain) -> float:
     """Start the next link: fresh A and B, and an optimizer that knows nothing of the old ones. Returns seconds.
 
-    In place where the LoRA rank stays: a rebuilt engine starts alike, but takes a third of a step (tests/bench/knots.py), moves
-    A and B twice and has to learn again in which order the model uses its parameters.
+    In place where the LoRA rank stays: a rebuilt engine starts alike, but takes 0.4 of a step (tests/bench/knots.py), moves A and
+    B twice, and its first step takes longer by as much again.
     """
     begin = time.perf_counter()
     config, model, link = chain.config, chain.engine.module, chain.state.link + 1
