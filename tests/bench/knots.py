@@ -180,7 +180,7 @@ def compare_runs(run: str, overrides: list[str], processes: int, pairs: int, ste
             found = {}
             for length in (1, 3) if pair % 2 == 0 else (3, 1):
                 folder = Path(scratch) / f"{length}-{pair}"
-                words = [f"run.dir={folder}", f"chain.length={length}", f"optim.max_steps={steps}", "data.eval=null"]
+                words = [f"run.dir={folder}", f"chain.length={length}", f"optim.max_steps={steps}"]
                 run_quietly(["./launch/local.sh", run, str(processes), *overrides, *words], dict(os.environ))
                 found[length] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             seconds = {length: result["wall_time_s"] - result["loading_s"] for length, result in found.items()}
@@ -204,15 +204,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="steps of each whole run")
     parser.add_argument("--in-group", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
+    overrides = [*args.overrides, "data.eval=null"]
     if args.in_group:
-        measure_knots(load_config(args.run, args.overrides), args.knots)
-    here = ["-m", "tests.bench.knots", args.run, *args.overrides, "--knots", str(args.knots), "--in-group"]
+        measure_knots(load_config(args.run, overrides), args.knots)
+    here = ["-m", "tests.bench.knots", args.run, *overrides, "--knots", str(args.knots), "--in-group"]
     port = ["--master_port", str(free_port())]
     group = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), *port, *here]
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)), **os.environ}
     print("knots of " + run_quietly(group, env).partition("knots of ")[2], flush=True)
     if args.pairs:
-        compare_runs(args.run, args.overrides, args.processes, args.pairs, args.steps)
+        compare_runs(args.run, overrides, args.processes, args.pairs, args.steps)
 
 
 if __name__ == "__main__":
