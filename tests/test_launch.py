@@ -116,9 +116,8 @@ def test_quickstart_runs_twice(copy):
 @pytest.mark.quickstart
 def test_benchmark_runs(copy):
     """On a toy model; its tables have every row that the README shows."""
-    save_model(copy / "models/bench")
-    save_sums(copy / "data/bench.jsonl", 40)
-    toy = "model.path=models/bench data.train=data/bench.jsonl data.max_length=64"
+    save_sums(save_model(copy / "models/bench") / "sums.jsonl", 40)
+    toy = "model.path=models/bench data.train=models/bench/sums.jsonl data.max_length=64"
     shown = in_copy(copy, f"./launch/bench.sh {toy} --knots 1 --pairs 1 --steps 6")
     cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if line.startswith("| ")}
     shown_in_readme = README.split("\nknots of ")[1].split("### What a run")[0]
