@@ -11,7 +11,9 @@ One link is LoRA. Without adapters (method full) the same loop trains every weig
 from __future__ import annotations
 
 import math
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,33 +21,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_ds import zero
+from cola_ds import processes, signals, watch, zero
+from cola_ds.checkpoint import CheckpointFolder
 from cola_ds.config import RunConfig, Timetable
 from cola_ds.data.batching import Batch, Batcher, StepExamples
-from cola_ds.errors import TrainingFailedError
+from cola_ds.errors import StoppedError, TrainingFailedError
 from cola_ds.evaluate import HeldOut, held_out_loss, loss_sum
 from cola_ds.journal import Journal
 from cola_ds.lora import lora_layers, start_link
 from cola_ds.optim import learning_rate, make_optimizer
 from cola_ds.rundir import RunFolder
-from cola_ds.tie import overlap, restart_link, tie_link
+from cola_ds.tie import link_is_finite, overlap, restart_link, tie_link
 
 
 @dataclass
 class ChainState:
-    """All that changes while a chain runs, besides the engine. Steps are finished optimizer updates."""
+    """All that changes while a chain runs, besides the engine. Steps are optimizer updates, those left out included."""
 
     link: int = 1
+    """The one that is being tuned; length + 1 when the last is tied."""
     step: int = 0
     step_in_link: int = 0
     examples_seen: int = 0
     tokens_seen: int = 0
     skipped_steps: int = 0
-    """Updates that the engine left out because gradients overflowed (fp16, bf16)."""
-    remainders: dict[str, Tensor] = field(default_factory=dict)
-    """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
+    """Updates that were left out because the loss or a gradient was not finite."""
+    skipped_in_link: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_step: int = 0
+    """The step after which the last evaluation was."""
+    best_step: int = 0
+    best_loss: float = math.inf
+    """The lowest held-out loss, and the step after which it was found."""
     change_square: float = 0.0
     """Squared norm of all links' sum: of the change of the base weights that was wanted. On process 0 alone."""
+    remainders: dict[str, Tensor] = field(default_factory=dict)
+    """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
 
 
 @dataclass
@@ -53,6 +64,8 @@ class Chain:
     """A chain on its way: the engine, what it learns from, and how far it is."""
 
     config: RunConfig
+    base: str
+    """The base model's fingerprint."""
     timetable: Timetable
     engine: zero.Engine
     engine_config: dict[str, Any]
@@ -63,71 +76,94 @@ class Chain:
     folder: RunFolder | None
     """Takes the tied links; None on every process but 0."""
     state: ChainState = field(default_factory=ChainState)
+    save: Callable[[Chain], str | None] = lambda chain: None
+    """Writes a checkpoint (collective), and returns what was wrong if it could not."""
 
 
 def run_chain(chain: Chain) -> None:
-    """Tune, tie, extend, until the last link is tied. Collective, as is all below."""
-    length, state = chain.config.chain.length, chain.state
-    chain.journal.restart_clock()
-    while state.step < chain.timetable.total_steps:
-        batch = tune_lora(chain)
-        if chain.config.trains_lora:
-            loss_before = batch_loss(chain, batch)
-            knot = tie_knot(chain)
-            losses = {"loss_before": loss_before, "loss_after": batch_loss(chain, batch)}
-            rebuild_s = extend_chain(chain) if state.link < length else None
-            chain.journal.knot({**knot, **losses, "rebuild_s": rebuild_s})
-        if evaluation_is_due(chain, at_knot=True):  # of the merged weights: what an export holds
-            evaluate(chain)
-        if state.link < length:
-            state.link, state.step_in_link = state.link + 1, 0
+    """Tune, tie, extend, until the last link is tied. Collective, as is all below.
 
-
-def tune_lora(chain: Chain) -> Batch:
-    """Train the current link up to its knot. Returns a micro batch of its last step.
-
-    Raises TrainingFailedError when the engine had to leave out every update.
+    A chain that was restored from a checkpoint goes on wherever its state says that it is. Raises StoppedError when a signal
+    asked for it, TrainingFailedError when losses, gradients or adapters are not finite.
     """
-    state, timetable, optim = chain.state, chain.timetable, chain.config.optim
-    knot, skipped_before = timetable.knots[state.link - 1], state.skipped_steps
+    chain.journal.restart_clock()
+    evaluate_if_due(chain)
+    while chain.state.link <= chain.config.chain.length:
+        tune_lora(chain)
+        if chain.config.trains_lora:
+            pass_knot(chain)
+        chain.state.link += 1
+        chain.state.step_in_link = chain.state.skipped_in_link = 0
+        evaluate_if_due(chain)  # of the merged weights: what an export holds
+
+
+def tune_lora(chain: Chain) -> None:
+    """Train the current link up to its knot."""
+    state, optim = chain.state, chain.config.optim
+    knot = chain.timetable.knots[state.link - 1]
     while state.step < knot:
-        examples = chain.train.step(state.step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
-        lr = learning_rate(optim, timetable, state.link, state.step_in_link)
-        loss, batch = train_step(chain.engine, examples, lr, chain.world_size)
+        watch.beat("examples", step=state.step + 1)
+        examples = step_examples(chain, state.step)
+        lr = learning_rate(optim, chain.timetable, state.link, state.step_in_link)
+        loss = train_step(chain.engine, examples, lr, chain.world_size)
+        stop, loss_is_bad = processes.largest_of_processes([signals.requested(), not torch.isfinite(loss)])
         state.step += 1
         state.step_in_link += 1
         state.examples_seen += examples.examples
         state.tokens_seen += examples.tokens
-        state.skipped_steps += not chain.engine.was_step_applied()
+        take_note_of_skips(chain, examples, bool(loss_is_bad))
         chain.journal.step(
-            position(chain), loss, examples, now=state.step == knot,
+            position(chain), None if loss_is_bad else loss, examples, now=state.step == knot,
             lr=lr, grad_norm=chain.engine.get_global_grad_norm(), skipped_steps=state.skipped_steps,
         )  # fmt: skip
-        if state.step < knot and evaluation_is_due(chain, at_knot=False):
-            evaluate(chain)
-    if state.skipped_steps - skipped_before == timetable.link_steps(state.link):
-        raise TrainingFailedError(
-            f"no update of link {state.link} could be applied: no gradient was finite; lower optim.lr"
-        )
-    return batch
+        check_skips(chain)
+        if stop:
+            stop_here(chain, int(stop))
+        if checkpoint_is_due(chain):
+            save_checkpoint(chain)
+        evaluate_if_due(chain)
 
 
-def train_step(engine: zero.Engine, examples: StepExamples, lr: float, world_size: int) -> tuple[Tensor, Batch]:
-    """One optimizer update. Returns this process's share of the step's loss, () on its device, and a micro batch of it.
+def pass_knot(chain: Chain) -> None:
+    """Tie the link and, unless it is the last, start the next."""
+    state = chain.state
+    watch.beat(f"knot of link {state.link}")
+    batch = last_batch(chain)
+    loss_before = batch_loss(chain, batch)
+    knot = tie_knot(chain)
+    losses = {"loss_before": loss_before, "loss_after": batch_loss(chain, batch)}
+    rebuild_s = extend_chain(chain) if state.link < chain.config.chain.length else None
+    chain.journal.knot({**knot, **losses, "rebuild_s": rebuild_s})
+
+
+def step_examples(chain: Chain, step: int) -> StepExamples:
+    """This process's share of the examples of a step, counted from 0."""
+    optim = chain.config.optim
+    return chain.train.step(step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
+
+
+def last_batch(chain: Chain) -> Batch:
+    """The first micro batch of the last step, on this process's device: where examples ran out, the later ones count nothing."""
+    return step_examples(chain, chain.state.step - 1).micro_batches[0].to(processes.device())
+
+
+def train_step(engine: zero.Engine, examples: StepExamples, lr: float, world_size: int) -> Tensor:
+    """One optimizer update. Returns this process's share of the step's loss, () on its device.
 
     The loss is the mean over the labelled tokens of the whole global batch, so that neither accumulation nor the number of
     processes weighs tokens differently.
     """
     zero.set_learning_rate(engine, lr)
-    share = torch.zeros((), device=zero.device())
-    micro_batches = [batch.to(zero.device()) for batch in examples.micro_batches]
-    for batch in micro_batches:
+    share = torch.zeros((), device=processes.device())
+    micro_batches = [batch.to(processes.device()) for batch in examples.micro_batches]
+    for number, batch in enumerate(micro_batches, start=1):
+        watch.beat(f"micro batch {number}")
         loss = loss_sum(engine, batch) / max(examples.loss_tokens, 1)
         share += loss.detach()
         # The engine divides by the micro steps, and averages over processes: undo both, the sum is the mean wanted.
         engine.backward(loss * (len(micro_batches) * world_size))
         engine.step()
-    return share, micro_batches[0]  # the first: where examples ran out, the later ones count nothing
+    return share
 
 
 def tie_knot(chain: Chain) -> dict[str, Any]:
@@ -139,20 +175,30 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
     """
     state, config, folder = chain.state, chain.config, chain.folder
     begin = time.perf_counter()
+    if not link_is_finite(chain.engine.module):
+        raise TrainingFailedError(
+            f"link {state.link} is not finite at step {state.step}; it was neither tied nor saved"
+        )
     tied = tie_link(
         chain.engine.module, state.remainders, local=config.chain.tie == "local", exact=config.chain.merge == "exact",
         last=state.link == config.chain.length, keep_tensors=folder is not None,
     )  # fmt: skip
     if not math.isfinite(tied.delta_square + tied.remainder_square):
         raise TrainingFailedError(
-            f"link {state.link}, or a weight that it was added to, is not finite (step {state.step}); it was not saved"
+            f"a weight is not finite once link {state.link} is added to it (step {state.step}); the link was not saved"
         )
     if folder:
         earlier = map(folder.read_link, range(1, state.link))
         state.change_square += tied.delta_square + 2 * overlap(
             tied.tensors, earlier, [config.lora.alpha / r for r in config.lora_ranks[: state.link]]
         )
-        folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
+        try:
+            folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
+        except OSError as error:
+            raise TrainingFailedError(
+                f"link {state.link} cannot be written: {error.strerror} ({folder.link_path(state.link).parent}); once it can, "
+                "the same command goes on from the last checkpoint"
+            ) from None
     return {
         "link": state.link,
         "step": state.step,
@@ -161,7 +207,7 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
         "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else math.nan,
         "tie_s": time.perf_counter() - begin,
         "bytes_moved": tied.bytes_moved,
-        "peak_memory_bytes": int(zero.max_over_processes(zero.peak_memory_bytes())),
+        "peak_memory_bytes": int(processes.max_over_processes(processes.peak_memory_bytes())),
     }
 
 
@@ -178,23 +224,106 @@ def extend_chain(chain: Chain) -> float:
         restart_link(model, link, config.run.seed)
         zero.restart_optimizer(chain.engine)
     else:
-        start_link(model, link, lora_rank, config.lora.alpha, config.run.seed, zero.device())
+        start_link(model, link, lora_rank, config.lora.alpha, config.run.seed, processes.device())
         chain.engine = zero.rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
         chain.engine.train()
     return time.perf_counter() - begin
 
 
 def position(chain: Chain) -> dict[str, Any]:
-    """Where the chain is, for a row."""
+    """Where the chain is, for a row: the link is that of the last step."""
+    step = chain.state.step
+    return {"step": step, "link": chain.timetable.link_of(step), "epoch": step / chain.timetable.steps_per_epoch}
+
+
+# -- what is not finite ------------------------------------------------------------------------------------------------
+
+
+def take_note_of_skips(chain: Chain, examples: StepExamples, loss_is_bad: bool) -> None:
+    """Count and report the step that just ended if its update was left out. DeepSpeed leaves it out on all processes alike."""
     state = chain.state
-    return {"step": state.step, "link": state.link, "epoch": state.step / chain.timetable.steps_per_epoch}
+    if chain.engine.was_step_applied():
+        if loss_is_bad:
+            raise TrainingFailedError(f"the loss of step {state.step} is not finite, but the engine applied its update")
+        state.skipped_in_a_row = 0
+        return
+    state.skipped_steps += 1
+    state.skipped_in_link += 1
+    what = "a loss is" if loss_is_bad else "the loss is finite, a gradient is"
+    if loss_is_bad or chain.config.model.dtype != "fp16":  # in fp16 the loss scale overflows as it is searched for
+        state.skipped_in_a_row += 1
+        chain.journal.say(
+            f"step {state.step}: {what} not finite; its update is left out. Its examples (from 0, in data.train): "
+            f"{', '.join(map(str, sorted(examples.indices)))}"
+        )
+    chain.journal.event("skipped", **position(chain), loss_is_finite=not loss_is_bad, examples=sorted(examples.indices))
 
 
-def evaluation_is_due(chain: Chain, at_knot: bool) -> bool:
-    """Whether `eval.every` wants an evaluation after this step; the end of the run always does."""
-    if chain.held_out is None:
+def check_skips(chain: Chain) -> None:
+    """Raise TrainingFailedError when too many updates in a row, or all of a link, were left out."""
+    state, most = chain.state, chain.config.optim.max_skips_in_a_row
+    if state.skipped_in_a_row > most:
+        raise TrainingFailedError(
+            f"{state.skipped_in_a_row} updates in a row were left out up to step {state.step}, as no loss or gradient was finite "
+            f"(optim.max_skips_in_a_row is {most}); lower optim.lr or look at the data"
+        )
+    if state.step == chain.timetable.knots[state.link - 1] and state.skipped_in_link == chain.timetable.link_steps(
+        state.link
+    ):
+        raise TrainingFailedError(
+            f"no update of link {state.link} could be applied: no gradient was finite; lower optim.lr"
+        )
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_is_due(chain: Chain) -> bool:
+    """Every so many steps, and before the last knot: what follows it, an evaluation say, may take long."""
+    step, every = chain.state.step, chain.config.checkpoint.every_steps
+    return step == chain.timetable.total_steps or (every is not None and step % every == 0)
+
+
+def save_checkpoint(chain: Chain) -> bool:
+    """Write a checkpoint; whether it was written. Raises TrainingFailedError when it could not be, if the config says so."""
+    watch.beat("checkpoint")
+    if not chain.config.trains_lora:
+        watch.rest()  # a whole model takes as long as it takes
+    wrong = chain.save(chain)
+    chain.journal.restart_clock()
+    if wrong is None:
+        return True
+    chain.journal.say(f"warning: no checkpoint at step {chain.state.step}: {wrong}")
+    if chain.config.checkpoint.on_error == "stop":
+        raise TrainingFailedError(f"no checkpoint could be written at step {chain.state.step}: {wrong}")
+    return False
+
+
+def stop_here(chain: Chain, signum: int) -> None:
+    """Write a checkpoint and raise StoppedError."""
+    name, step = signal.Signals(signum).name, chain.state.step
+    if chain.config.method == "zero-shot":
+        raise StoppedError(f"stopped on {name}; the same command starts again")
+    if chain.state.link > chain.config.chain.length:
+        step = chain.timetable.total_steps  # nothing is left to tie: the checkpoint before the last knot stands
+    elif not save_checkpoint(chain):
+        raise TrainingFailedError(f"stopped on {name} at step {step}, but no checkpoint could be written there")
+    chain.journal.event("stopped", **position(chain), signal=name)
+    raise StoppedError(f"stopped on {name} after step {step}, with a checkpoint; the same command goes on from there")
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def evaluation_is_due(chain: Chain) -> bool:
+    """Whether `eval.every` wants an evaluation now. At a knot it comes after it; the end of the run always has one."""
+    state, every = chain.state, chain.config.eval.every
+    step = state.step
+    if chain.held_out is None or step == 0 or state.evaluated_step == step:
         return False
-    step, every = chain.state.step, chain.config.eval.every
+    at_knot = step in chain.timetable.knots
+    if at_knot and state.link == chain.timetable.link_of(step):
+        return False
     if step == chain.timetable.total_steps:
         return True
     if every == "link":
@@ -204,12 +333,36 @@ def evaluation_is_due(chain: Chain, at_knot: bool) -> bool:
     return step % (chain.timetable.steps_per_epoch if every == "epoch" else int(every)) == 0
 
 
+def evaluate_if_due(chain: Chain) -> None:
+    """Evaluate if it is time to, and keep a checkpoint of the best."""
+    if not evaluation_is_due(chain):
+        return
+    found, state = evaluate(chain), chain.state
+    state.evaluated_step = state.step
+    if found.loss < state.best_loss:
+        state.best_loss, state.best_step = found.loss, state.step
+        # After the last knot there is nothing to save: the checkpoint before it gives the same outputs.
+        if chain.config.checkpoint.best and state.link <= chain.config.chain.length:
+            save_checkpoint(chain)
+        if chain.config.checkpoint.best and chain.folder:
+            CheckpointFolder(chain.folder).mark_best(state.step)
+
+
 def evaluate(chain: Chain) -> HeldOut:
-    """Held-out loss now; it goes into the journal too."""
+    """Held-out loss now; it goes into the journal too. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
-    found = held_out_loss(
-        chain.engine, chain.held_out, chain.config.eval.batch_size or chain.config.optim.micro_batch_size
-    )
+    batch_size = chain.config.eval.batch_size or chain.config.optim.micro_batch_size
+    stop = 0.0
+
+    def stopped() -> bool:
+        nonlocal stop
+        (stop,) = processes.largest_of_processes([signals.requested()])
+        return stop > 0
+
+    found = held_out_loss(chain.engine, chain.held_out, batch_size, stopped)
+    if found is None:
+        stop_here(chain, int(stop))
+    assert found is not None
     chain.journal.evaluation(position(chain), found)
     return found
 
@@ -219,5 +372,5 @@ def batch_loss(chain: Chain, batch: Batch) -> float:
     batch = batch.first()
     with zero.evaluating(chain.engine):
         loss, tokens = loss_sum(chain.engine, batch), (batch.labels >= 0).sum()
-    total, count = zero.sum_over_processes(torch.stack([loss, tokens.to(loss.dtype)])).tolist()
+    total, count = processes.sum_over_processes(torch.stack([loss, tokens.to(loss.dtype)])).tolist()
     return total / max(count, 1)

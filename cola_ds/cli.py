@@ -1,6 +1,6 @@
 """The command `cola-ds`.
 
-Exit status: 0 done; 2 the user's mistake, with one line on stderr; 3 training failed.
+Exit status: 0 done; 2 the user's mistake, with one line on stderr; 3 training failed; 75 stopped on a signal, to go on later.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from cola_ds import lock, signals, watch
 from cola_ds.config import load_config
-from cola_ds.errors import TrainingFailedError, UserError, first_line
+from cola_ds.errors import StoppedError, TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
 
-_PATIENCE_S = 10  # a launcher ends the other processes of a run within seconds of the first that exits
+_PATIENCE_S = 10  # launchers end the other processes of a run within seconds of the first that exits
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,22 +40,45 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args, process)
         return 0
     except UserError as error:
-        _say(f"cola-ds: {error}", process)
         status = 2
+        watch.leave(status)
+        _say(f"cola-ds: {error}", process)
     except TrainingFailedError as error:
-        _say(f"cola-ds: training failed: {error}", process)
         status = 3
-    except Exception as error:  # a defect, or a fault of the machine: all that is known of it
-        if "by peer" in str(error):  # gloo's "Connection closed by peer": the process that went first says why
-            time.sleep(_PATIENCE_S)
-        traceback.print_exc()
+        watch.leave(status)
+        _say(f"cola-ds: training failed: {error}", process)
+    except StoppedError as error:
+        status = 75
+        signals.finished()
+        watch.leave(status)
+        if process is None or process.rank == 0:
+            print(f"cola-ds: {error}", file=sys.stderr, flush=True)
+    except OSError as error:
         status = 3 if args.run is _train else 1
-    if process and process.world_size > 1:
+        watch.leave(status)
+        traceback.print_exc()
+        _say(
+            f"cola-ds: {error.filename or 'a file'}: {error.strerror or error}; the same command goes on once it is mended",
+            process,
+        )
+    except Exception as error:  # a defect, or a fault of the machine: all that is known of it
+        status = 3 if args.run is _train else 1
+        if "by peer" in str(error):  # gloo's "Connection closed by peer": the watch, or who went first, says why
+            time.sleep(_PATIENCE_S)
+        watch.leave(status)
+        traceback.print_exc()
+    if process and (process.world_size > 1 or watch.begun()):
         _exit_now(status)  # exit handlers of a process group can wait for peers that wait for this process
     return status
 
 
+def _leave_now(status: int) -> NoReturn:
+    watch.leave(status)
+    _exit_now(status)
+
+
 def _exit_now(status: int) -> NoReturn:
+    lock.release_held()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -63,14 +87,13 @@ def _exit_now(status: int) -> NoReturn:
 def _say(message: str, process: Process | None) -> None:
     """One message from one process, although all may have found the same mistake.
 
-    Process 0 speaks at once, and launchers end the others when it exits. A process that is still there after a while found
-    what process 0 did not (a file missing on its node, say): it names itself.
+    Process 0 speaks at once. A process that sees it go on after a while found what process 0 did not (a file missing on its
+    node, say): it names itself.
     """
     if process is None or process.rank == 0:
         print(message, file=sys.stderr, flush=True)
-        return
-    time.sleep(_PATIENCE_S)
-    print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
+    elif not watch.process_0_leaves(within_s=_PATIENCE_S):
+        print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +108,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--fresh", action="store_true", help="remove what an earlier run left in run.dir, and start anew"
     )
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): go on if run.dir holds this run; never: it must not; or from this checkpoint or run folder",
+    )
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on although this key of the config has changed",
+    )
     train.set_defaults(run=_train)
 
     export = commands.add_parser("export", help="write a finished run's model in another form")
@@ -92,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=["hf"], required=True, help="hf: the merged model as a Hugging Face folder")
     export.add_argument("--out", required=True, metavar="DIR")
     export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="how far a run is, and whether its checkpoints hold")
+    inspect.add_argument("run_dir", metavar="RUN_DIR")
+    inspect.set_defaults(run=_inspect)
 
     report = commands.add_parser("report", help="finished runs side by side, as a table")
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")
@@ -105,6 +145,10 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         raise UserError(
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
         )
+    if not args.dry_run:
+        signals.listen(
+            lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), _leave_now
+        )
     config = load_config(args.config, args.overrides)
     from cola_ds.prepare import prepare, summarize  # torch takes seconds to import: not for a misspelt key
 
@@ -115,13 +159,24 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         print(summarize(prepared, world_size), flush=True)
     if args.dry_run:
         return
-    from cola_ds import zero  # and deepspeed more
+    from cola_ds import processes  # and deepspeed more
+    from cola_ds.resume import Wish
+    from cola_ds.rundir import RunFolder
     from cola_ds.train import train
 
-    train(prepared, process, args.fresh)
-    zero.stop_processes()
+    if process.rank == 0:  # before the others wait for it
+        data = config.data
+        inputs = [config.model.path, *filter(None, () if data.hub else (data.train, data.eval))]
+        RunFolder(config.run.dir).check_inputs(inputs)
+    processes.check_dtype(config.model.dtype)
+    processes.start_processes(process)
+    watch.begin(process.rank, process.world_size, config.run.hang_after_s, _exit_now, processes.from_process_0)
+    ran = train(prepared, process, Wish(args.resume, args.fresh, tuple(args.allow_change)))
+    signals.finished()
+    watch.leave(0)
+    processes.stop_processes()
     if process.rank == 0:
-        print(f"done: {config.run.dir}", flush=True)
+        print(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}", flush=True)
     atexit._run_exitfuncs()  # W&B sends its last rows here
     # DeepSpeed's references keep gloo's threads alive. One that lets go of a tensor while the interpreter shuts down aborts
     # the process: one run in fourteen ended in SIGABRT after it had written everything.
@@ -146,6 +201,13 @@ def _export(args: argparse.Namespace, process: Process) -> None:
     _quiet_libraries(process)
     with _readable(args.run_dir):
         print(f"wrote {export_hf(args.run_dir, args.out)}")
+
+
+def _inspect(args: argparse.Namespace, process: Process) -> None:
+    from cola_ds.inspect import inspect
+
+    with _readable(args.run_dir):
+        print(inspect(args.run_dir))
 
 
 def _report(args: argparse.Namespace, process: Process) -> None:

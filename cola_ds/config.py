@@ -6,6 +6,7 @@ depends on the number of processes and of training examples. No other module rea
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import itertools
 import re
@@ -133,6 +134,8 @@ class OptimConfig(_Section):
     """Examples per step, over all processes."""
     micro_batch_size: int = Field(default=4, ge=1)
     """Examples per forward pass and process."""
+    max_skips_in_a_row: int = Field(default=5, ge=0)
+    """Updates left out because the loss or a gradient was not finite: one more in a row, and training has failed."""
 
     @model_validator(mode="after")
     def _some_length(self) -> OptimConfig:
@@ -148,10 +151,23 @@ class EvalConfig(_Section):
     """Examples per forward pass and process; null: as in training."""
 
 
+class CheckpointConfig(_Section):
+    every_steps: int | None = Field(default=200, ge=1)
+    """Steps between checkpoints; null: only when a signal stops the run, and before its last knot."""
+    keep: int = Field(default=2, ge=1)
+    """The newest checkpoints that are kept."""
+    best: bool = True
+    """Also write and keep a checkpoint of the lowest held-out loss."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does to the run; the ones before it stay."""
+
+
 class RunSection(_Section):
     dir: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
     log_every_steps: int = Field(default=10, ge=1)
+    hang_after_s: int | None = Field(default=600, ge=1)
+    """Seconds without progress of some process after which it is named and the run ends; null: never."""
 
 
 class RunConfig(_Section):
@@ -164,6 +180,7 @@ class RunConfig(_Section):
     data: DataConfig
     optim: OptimConfig
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunSection
     deepspeed: str = "ds_configs/zero3.json"
 
@@ -313,6 +330,10 @@ class Timetable:
     def link_steps(self, link: int) -> int:
         """Steps in a link, counted from 1."""
         return self.knots[link - 1] - (self.knots[link - 2] if link > 1 else 0)
+
+    def link_of(self, step: int) -> int:
+        """The link that a step (counted from 1) belongs to; 1 before any step."""
+        return bisect.bisect_left(self.knots, step) + 1
 
 
 def resolve(config: RunConfig, examples: int, world_size: int) -> Timetable:

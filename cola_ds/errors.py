@@ -1,4 +1,4 @@
-"""The two ways a run ends that are not a defect of this program."""
+"""The three ways a run ends early that are not a defect of this program."""
 
 
 class UserError(ValueError):
@@ -12,3 +12,7 @@ def first_line(error: BaseException) -> str:
 
 class TrainingFailedError(RuntimeError):
     """Training itself went wrong, such as a loss that is not finite. Exit 3."""
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop, and a checkpoint was written. Exit 75: the same command goes on from there."""

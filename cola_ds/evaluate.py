@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds import zero
+from cola_ds import processes, watch, zero
 from cola_ds.data.batching import IGNORED, Batch, Batcher
 
 
@@ -42,18 +43,21 @@ class HeldOut:
     seconds: float
 
 
-def held_out_loss(engine: zero.Engine, batcher: Batcher, batch_size: int) -> HeldOut:
-    """Evaluate on every example once, whatever the world size. Collective."""
+def held_out_loss(engine: zero.Engine, batcher: Batcher, batch_size: int, stop: Callable[[], bool]) -> HeldOut | None:
+    """Evaluate on every example once, whatever the world size; None if `stop`, asked before each batch, says so. Collective."""
     begin = time.perf_counter()
-    device = zero.device()
+    device = processes.device()
     total = torch.zeros((), device=device)
     examples = tokens = 0
     with zero.evaluating(engine):
         for share in batcher.evaluation(batch_size):
+            if stop():
+                return None
+            watch.beat("evaluation")
             # Every process runs every forward pass, if need be on a batch that counts nothing: under ZeRO-3 they gather together.
             for batch in share.micro_batches:
                 total += loss_sum(engine, batch.to(device))
             examples += share.examples
             tokens += share.loss_tokens
-    loss = zero.sum_over_processes(total).item() / max(tokens, 1)
+    loss = processes.sum_over_processes(total).item() / max(tokens, 1)
     return HeldOut(loss, math.exp(min(loss, 700.0)), examples, tokens, time.perf_counter() - begin)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cola_ds import zero
+from cola_ds import processes, zero
 from cola_ds.data.batching import StepExamples
-from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluate import HeldOut
 from cola_ds.rundir import RunFolder
 
@@ -27,26 +26,61 @@ class Journal:
         self.folder, self.monitor, self.log_every_steps = folder, monitor, log_every_steps
         every_s = 0.5 if sys.stderr.isatty() else 30  # a job's log is no place for ten lines a second
         self.bar = tqdm(total=total_steps, unit="step", disable=folder is None, dynamic_ncols=True, mininterval=every_s)
-        self._loss = torch.zeros((), device=zero.device())
-        self._steps = self._tokens = 0
+        self._loss = torch.zeros((), device=processes.device())
+        self._steps = self._losses = self._tokens = 0
+        self._carried_s = 0.0
         self._since = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What the next row has gathered so far. Collective."""
+        losses = processes.numbers_of_processes(self._loss.item())
+        seconds = time.perf_counter() - self._since
+        return {
+            "loss": losses,
+            "losses": self._losses,
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "seconds": seconds,
+        }
+
+    def go_on(self, state: dict[str, Any], rank: int, world_size: int, step: int) -> None:
+        """Continue from what `state` returned, after `step` steps; at another world size process 0 takes all of it."""
+        loss = state["loss"] if len(state["loss"]) == world_size else [sum(state["loss"]), *[0.0] * (world_size - 1)]
+        self._loss.fill_(loss[rank])
+        self._losses, self._steps, self._tokens = state["losses"], state["steps"], state["tokens"]
+        self._carried_s = state["seconds"]
+        self.bar.update(step)
+
+    def say(self, message: str) -> None:
+        """One line, from process 0."""
+        if self.folder:
+            self.bar.write(f"cola-ds: {message}", file=sys.stderr)
+
+    def event(self, what: str, **facts: Any) -> None:
+        """Something that happened to the run."""
+        if self.folder:
+            self.folder.event(what, **facts)
 
     def restart_clock(self) -> None:
         """Leave out of step_s what happened since the last row: an evaluation, a knot, loading."""
-        self._since = time.perf_counter()
+        self._since = time.perf_counter() - self._carried_s
 
-    def step(self, where: dict[str, Any], loss: Tensor, examples: StepExamples, now: bool, **facts: Any) -> None:
-        """Take a step's share of the loss (on this process's device). Writes a row every log_every_steps, or if `now`.
+    def step(self, where: dict[str, Any], loss: Tensor | None, examples: StepExamples, now: bool, **facts: Any) -> None:
+        """Take a step's share of the loss (on this process's device), or None if it is not finite. Writes a row every
+        log_every_steps, or if `now`: its loss is the mean over the steps that have one.
 
-        Between rows nothing is copied from the device. Raises TrainingFailedError when the loss is not finite.
+        Between rows nothing is copied from the device.
         """
-        self._loss += loss
+        if loss is not None:
+            self._loss += loss
+            self._losses += 1
         self._steps += 1
         self._tokens += examples.tokens
         self.bar.update()
         if where["step"] % self.log_every_steps and not now:
             return
-        mean_loss = zero.sum_over_processes(self._loss).item() / self._steps
+        total = processes.sum_over_processes(self._loss).item()
+        mean_loss = total / self._losses if self._losses else math.nan
         seconds = time.perf_counter() - self._since
         tokens_per_s = self._tokens / seconds
         if self.folder:
@@ -66,12 +100,9 @@ class Journal:
             where["step"], {"Train/loss": mean_loss, "Train/lr": facts["lr"], "Train/link": where["link"]}
         )
         self._loss.zero_()
-        self._steps = self._tokens = 0
+        self._steps = self._losses = self._tokens = 0
+        self._carried_s = 0.0
         self.restart_clock()
-        if not math.isfinite(mean_loss):
-            raise TrainingFailedError(
-                f"the loss is {mean_loss} at step {where['step']} of link {where['link']}; lower optim.lr or look at the data"
-            )
 
     def knot(self, row: dict[str, Any]) -> None:
         """Take a knot."""

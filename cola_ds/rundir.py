@@ -6,13 +6,17 @@ RUN_DIR/
   metrics.jsonl      a row a logged step
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
+  events.jsonl       what happened to the run: started, resumed, checkpoints, skipped updates, stopped
+  checkpoints/       step-00000123/ and so on: see checkpoint.py
   chain/link-0001/   each tied link as a PEFT adapter
   model/             method full alone: the trained model as a Hugging Face folder
   result.json        written last
+  lock.json          while a run goes on: whose folder this is (see lock.py)
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import math
@@ -20,18 +24,19 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cola_ds.config import RunConfig, dump_config, load_config
 from cola_ds.errors import UserError
 
-_FILES = ("run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "result.json")
-_FOLDERS = ("chain", "model")
+ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
+_LEFT = ("run.yaml", *ROWS, "events.jsonl", "result.json", "chain", "model", "checkpoints", "environment.json")
 _PEFT_PREFIX = "base_model.model."
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
@@ -41,12 +46,10 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._unwritten: dict[str, list[str]] = {}
 
-    def check_is_free(self, fresh: bool, inputs: list[str]) -> None:
-        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run left.
-
-        Whatever `fresh` says, the run's inputs (paths) may not lie in it, and it must be possible to write there.
-        """
+    def check_inputs(self, inputs: list[str]) -> None:
+        """Raise UserError for a folder that cannot be written, or that holds one of the run's inputs (paths)."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.dir {self.path} is not a folder")
         for path in inputs:
@@ -55,27 +58,52 @@ class RunFolder:
         parent = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not os.access(parent, os.W_OK):
             raise UserError(f"run.dir {self.path} cannot be written: no permission to write in {parent}")
-        left = self._left()
+
+    def check_is_free(self, fresh: bool) -> None:
+        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run left."""
+        left = self.left()
         if left and not fresh:
             raise UserError(
-                f"run.dir {self.path} already holds a run ({left[0].name}); name another, or start it anew with --fresh"
+                f"run.dir {self.path} already holds a run ({left[0]}); name another, or start it anew with --fresh"
             )
+        self.check_is_a_run()
+
+    def check_is_a_run(self) -> None:
+        """Raise UserError when the folder holds what a run leaves, but no run left it."""
+        left = self.left()
         if left and not (self.path / "environment.json").exists():  # every run has it, and nothing else does
-            raise UserError(f"run.dir {self.path} holds {left[0].name}, but no run left it there; name another folder")
+            raise UserError(f"run.dir {self.path} holds {left[0]}, but no run left it there; name another folder")
+
+    def check_space(self, needed: int) -> None:
+        """Raise UserError when the file system has not so many bytes left. The folder must exist."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(
+                f"run.dir {self.path}: {free / 2**20:,.0f} MiB are free there, and the run's links and checkpoints take up to "
+                f"{needed / 2**20:,.0f} MiB; make room, name another run.dir, or lower checkpoint.keep"
+            )
 
     def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
         """Make the folder anew, with run.yaml and environment.json. Raises UserError when it cannot be written."""
         try:
-            for old in self._left():
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            for old in self.left():  # environment.json last: until then it is known for a run's folder
+                _remove(self.path / old)
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+        self.describe(config, environment)
+
+    def describe(self, config: RunConfig, environment: dict[str, Any]) -> None:
+        """Write run.yaml and environment.json. Raises UserError when they cannot be written."""
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("environment.json", environment)
-            _write_atomically(self.path / "run.yaml", dump_config(config))
+            write_atomically(self.path / "run.yaml", dump_config(config).encode())
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
 
-    def _left(self) -> list[Path]:
-        return [self.path / name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
+    def left(self) -> list[str]:
+        """What there is of what a run leaves."""
+        return [name for name in _LEFT if (self.path / name).exists()]
 
     def config(self) -> RunConfig:
         """The run's config. Raises UserError when this is no run's folder."""
@@ -91,19 +119,50 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, evals.jsonl or knots.jsonl; none if the run wrote none."""
+        """The rows of a .jsonl file; none if the run wrote none. What a killed run left of its last row is no row."""
+        return [json.loads(line) for line in self._lines(name)]
+
+    def _lines(self, name: str) -> list[str]:
         path = self.path / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        if not path.is_file():
+            return []
+        lines = path.read_bytes().split(b"\n")  # the last is what follows the last line's end
+        return [line.decode() for line in lines[:-1]]
+
+    def row_counts(self) -> dict[str, int]:
+        """How many rows there are in each of the files that a resumed run goes on with."""
+        return {name: len(self._lines(name)) + len(self._unwritten.get(name, ())) for name in ROWS}
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add a row to a .jsonl file. A number that is not finite becomes null: JSON has no other word for it."""
+        """Add a row to a .jsonl file. A number that is not finite becomes null: JSON has no other word for it.
+
+        Where the disk is full, the row waits for the next one, and the first time a line says so.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with open(self.path / name, "a", encoding="utf-8") as out:
-            out.write(json.dumps(finite, allow_nan=False) + "\n")
+        waiting = self._unwritten.setdefault(name, [])
+        waiting.append(json.dumps(finite, allow_nan=False) + "\n")
+        path = self.path / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab") as out:
+                out.write("".join(waiting).encode())
+            waiting.clear()
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, size)  # what of it got there
+            if len(waiting) == 1:
+                print(
+                    f"cola-ds: {path} cannot be written ({error.strerror}); its rows wait", file=sys.stderr, flush=True
+                )
+
+    def event(self, what: str, **facts: Any) -> None:
+        """Add a row to events.jsonl: what happened to the run, and when."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.append("events.jsonl", {"time": now, "event": what, **facts})
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        _write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def link_path(self, link: int) -> Path:
         """Where a tied link lies."""
@@ -111,8 +170,7 @@ class RunFolder:
 
     def read_link(self, link: int) -> dict[str, Tensor]:
         """A tied link's tensors, under the names that `write_link` was given."""
-        tensors = load_file(self.link_path(link) / "adapter_model.safetensors")
-        return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        return read_link(self.link_path(link) / "adapter_model.safetensors")
 
     def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> None:
         """Write a link of the named layers as a PEFT adapter: its folder appears whole or not at all."""
@@ -133,15 +191,60 @@ class RunFolder:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-        save_file(named, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_atomically(scratch / "adapter_config.json", json.dumps(adapter_config, indent=2) + "\n")
+        write_synced(scratch / "adapter_model.safetensors", save(named, metadata={"format": "pt"}))
+        write_synced(scratch / "adapter_config.json", (json.dumps(adapter_config, indent=2) + "\n").encode())
+        sync_folder(scratch)
         scratch.rename(target)
+        sync_folder(target.parent)
+
+    def go_back(self, counts: Mapping[str, int]) -> None:
+        """Forget the rows after the first so many of each file, all tied links, and the result: a run that was stopped had gone
+        further than its checkpoint, which holds the links that stand."""
+        for name in ROWS:
+            lines = self._lines(name)
+            if (self.path / name).exists():
+                kept = lines[: counts[name]]
+                write_atomically(self.path / name, "".join(f"{line}\n" for line in kept).encode())
+        for name in ("chain", "model", "result.json"):
+            _remove(self.path / name)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def read_link(path: Path) -> dict[str, Tensor]:
+    """A tied link's tensors, under the names that `write_link` was given."""
+    return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file that was not there, and have it on the disk before this returns."""
+    with open(path, "xb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Have a folder's entries on the disk before this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write or replace a file, whole or not at all."""
     scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.unlink(missing_ok=True)
+    write_synced(scratch, content)
     os.replace(scratch, path)
+    sync_folder(path.parent)
 
 
 def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cola_ds import zero
+from cola_ds import processes, zero
 from cola_ds.lora import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
@@ -26,6 +26,14 @@ class TiedLink:
     """Squared norm of what rounding has kept out of the weights, over the whole chain."""
     bytes_moved: int = 0
     """Payload of the collectives, per process."""
+
+
+@torch.no_grad()
+def link_is_finite(model: nn.Module) -> bool:
+    """Whether every A, B and trained bias is, on every process. Collective; parameters must be in their shards."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    finite = [torch.isfinite(zero.own_part(param)[0]).all().to(processes.device()) for param in trained]
+    return not processes.largest_of_processes([float(not bool(torch.stack(finite).all()))])[0]
 
 
 @torch.no_grad()
@@ -61,8 +69,8 @@ def tie_link(
         zero.own_part(layer.lora_B)[0].zero_()
         tied.bytes_moved += zero.collective_bytes(learnt) + zero.collective_bytes(whole, write=True)
     # Reading a number from the device below also waits for the copies of remainders to the host.
-    nothing = torch.zeros((), dtype=torch.float64, device=zero.device())
-    own_square = zero.sum_over_processes(sum(own_squares, nothing))
+    nothing = torch.zeros((), dtype=torch.float64, device=processes.device())
+    own_square = processes.sum_over_processes(sum(own_squares, nothing))
     tied.remainder_square = float(own_square + sum(copied_squares, nothing))
     tied.delta_square = float(sum(delta_squares, nothing))
     return tied

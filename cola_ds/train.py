@@ -9,30 +9,52 @@ from typing import Any
 
 import torch
 
-from cola_ds import zero
-from cola_ds.chain import Chain, evaluate, run_chain
+from cola_ds import processes, signals, watch, zero
+from cola_ds.chain import Chain, ChainState, evaluate, run_chain
+from cola_ds.checkpoint import Checkpoint, CheckpointFolder, SavedState
+from cola_ds.config import RunConfig
 from cola_ds.data.batching import Batcher
 from cola_ds.engine_config import complete
+from cola_ds.errors import UserError
+from cola_ds.fingerprint import data_fingerprint, model_fingerprint
 from cola_ds.journal import Journal
 from cola_ds.launcher import Process
+from cola_ds.lock import RunLock
 from cola_ds.lora import inject, start_link
 from cola_ds.optim import make_optimizer
-from cola_ds.prepare import Prepared, training_flops
-from cola_ds.rundir import RunFolder, describe_environment
+from cola_ds.prepare import Prepared, count_trainable, training_flops
+from cola_ds.resume import Identity, Wish, check_fits, choose_start, engine_facts, restore_model, restore_optimizer
+from cola_ds.rundir import RunFolder, describe_environment, read_link
+from cola_ds.saving import Constant, from_counters, save_chain, space_needed
 
 
-def build_chain(prepared: Prepared, process: Process, folder: RunFolder | None) -> Chain:
-    """Load, inject, and wrap in an engine: a chain at its first step. Collective; `folder` is None on every process but 0."""
-    config = prepared.config
+def build_chain(
+    prepared: Prepared,
+    process: Process,
+    folder: RunFolder | None,
+    state: ChainState | None = None,
+    found: Checkpoint | None = None,
+) -> Chain:
+    """Load, inject, and wrap in an engine: a chain at its first step, or with `state` where a checkpoint left it.
+
+    Collective; `folder`, and the checkpoint `found`, are None on every process but 0.
+    """
+    config, restored = prepared.config, state is not None
+    state = state or ChainState()
     engine_config = complete(prepared.engine_json, config, prepared.timetable)
     zero.check_engine_config({**prepared.engine_json, **engine_config})
-    torch.manual_seed(config.run.seed + process.rank)  # dropout alone draws from it, and differs by process
+    # Dropout alone draws from it, and differs by process.
+    torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
     model = zero.load_model(config.model, engine_config)
+    base = processes.on_process_0(lambda: _checked_model(config, found))
     if config.trains_lora:
         inject(model, prepared.targets, config.lora.dropout, train_bias=config.lora.bias == "lora_only")
-        start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, zero.device())
     else:
         model.requires_grad_(config.method == "full")
+    if restored:
+        restore_model(model, config, state.link, found, state.remainders)
+    elif config.trains_lora:
+        start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, processes.device())
     engine = zero.build_engine(model, engine_config, partial(make_optimizer, config.optim))
     engine.train(config.method != "zero-shot")
 
@@ -43,44 +65,147 @@ def build_chain(prepared: Prepared, process: Process, folder: RunFolder | None) 
     steps = prepared.timetable.total_steps if config.method != "zero-shot" else 0
     journal = Journal(folder, zero.Monitor(prepared.engine_json), steps, config.run.log_every_steps)
     return Chain(
-        config, prepared.timetable, engine, engine_config, process.world_size, train, held_out, journal, folder
+        config,
+        base,
+        prepared.timetable,
+        engine,
+        engine_config,
+        process.world_size,
+        train,
+        held_out,
+        journal,
+        folder,
+        state,
     )
 
 
-def train(prepared: Prepared, process: Process, fresh: bool) -> None:
-    """Run the prepared config and write its folder. Collective.
+def train(prepared: Prepared, process: Process, wish: Wish) -> bool:
+    """Run the prepared config, or what is left of it, and write its folder; whether there was anything to do. Collective, in a
+    process group that has begun.
 
-    Raises UserError for a dtype that the accelerator lacks or a folder that holds a run, TrainingFailedError for a loss or
-    an adapter that is not finite.
+    Raises UserError for a folder that holds another run, or cannot be written; TrainingFailedError for losses, gradients or
+    adapters that are not finite; StoppedError when a signal asked for it.
     """
-    begin = time.perf_counter()
-    zero.check_dtype(prepared.config.model.dtype)
+    since = time.perf_counter()
     folder = RunFolder(prepared.config.run.dir) if process.rank == 0 else None
-    if folder:
-        data = prepared.config.data
-        folder.check_is_free(
-            fresh, [prepared.config.model.path, *filter(None, () if data.hub else (data.train, data.eval))]
-        )
-    zero.start_processes(process)
-    chain = build_chain(prepared, process, folder)
-    hosts = zero.texts_of_processes(platform.node())
+    lock = RunLock(folder.path) if folder else None
+    try:
+        return _train(prepared, process, folder, lock, wish, since)
+    finally:
+        if lock:
+            lock.release()
+
+
+def _train(
+    prepared: Prepared, process: Process, folder: RunFolder | None, lock: RunLock | None, wish: Wish, since: float
+) -> bool:
+    config = prepared.config
+    start: Checkpoint | str = ""
+    identity = None
+
+    def choose() -> Any:
+        """On process 0: lock the folder, and look what is in it."""
+        nonlocal start, identity
+        assert folder is not None and lock is not None
+        identity = _identity(prepared)
+        lock.take()
+        start = choose_start(folder, config, identity, wish)
+        if config.method != "zero-shot" and start != "finished":
+            trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
+            folder.check_space(space_needed(config, trained))
+        return start if isinstance(start, str) else start.state.model_dump()
+
+    chosen = processes.on_process_0(choose)
+    if chosen == "finished":
+        return False
+    found = start if isinstance(start, Checkpoint) else None
+    saved = SavedState.model_validate(chosen) if isinstance(chosen, dict) else None
+    state = from_counters(saved.chain) if saved else None
+    if saved:
+        check_fits(saved.knots, saved.chain, prepared.timetable)
+    chain = build_chain(prepared, process, folder, state, found)
+    hosts = processes.texts_of_processes(platform.node())
+    environment = describe_environment(hosts, processes.accelerator_name())
     if folder:  # not before all that can be refused has been accepted
-        folder.create(prepared.config, describe_environment(hosts, zero.accelerator_name()))
-    loading_s = time.perf_counter() - begin
-    if prepared.config.method == "zero-shot":
+        if found:
+            _go_back(folder, prepared, found)
+            folder.describe(config, environment)
+        else:
+            folder.create(config, environment)
+        folder.event(
+            "resumed" if found else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts
+        )
+    if saved:
+        restore_optimizer(chain.engine, saved.scalars, found)
+        zero.set_loss_scale_state(chain.engine, saved.loss_scale)
+        chain.journal.go_on(saved.journal, process.rank, process.world_size, chain.state.step)
+        _restore_random_state(found, saved.world_size, process)
+        chain.journal.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
+    constant = None
+    if identity:
+        versions = {**environment["packages"], "cola_ds": environment["cola_ds"]}
+        constant = Constant(config, identity, chain.base, versions, saved.elapsed_s if saved else 0.0, since)
+    if config.method != "zero-shot":
+        chain.save = partial(save_chain, constant=constant)
+    del start, found, chosen, saved
+
+    loading_s = time.perf_counter() - since
+    signals.steps_begin()
+    if config.method == "zero-shot":
         evaluate(chain)
     else:
         run_chain(chain)
-    if prepared.config.method == "full":
+    watch.rest()
+    if config.method == "full":
         _save_whole_model(chain, prepared, folder)
     chain.journal.close()
-    peak = int(zero.max_over_processes(zero.peak_memory_bytes()))
-    remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=zero.device())
-    remainder_bytes = 4 * int(zero.sum_over_processes(remainders))
-    if folder:
-        times = {"loading_s": loading_s, "wall_time_s": time.perf_counter() - begin}
+    peak = int(processes.max_over_processes(processes.peak_memory_bytes()))
+    remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=processes.device())
+    remainder_bytes = 4 * int(processes.sum_over_processes(remainders))
+    if folder and constant:
+        times = {"loading_s": loading_s, "wall_time_s": constant.elapsed_s + time.perf_counter() - since}
         memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
         folder.write_json("result.json", {**_result(prepared, chain, folder), **times, **memory})
+        folder.event("finished", step=chain.state.step)
+    return True
+
+
+def _identity(prepared: Prepared) -> Identity:
+    train = data_fingerprint(prepared.train)
+    assert train is not None
+    return Identity(engine_facts(prepared.engine_json), train, data_fingerprint(prepared.held_out))
+
+
+def _checked_model(config: RunConfig, found: Checkpoint | None) -> str:
+    """The base model's fingerprint. Raises UserError when it is not the one that the checkpoint's links belong to."""
+    model = model_fingerprint(config.model)
+    if found and found.state.model != model:
+        raise UserError(
+            f"model.path {config.model.path} is not the base model of {found.path}: its fingerprint is {model[:16]}, the "
+            f"checkpoint's is {found.state.model[:16]} (the run began with {found.state.config['model']['path']})"
+        )
+    return model
+
+
+def _go_back(folder: RunFolder, prepared: Prepared, found: Checkpoint) -> None:
+    """Make the folder what it was when the checkpoint was written, but for the checkpoint itself and those before it."""
+    if found.path.parent.resolve() == (folder.path / "checkpoints").resolve():
+        CheckpointFolder(folder).set_aside(later_than=found.step)
+    folder.go_back(found.state.rows)
+    for link in range(1, int(found.state.chain["link"])):
+        folder.write_link(prepared.config, link, prepared.targets, read_link(found.link_path(link)))
+
+
+def _restore_random_state(found: Checkpoint | None, world_size: int, process: Process) -> None:
+    """Each process's own; at another world size they begin anew, from the seed and the step."""
+    if world_size != process.world_size:
+        return
+    states = found.random_states() if found else []
+    sizes = processes.from_process_0([state.numel() for state in states])
+    for rank, size in enumerate(sizes):
+        held = processes.bytes_from_process_0(states[rank] if states else None, size)
+        if rank == process.rank:
+            zero.set_random_state(held)
 
 
 def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What knots cost on SmolLM2-135M: ties local and gathered, extensions, and three links beside one. About half an hour on two cores.
-#   ./launch/bench.sh [section.key=value ...] [--processes N] [--knots K] [--pairs P] [--steps S]
+# What knots cost on SmolLM2-135M: ties local and gathered, extensions, and three links beside one. About 50 minutes on two cores.
+#   ./launch/bench.sh [section.key=value ...] [--processes N] [--knots K] [--pairs P] [--steps S] [--memory-pairs M]
 # Two processes unless N says otherwise; overrides of launch/runs/quickstart.yaml, e.g. model.path=... model.dtype=bf16.
 set -euo pipefail
 cd "$(dirname "$0")/.."

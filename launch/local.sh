@@ -33,6 +33,22 @@ fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # Processes that each take all cores slow each other down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / (processes ? processes : 1)) > 1 ? n : 1))}
-# An empty hostfile path keeps a cluster's /job/hostfile out: this machine alone.
-exec deepspeed --hostfile /dev/null --no_local_rank "${where[@]}" --master_port "$port" \
-  --module cola_ds train "$run" "$@"
+# SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask a run to stop with a checkpoint. DeepSpeed's launcher would end, or kill its processes
+# after half a minute: it gets none of them. Its processes do, as SIGUSR1, which it inherits as ignored and they take.
+set -m # a process group of its own
+(
+  trap '' USR1
+  # An empty hostfile path keeps a cluster's /job/hostfile out: this machine alone.
+  exec deepspeed --hostfile /dev/null --no_local_rank "${where[@]}" --master_port "$port" \
+    --module cola_ds train "$run" "$@"
+) &
+group=$!
+set +m
+trap 'again=1; kill -USR1 -- "-$group" 2>/dev/null' TERM INT USR1 USR2
+again=1
+while [ -n "$again" ]; do # a signal interrupts wait
+  again=
+  status=0
+  wait "$group" || status=$?
+done
+exit "$status"

@@ -27,5 +27,5 @@ python -m pip install --quiet --editable ".[$extra]"
 # interrupted compilation left behind would hang every later one.
 find .venv/torch_extensions -name lock -delete 2>/dev/null || true
 echo "setup: compiling DeepSpeed's communication operation"
-python -c 'from cola_ds import launcher, zero; zero.start_processes(launcher.identify()); zero.stop_processes()' >/dev/null
+python -c 'from cola_ds import launcher, processes; processes.start_processes(launcher.identify()); processes.stop_processes()' >/dev/null
 echo "$wanted" >"$stamp"

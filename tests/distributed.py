@@ -100,9 +100,9 @@ def _work(
 
 def process_group(process: Process) -> None:
     """Join the group of the run, as the command does."""
-    from cola_ds import zero
+    from cola_ds import processes
 
-    zero.start_processes(process)
+    processes.start_processes(process)
 
 
 class CountedCollectives(TorchDispatchMode):

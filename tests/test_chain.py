@@ -39,10 +39,12 @@ def make_chain(process: Process, config_path):
 
 def next_batch(chain):
     """A micro batch of this process, on its device."""
-    from cola_ds import zero
+    from cola_ds import processes
 
     optim = chain.config.optim
-    return chain.train.step(0, 99, optim.global_batch_size, optim.micro_batch_size).micro_batches[0].to(zero.device())
+    return (
+        chain.train.step(0, 99, optim.global_batch_size, optim.micro_batch_size).micro_batches[0].to(processes.device())
+    )
 
 
 def outputs(chain, batch):
@@ -77,7 +79,7 @@ def optimizer_state(chain):
 def through_a_knot(process, path):
     from transformers import AutoModelForCausalLM
 
-    from cola_ds.chain import batch_loss, extend_chain, tie_knot, train_step, tune_lora
+    from cola_ds.chain import batch_loss, extend_chain, last_batch, tie_knot, train_step, tune_lora
 
     chain = make_chain(process, path)
     found = {}
@@ -88,7 +90,8 @@ def through_a_knot(process, path):
     found["injected"], found["expected"] = outputs(chain, batch), expected
 
     found["weights before"] = whole_weights(chain)
-    last = tune_lora(chain)
+    tune_lora(chain)
+    last = last_batch(chain)
     found["weights tuned"] = whole_weights(chain)
     found["moments tuned"] = sum(float(v.abs().sum()) for v in optimizer_state(chain))
     found["tuned"] = outputs(chain, batch)
@@ -194,23 +197,24 @@ def extend_by_a_rebuild(chain):
     """What extend_chain does where the LoRA rank changes."""
     from functools import partial
 
-    from cola_ds import zero
+    from cola_ds import processes, zero
     from cola_ds.lora import start_link
     from cola_ds.optim import make_optimizer
 
     config, link = chain.config, chain.state.link + 1
-    start_link(chain.engine.module, link, config.lora_ranks[0], config.lora.alpha, config.run.seed, zero.device())
+    start_link(chain.engine.module, link, config.lora_ranks[0], config.lora.alpha, config.run.seed, processes.device())
     chain.engine = zero.rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
     chain.engine.train()
 
 
 def three_links(process, path, in_place):
-    from cola_ds.chain import batch_loss, extend_chain, tie_knot, tune_lora
+    from cola_ds.chain import batch_loss, extend_chain, last_batch, tie_knot, tune_lora
 
     chain = make_chain(process, path)
     norms = []
     for link in (1, 2, 3):
-        batch_loss(chain, tune_lora(chain))
+        tune_lora(chain)
+        batch_loss(chain, last_batch(chain))
         norms.append(float(chain.engine.get_global_grad_norm()))
         tie_knot(chain)
         if link < 3:
@@ -250,11 +254,12 @@ def test_extending_in_place_is_a_rebuild_bit_for_bit(toy, tmp_path, engine, dtyp
 
 
 def bf16_knot_and_a_step(process, path):
-    from cola_ds.chain import batch_loss, extend_chain, tie_knot, train_step, tune_lora
+    from cola_ds.chain import batch_loss, extend_chain, last_batch, tie_knot, train_step, tune_lora
 
     chain = make_chain(process, path)
     before = whole_weights(chain)
-    last = tune_lora(chain)
+    tune_lora(chain)
+    last = last_batch(chain)
     tuned, batch = whole_weights(chain), next_batch(chain)
     batch_loss(chain, last)
     row = tie_knot(chain)
@@ -292,14 +297,15 @@ def test_bf16_knot_is_one_rounding_and_the_old_adapter_stays_away(toy, tmp_path,
 
 
 def count_through_knots(process, path):
-    from cola_ds.chain import batch_loss, extend_chain, tie_knot, tune_lora
+    from cola_ds.chain import batch_loss, extend_chain, last_batch, tie_knot, tune_lora
 
     chain = make_chain(process, path)
     # Blocks above 128 KiB come from the kernel and go back to it, so that resident memory is memory in use.
     ctypes.CDLL(None).mallopt(-3, 128 * 1024)
     counts = []
     while True:
-        batch_loss(chain, tune_lora(chain))
+        tune_lora(chain)
+        batch_loss(chain, last_batch(chain))
         tie_knot(chain)
         if chain.state.link == chain.config.chain.length:
             return counts
@@ -413,9 +419,11 @@ def test_every_engine_file_runs_a_chain(toy, tmp_path, engine):
 
 def full_fine_tuning(process, path):
     from cola_ds.prepare import prepare
+    from cola_ds.resume import Wish
     from cola_ds.train import train
 
-    train(prepare(load_config(path), process.world_size), process, fresh=False)
+    process_group(process)
+    train(prepare(load_config(path), process.world_size), process, Wish())
     return os.listdir(load_config(path).run.dir)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -72,8 +73,12 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     engine = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text(encoding="utf-8"))
     engine |= {"tensorboard": {"enabled": True, "output_path": str(events), "job_name": "toy"}}
     (tmp_path / "engine.json").write_text(json.dumps(engine), encoding="utf-8")
+    before = set(os.listdir("/dev/shm"))
     done, _ = under_two_processes(run_file, f"deepspeed={tmp_path / 'engine.json'}", "eval.every=link")
     assert done.returncode == 0, done.stderr
+    assert not {
+        name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name
+    }  # 66 MiB a process, otherwise
     assert (
         done.stderr.count("knot: link 1 (rank 4) tied at step 3")
         + done.stdout.count("knot: link 1 (rank 4) tied at step 3")
@@ -84,7 +89,13 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     folder = tmp_path / "run"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "result.json",
+        "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "result.json", "events.jsonl",
+        "checkpoints/latest", "checkpoints/best", "checkpoints/step-00000006/manifest.json",
+        "checkpoints/step-00000006/state.json", "checkpoints/step-00000006/random.safetensors",
+        "checkpoints/step-00000006/trained-00001.safetensors", "checkpoints/step-00000006/link-0001.safetensors",
+        "checkpoints/step-00000003/manifest.json", "checkpoints/step-00000003/state.json",
+        "checkpoints/step-00000003/random.safetensors", "checkpoints/step-00000003/trained-00001.safetensors",
+        "checkpoints/step-00000003/link-0001.safetensors",
         "chain/link-0001/adapter_config.json", "chain/link-0001/adapter_model.safetensors",
         "chain/link-0002/adapter_config.json", "chain/link-0002/adapter_model.safetensors",
     }  # fmt: skip
@@ -115,9 +126,9 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     assert min(result["peak_memory_bytes"], result["training_flops"], result["wall_time_s"]) > 0
     check_monitor(events, metrics)
 
-    again = cola_ds("train", run_file)
-    assert again.returncode == 2
-    assert "already holds a run (run.yaml); name another, or start it anew with --fresh" in again.stderr
+    again = cola_ds("train", run_file, f"deepspeed={tmp_path / 'engine.json'}", "eval.every=link")
+    assert again.returncode == 0, again.stderr
+    assert f"this run is finished already: {tmp_path / 'run'}" in again.stdout
     assert rows(folder / "metrics.jsonl") == metrics
     check_report(folder, tmp_path / "loss.png")
 
@@ -237,6 +248,7 @@ def test_bad_input_is_one_line_and_status_2(run_file, tmp_path, bad_input, case,
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # alone; and what the command sets is undone
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("cola_ds.signals.listen", lambda *args: None)  # this process keeps its own handlers
     overrides, message = bad_input[case]
     assert main(["train", str(run_file), *overrides]) == 2
     stderr = capfd.readouterr().err
@@ -314,7 +326,7 @@ def test_a_folder_that_holds_a_run_under_two_processes(run_file, tmp_path):
     (tmp_path / "run/result.json").write_text("{}", encoding="utf-8")
     done, seconds = under_two_processes(run_file)
     assert done.returncode == 2
-    assert done.stderr.count("already holds a run (result.json)") == 1
+    assert done.stderr.count("holds result.json, but no run left it there") == 1
     assert seconds < 60
 
 
@@ -329,6 +341,20 @@ def test_a_mistake_of_one_process_alone_names_it(run_file, toy):
     assert done.returncode != 0
     assert "data.train gone.jsonl is not a file" in done.stderr
     assert "(process 1 on " in done.stderr
+
+
+def test_a_port_that_is_taken(run_file, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = cola_ds("train", run_file, **launched)
+    assert done.returncode == 2, done.stderr
+    assert said_in_one_line(
+        done.stderr, f"MASTER_PORT {port} on {socket.gethostname()}: Address already in use; set another"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_that_fails_is_status_3(run_file, tmp_path):

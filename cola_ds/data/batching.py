@@ -49,6 +49,8 @@ class StepExamples:
     tokens: int
     loss_tokens: int
     """All three over all processes."""
+    indices: list[int]
+    """The examples' 0-based places in the data, of all processes."""
 
 
 class Batcher:
@@ -87,6 +89,7 @@ class Batcher:
             examples=len(chosen),
             tokens=sum(self.data.lengths[i] for i in chosen),
             loss_tokens=sum(self.data.loss_tokens[i] for i in chosen),
+            indices=chosen,
         )
 
     def _collate(self, indices: list[int]) -> Batch:

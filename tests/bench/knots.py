@@ -1,10 +1,13 @@
 """What knots cost: seconds, bytes and memory of tie and extend, and a chain of three links beside one link.
 
     python -m tests.bench.knots RUN.yaml [section.key=value ...] [--processes 2] [--knots 5] [--pairs 3] [--steps 120]
+                                [--memory-pairs 9]
 
 First, in one run and in turns, `--knots` times each and with four steps before each knot: a local tie and a gathered one, both
 extended in place, and a local one whose extension changes the LoRA rank by one and so rebuilds the engine.
-Then `--pairs` times, in turns: a whole run of one link and one of three, at `--steps` steps each and without evaluations.
+Then `--pairs` times, in turns: a whole run of one link and one of three, at `--steps` steps each and without evaluations, for
+their wall time; and `--memory-pairs` times the same at 12 steps, for their peak memory, which the allocator makes vary more from
+run to run than three links differ from one, and which does not depend on the number of steps.
 launch/bench.sh runs it on SmolLM2-135M.
 """
 
@@ -26,8 +29,8 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from cola_ds import zero
-from cola_ds.chain import Chain, batch_loss, extend_chain, tie_knot, train_step
+from cola_ds import processes
+from cola_ds.chain import Chain, batch_loss, extend_chain, last_batch, tie_knot, train_step
 from cola_ds.config import RunConfig, load_config
 from cola_ds.launcher import identify
 from cola_ds.prepare import prepare
@@ -37,6 +40,7 @@ from tests.distributed import CountedCollectives, free_port
 from tests.toys import REPOSITORY
 
 STEPS_PER_LINK = 4
+MEMORY_STEPS = 12
 WAYS = ("local", "gathered", "local, rebuilt")
 ON_CPU = get_accelerator().device_name() == "cpu"
 
@@ -56,17 +60,17 @@ def peak_mib() -> float:
         here = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
     else:
         here = get_accelerator().max_memory_allocated() / 2**20
-    return zero.max_over_processes(here)
+    return processes.max_over_processes(here)
 
 
 def timed(action, *args):
     """Seconds that all processes take for an action together, and what it returned."""
-    zero.sum_over_processes(torch.zeros(1, device=zero.device()))
+    processes.sum_over_processes(torch.zeros(1, device=processes.device()))
     get_accelerator().synchronize()
     begin = time.perf_counter()
     result = action(*args)
     get_accelerator().synchronize()
-    return zero.max_over_processes(time.perf_counter() - begin), result
+    return processes.max_over_processes(time.perf_counter() - begin), result
 
 
 def median(values: Iterable[float]) -> float:
@@ -84,10 +88,10 @@ def one_link(chain: Chain, way: str, remainders: dict[str, dict[str, torch.Tenso
     seconds = []
     for _ in range(STEPS_PER_LINK):
         examples = chain.train.step(state.step, 0, config.optim.global_batch_size, config.optim.micro_batch_size)
-        took, (_, batch) = timed(train_step, chain.engine, examples, config.optim.lr, chain.world_size)
+        took, _ = timed(train_step, chain.engine, examples, config.optim.lr, chain.world_size)
         seconds.append(took)
         state.step += 1
-    probe_s, _ = timed(batch_loss, chain, batch)
+    probe_s, _ = timed(batch_loss, chain, last_batch(chain))
     training_mib = peak_mib()
     reset_peak()
     with CountedCollectives() as counted:
@@ -113,7 +117,7 @@ def measure_knots(config: RunConfig, knots: int) -> None:
         "optim": config.optim.model_copy(update={"max_steps": len(ranks) * STEPS_PER_LINK}),
     }
     config = config.model_copy(update=changes)
-    zero.start_processes(process)
+    processes.start_processes(process)
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(scratch) if process.rank == 0 else None
         if folder:
@@ -132,7 +136,7 @@ def measure_knots(config: RunConfig, knots: int) -> None:
         row["next_step_s"] = float("nan")  # no step followed
     if folder:
         report_knots(rows, config, process.world_size)
-    zero.stop_processes()
+    processes.stop_processes()
     sys.stdout.flush()
     os._exit(0)  # as the command does: gloo's threads could abort an interpreter that shuts down
 
@@ -172,9 +176,11 @@ def run_quietly(command: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def compare_runs(run: str, overrides: list[str], processes: int, pairs: int, steps: int) -> None:
-    """Print wall time (without loading) and peak memory of three links in units of one link's, pair by pair."""
-    ratios = []
+def compare_runs(
+    run: str, overrides: list[str], processes: int, pairs: int, steps: int
+) -> tuple[list[float], list[float]]:
+    """Wall time (without loading) and peak memory of three links in units of one link's, pair by pair."""
+    times, memories = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for pair in range(pairs):
             found = {}
@@ -185,12 +191,14 @@ def compare_runs(run: str, overrides: list[str], processes: int, pairs: int, ste
                 found[length] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             seconds = {length: result["wall_time_s"] - result["loading_s"] for length, result in found.items()}
             peaks = {length: result["peak_memory_bytes"] for length, result in found.items()}
-            ratios.append((seconds[3] / seconds[1], peaks[3] / peaks[1]))
-            print(f"pair {pair + 1}: {seconds[1]:.1f} s and {seconds[3]:.1f} s", flush=True)
-    times, memories = zip(*ratios, strict=True)
-    print(f"\n| three links / one link, {steps} steps | median | pairs |\n| --- | --- | --- |")
-    for name, values in (("wall time", times), ("peak memory", memories)):
-        print(f"| {name} | {statistics.median(values):.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
+            times.append(seconds[3] / seconds[1])
+            memories.append(peaks[3] / peaks[1])
+            print(
+                f"pair {pair + 1}: {seconds[1]:.1f} s and {seconds[3]:.1f} s, "
+                f"{peaks[1] / 2**20:.0f} MiB and {peaks[3] / 2**20:.0f} MiB",
+                flush=True,
+            )
+    return times, memories
 
 
 def main() -> None:
@@ -202,6 +210,7 @@ def main() -> None:
     parser.add_argument("--knots", type=int, default=5, help="knots each way")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of whole runs, or 0")
     parser.add_argument("--steps", type=int, default=120, help="steps of each whole run")
+    parser.add_argument("--memory-pairs", type=int, default=9, help="pairs of short runs for their memory, or 0")
     parser.add_argument("--in-group", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, "data.eval=null"]
@@ -212,8 +221,13 @@ def main() -> None:
     group = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), *port, *here]
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)), **os.environ}
     print("knots of " + run_quietly(group, env).partition("knots of ")[2], flush=True)
-    if args.pairs:
-        compare_runs(args.run, overrides, args.processes, args.pairs, args.steps)
+    whole = args.run, overrides, args.processes
+    times, _ = compare_runs(*whole, args.pairs, args.steps)
+    _, memories = compare_runs(*whole, args.memory_pairs, MEMORY_STEPS)
+    print("\n| three links / one link | median | pairs |\n| --- | --- | --- |")
+    for name, values in ((f"wall time, {args.steps} steps", times), (f"peak memory, {MEMORY_STEPS} steps", memories)):
+        if values:
+            print(f"| {name} | {statistics.median(values):.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
 
 
 if __name__ == "__main__":

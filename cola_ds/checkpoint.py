@@ -1,0 +1,310 @@
+"""Checkpoints of a chain: what cannot be derived from the base model, the data and the config, in a few megabytes.
+
+RUN_DIR/checkpoints/
+  step-00000123/               after 123 steps
+    state.json                 counters, config, fingerprints of base and data, knots (SavedState)
+    trained-00001.safetensors  whole fp32 masters and moments of the current link's A and B (method full: of every weight)
+    link-0001.safetensors      the tied links, as chain/ has them
+    random.safetensors         the random generators of every process
+    manifest.json              size and SHA-256 of each of these, and its own
+  latest, best                 the names of two of them, for people and tools
+
+Nothing of it depends on the number of processes but the random generators. A folder appears whole or not at all: it is
+written beside, flushed to the disk, and renamed. Which one a run goes on from is decided by what verifies, not by `latest`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cola_ds.errors import UserError, first_line
+from cola_ds.fingerprint import sha256_of
+from cola_ds.rundir import RunFolder, sync_folder, write_atomically, write_synced
+
+_STEP = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"state\.json|(trained-\d{5}|link-\d{4}|random)\.safetensors")
+_HASHED_AGAIN = 2**30  # bytes of a checkpoint up to which keeping it is decided by its hashes, not by sizes alone
+
+
+class SavedState(BaseModel):
+    """state.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1] = 1
+    config: dict[str, Any]
+    """The run's config with every default spelled out."""
+    engine: dict[str, Any]
+    """The DeepSpeed JSON, without what cannot change a result."""
+    model: str
+    train: str
+    eval: str | None
+    """Fingerprints (fingerprint.py)."""
+    versions: dict[str, str]
+    world_size: int
+    knots: list[int]
+    chain: dict[str, Any]
+    """The counters of ChainState."""
+    scalars: dict[str, float]
+    """The optimizer's step counts."""
+    loss_scale: dict[str, float]
+    journal: dict[str, Any]
+    """What the next row of metrics.jsonl has gathered so far."""
+    rows: dict[str, int]
+    elapsed_s: float
+    """Seconds that the run has taken, over all its starts."""
+
+
+class Checkpoint:
+    """A checkpoint on disk that has been verified: its manifest's sizes and hashes hold, and every file is its own."""
+
+    def __init__(self, path: Path, state: SavedState, files: list[str]):
+        self.path, self.state, self.files = path, state, files
+
+    @property
+    def step(self) -> int:
+        return int(self.state.chain["step"])
+
+    def trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Names such as `master/NAME`, and whole fp32 tensors, one at a time."""
+        for name in sorted(file for file in self.files if file.startswith("trained-")):
+            with safe_open(self.path / name, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    yield key, tensors.get_tensor(key)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the trained tensors, without reading their values."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name in sorted(self.files):
+            if name.startswith("trained-"):
+                with safe_open(self.path / name, framework="pt") as tensors:
+                    found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        return found
+
+    def link_path(self, link: int) -> Path:
+        """A tied link's tensors, named as in chain/."""
+        return self.path / f"link-{link:04d}.safetensors"
+
+    def random_states(self) -> list[Tensor]:
+        """One per process of the run that wrote it."""
+        with safe_open(self.path / "random.safetensors", framework="pt") as tensors:
+            return [tensors.get_tensor(f"{rank:05d}") for rank in range(self.state.world_size)]
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written: which file, and how."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify and open a checkpoint. Raises DamagedError, before any tensor is read, for a file that is missing, not a plain file,
+    of another size or hash, or not of this format."""
+    files = _verify(path, hashes=True)
+    try:
+        state = SavedState.model_validate_json((path / "state.json").read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedError(f"state.json is not of this version's format: {where}: {first['msg']}") from None
+    wanted = {f"link-{link:04d}.safetensors" for link in range(1, int(state.chain.get("link", 0)))}
+    missing = sorted((wanted | {"random.safetensors", "trained-00001.safetensors"}) - set(files))
+    if missing:
+        raise DamagedError(f"{missing[0]} is not in its manifest")
+    if not _STEP.fullmatch(path.name) or int(path.name[5:]) != state.chain.get("step"):
+        raise DamagedError(f"state.json is of step {state.chain.get('step')}")
+    for name in files:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(path / name, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise DamagedError(f"{name} is not a safetensors file: {first_line(error)}") from None
+    return Checkpoint(path, state, files)
+
+
+def _verify(path: Path, hashes: bool) -> list[str]:
+    """The files of a checkpoint's manifest; DamagedError where one of them does not hold."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise DamagedError("it is not a folder of its own, but a link or a file")
+    try:
+        content = _own_file(path, "manifest.json").read_bytes()
+        files = json.loads(content)["files"]
+        good = content == _manifest(files)
+        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError("manifest.json is not a manifest") from None
+    if not good:
+        raise DamagedError("manifest.json does not match its own hash")
+    for name, size, digest in entries:
+        if not _FILE.fullmatch(name):
+            raise DamagedError(f"manifest.json names {name!r}, which is no file of a checkpoint")
+        file = _own_file(path, name)
+        if file.stat().st_size != size:
+            raise DamagedError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if hashes and sha256_of(file) != digest:
+            raise DamagedError(f"{name} has changed: its SHA-256 does not hold")
+    if "state.json" not in files:
+        raise DamagedError("state.json is not in its manifest")
+    return list(files)
+
+
+def _own_file(path: Path, name: str) -> Path:
+    try:
+        mode = os.lstat(path / name).st_mode
+    except OSError:
+        raise DamagedError(f"{name} is missing") from None
+    if not stat.S_ISREG(mode):
+        raise DamagedError(f"{name} is not a plain file")
+    return path / name
+
+
+def _manifest(files: dict[str, Any]) -> bytes:
+    body = json.dumps(files, sort_keys=True)
+    return json.dumps({"files": files, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1).encode()
+
+
+class CheckpointFolder:
+    """The checkpoints of a run. Process 0 alone has one."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self.path = folder, folder.path / "checkpoints"
+
+    def steps(self) -> list[Path]:
+        """Every checkpoint, the newest first, verified or not."""
+        found = [path for path in self.path.glob("step-*") if _STEP.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+    def at(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def pointer(self, name: Literal["latest", "best"]) -> str | None:
+        """What `latest` or `best` says; None without it."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def ever_written(self) -> bool:
+        """Whether there is any trace of a complete checkpoint, even if none is left."""
+        noted = any(row.get("event") == "checkpoint" for row in self.folder.rows("events.jsonl"))
+        return noted or any(not path.name.startswith("partial-") for path in self.path.glob("*"))
+
+    def sound(self, path: Path) -> bool:
+        """Whether a checkpoint is there and holds; a very large one by its sizes alone."""
+        try:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            _verify(path, hashes=size <= _HASHED_AGAIN)
+        except (OSError, DamagedError):
+            return False
+        return True
+
+    def set_aside(self, later_than: int) -> list[str]:
+        """Take checkpoints after a step out of the way: damaged ones, or those of a run that went on from an earlier step.
+
+        The next checkpoint that is complete removes them. Returns their names.
+        """
+        names = [path.name for path in self.steps() if int(path.name[5:]) > later_than]
+        for name in names:
+            shutil.rmtree(self.path / f"aside-{name}", ignore_errors=True)
+            (self.path / name).rename(self.path / f"aside-{name}")
+        return names
+
+    def tidy(self, step: int, keep: int) -> None:
+        """After the checkpoint of `step` is complete: point to it, and remove what is neither new nor the best.
+
+        At least `keep` checkpoints that verify are kept, whatever else there is.
+        """
+        write_atomically(self.path / "latest", f"{self.at(step).name}\n".encode())
+        best, kept = self.pointer("best"), 0
+        for path in self.steps():
+            if kept < keep and (int(path.name[5:]) == step or self.sound(path)):
+                kept += 1
+            elif path.name != best:
+                doomed = self.path / f"partial-{path.name}"  # so that a half-removed one is never taken for one
+                path.rename(doomed)
+        for doomed in (*self.path.glob("partial-*"), *self.path.glob("aside-*")):
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` to the checkpoint of a step, if it was written."""
+        if self.at(step).exists():
+            with contextlib.suppress(OSError):  # the disk is full, and a line has said so
+                write_atomically(self.path / "best", f"{self.at(step).name}\n".encode())
+
+
+class CheckpointWriter:
+    """Writes one checkpoint file by file; it appears with `finish`. Any of it may raise OSError."""
+
+    def __init__(self, checkpoints: CheckpointFolder, step: int):
+        self.target = checkpoints.at(step)
+        self.scratch = checkpoints.path / f"partial-{self.target.name}"
+        self.files: dict[str, dict[str, Any]] = {}
+        self.pieces = 0
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+
+    def add_trained(self, tensors: dict[str, Tensor]) -> None:
+        """A piece of the masters and moments."""
+        self.pieces += 1
+        self._add(f"trained-{self.pieces:05d}.safetensors", save(tensors))
+
+    def add_link(self, link: int, path: Path) -> None:
+        """A tied link: the same file under another name where the file system can do that, so that it takes no space twice."""
+        name = f"link-{link:04d}.safetensors"
+        try:
+            os.link(path, self.scratch / name)
+        except OSError:
+            self._add(name, path.read_bytes())
+        self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+    def finish(self, state: SavedState, random_states: list[Tensor]) -> int:
+        """Write the rest, and let the checkpoint appear. Returns its size in bytes."""
+        self._add("random.safetensors", save({f"{rank:05d}": held for rank, held in enumerate(random_states)}))
+        self._add("state.json", state.model_dump_json(indent=1).encode())
+        write_synced(self.scratch / "manifest.json", _manifest(self.files))
+        sync_folder(self.scratch)
+        if self.target.exists():  # and does not verify, or it would have stood
+            aside = self.target.with_name(f"aside-{self.target.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.target.rename(aside)
+        self.scratch.rename(self.target)
+        sync_folder(self.target.parent)
+        return sum(entry["bytes"] for entry in self.files.values())
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _add(self, name: str, content: bytes) -> None:
+        write_synced(self.scratch / name, content)
+        self.files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def explain_damage(path: Path, error: DamagedError) -> str:
+    """One line that names the checkpoint and what is wrong with it."""
+    return f"checkpoint {path} is damaged: {error}"
+
+
+def open_or_refuse(path: Path) -> Checkpoint:
+    """A checkpoint that was asked for by name. Raises UserError when it is not there or does not verify."""
+    if not path.is_dir():
+        raise UserError(f"--resume {path} is not a checkpoint's folder")
+    try:
+        return read_checkpoint(path)
+    except DamagedError as error:
+        raise UserError(f"{explain_damage(path, error)}; it is not loaded") from None

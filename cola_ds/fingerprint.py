@@ -1,0 +1,74 @@
+"""What a checkpoint calls its base model and its data by: hashes of what they are, not of where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy
+
+from cola_ds.config import ModelConfig
+from cola_ds.data.sources import TokenizedData
+from cola_ds.errors import UserError
+
+_READ_WHOLE = 2**30  # bytes of weights up to which all of them are hashed: a second or two
+_SAMPLE = 4096  # bytes of every tensor otherwise
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as held:
+        while block := held.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """SHA-256 of a base model: its config.json; each weight file's name and size and its tensors' names, dtypes and shapes; and
+    their data, all of it in models of up to 1 GiB, else the first 4096 bytes of every tensor.
+
+    Raises UserError for a weight file that is not safetensors.
+    """
+    folder = _model_folder(config)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    files = sorted(folder.glob("*.safetensors"))
+    whole = sum(path.stat().st_size for path in files) <= _READ_WHOLE
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if whole:
+            digest.update(sha256_of(path).encode())
+            continue
+        with open(path, "rb") as held:
+            size = int.from_bytes(held.read(8), "little")
+            if size > path.stat().st_size:
+                raise UserError(f"{path} is not a safetensors file")
+            header = held.read(size)
+            digest.update(header)
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    held.seek(8 + size + begin)
+                    digest.update(held.read(min(_SAMPLE, end - begin)))
+    return digest.hexdigest()
+
+
+def _model_folder(config: ModelConfig) -> Path:
+    """The local folder of a model; for a hub name, where the hub's cache keeps that revision."""
+    if Path(config.path).is_dir():
+        return Path(config.path)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(config.path, "config.json", revision=config.revision)).parent
+
+
+def data_fingerprint(data: TokenizedData | None) -> str | None:
+    """SHA-256 of all token ids and of where each example's loss begins, in order."""
+    if data is None:
+        return None
+    digest = hashlib.sha256(numpy.array(data.lengths, dtype=numpy.int64).tobytes())
+    for batch in data.rows.with_format("arrow").iter(batch_size=1000):
+        for column in (batch["input_ids"].combine_chunks().flatten(), batch["prompt_length"].combine_chunks()):
+            digest.update(column.to_numpy(zero_copy_only=False).astype(numpy.int32).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,158 @@
+"""One run folder, one run: a lock file that says who holds it, and that its holder is alive.
+
+The file's time is renewed every half minute by its holder. It is stale, and taken over, when its holder is a process of this
+host that is gone, when it belongs to an earlier start of this very Slurm job, or when it has not been renewed for five
+minutes. Times are compared on the file system that holds the lock, so that the clocks of hosts do not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from cola_ds.errors import UserError
+
+NAME = "lock.json"
+RENEWED_EVERY_S = 30
+STALE_AFTER_S = 300
+
+
+_held: RunLock | None = None
+
+
+def release_held() -> None:
+    """Release the lock that this process holds, if any: before it ends otherwise than by returning."""
+    if _held:
+        _held.release()
+
+
+class RunLock:
+    """The lock of a run folder, held from `take` to `release`."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / NAME
+        self._released = threading.Event()
+        self._made: list[Path] = []
+        self._content = ""
+
+    def take(self) -> None:
+        """Make the folder if need be, and lock it. Raises UserError naming the run that holds it."""
+        global _held
+        self._make_folder()
+        mine = {
+            "host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"), "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+            "id": uuid.uuid4().hex,
+        }  # fmt: skip
+        self._content = json.dumps(mine)
+        scratch = self.path.with_name(f"{NAME}.{mine['id']}")
+        scratch.write_text(self._content, encoding="utf-8")
+        try:
+            for _ in range(3):
+                try:
+                    os.link(scratch, self.path)  # fails if it is there, also over NFS
+                    threading.Thread(target=self._renew, name="lock", daemon=True).start()
+                    _held = self
+                    return
+                except FileExistsError:
+                    self._remove_if_stale(scratch)
+            raise UserError(f"{self.path} changes hands: several runs start in this folder; start one")
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Unlock, and remove the folder if it is one that `take` made and that nothing was written to."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if self.path.read_text(encoding="utf-8") == self._content:
+                self.path.unlink()
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+    def _make_folder(self) -> None:
+        folder = self.path.parent
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir {folder} cannot be made: {error.strerror}") from None
+        self._made = missing
+
+    def _remove_if_stale(self, scratch: Path) -> None:
+        try:
+            held = self.path.read_text(encoding="utf-8")
+            os.utime(scratch)
+            silent_s = scratch.stat().st_mtime - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return
+        holder = _parsed(held)
+        if not _is_stale(holder, silent_s):
+            where = f"process {holder.get('pid')} on {holder.get('host')}"
+            if holder.get("job"):
+                where += f" (Slurm job {holder['job']})"
+            raise UserError(
+                f"{self.path.parent} belongs to a run that is still going: {where}, last heard of {max(silent_s, 0):.0f} s ago; "
+                f"wait for it, stop it, or name another run.dir (if it is dead, its lock expires {STALE_AFTER_S} s after that)"
+            )
+        aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(aside)
+            if aside.read_text(encoding="utf-8") != held:  # another run was quicker, and this is its lock
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEWED_EVERY_S):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Who holds a run folder's lock, as far as this host can tell; None if nobody does, or the lock is stale."""
+    path = folder / NAME
+    try:
+        held = _parsed(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return None if held.get("host") == socket.gethostname() and _is_stale(held, 0) else held
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        held = json.loads(text)
+    except ValueError:
+        held = {}
+    return held if isinstance(held, dict) else {}
+
+
+def _is_stale(held: dict[str, Any], silent_s: float) -> bool:
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if silent_s > STALE_AFTER_S or (job is not None and held.get("job") == job and held.get("restarts") != restarts):
+        return True
+    pid, started = held.get("pid"), held.get("started")
+    if held.get("host") != socket.gethostname() or not isinstance(pid, int) or not isinstance(started, dict):
+        return False
+    mine = _start_of(os.getpid())
+    if started.get("boot") != mine["boot"]:
+        return True  # the host was started again since
+    if started.get("pid_namespace") != mine["pid_namespace"]:
+        return False  # in another container: its processes cannot be seen from here
+    return started != _start_of(pid)
+
+
+def _start_of(pid: int) -> dict[str, str]:
+    """What tells a process of this host from a later one of the same number; its ticks are empty if there is none."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        ticks = ""
+    return {"ticks": ticks, "boot": boot, "pid_namespace": os.readlink("/proc/self/ns/pid")}

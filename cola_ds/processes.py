@@ -1,0 +1,190 @@
+"""The processes of a run together: their group, and what they tell each other. With zero.py, all that imports deepspeed.
+
+Every function here that says "collective" must be called by all processes together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# The engine's log lines would drown the run's own; DeepSpeed's warnings stay.
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed compiles operations on first use. Environments that shared one cache would rebuild each other's copies.
+if sys.prefix != sys.base_prefix:
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from deepspeed import comm as dist  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from cola_ds.errors import UserError  # noqa: E402
+from cola_ds.launcher import Process  # noqa: E402
+
+
+def start_processes(process: Process) -> None:
+    """Join the process group over the accelerator's own backend. Collective.
+
+    Raises UserError when this machine has fewer accelerators than processes, or when the port of process 0 is taken.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and process.local_rank >= accelerator.device_count():
+        raise UserError(
+            f"process {process.rank} is number {process.local_rank + 1} on its machine, which has "
+            f"{accelerator.device_count()} accelerators; start one process per accelerator"
+        )
+    if process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun itself listens there
+        _check_port(int(os.environ["MASTER_PORT"]))
+    accelerator.set_device(process.local_rank)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
+    )
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False
+    )
+    # On the CPU each process shares a buffer of 66 MiB with those on its machine, under a name that DeepSpeed never removes. Once
+    # all have opened it the name can go: the memory itself then goes with the processes, however they end.
+    dist.barrier()
+    name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(os.getuid(), **os.environ)
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}; set another MASTER_PORT"
+            ) from None
+
+
+def stop_processes() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def accelerator_name() -> str:
+    """The device's name as torch gives it, such as cpu or NVIDIA A100."""
+    accelerator = get_accelerator()
+    name = getattr(getattr(torch, accelerator.device_name(), None), "get_device_name", None)
+    return str(name()) if name else str(accelerator.device_name())
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse (UserError) a dtype that this accelerator cannot train in."""
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[dtype]:
+        usable = ", ".join(name for name, ok in supported.items() if ok)
+        raise UserError(f"model.dtype {dtype} is not supported on {accelerator.device_name()}; use {usable}")
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add a tensor (on this process's device) element by element over all processes, in place. Collective."""
+    dist.all_reduce(values)
+    return values
+
+
+def max_over_processes(value: float) -> float:
+    """The largest of one number per process. Collective."""
+    held = torch.tensor([value], dtype=torch.float64, device=device())
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return float(held.item())
+
+
+def largest_of_processes(values: list[float]) -> list[float]:
+    """The largest of each of some numbers per process. Collective."""
+    held = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    return [float(value) for value in held.tolist()]
+
+
+def numbers_of_processes(value: float) -> list[float]:
+    """One number per process, in the order of their ranks. Collective."""
+    mine = torch.tensor([value], dtype=torch.float64, device=device())
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    return [float(held.item()) for held in theirs]
+
+
+def bytes_of_processes(mine: Tensor) -> list[Tensor]:
+    """One uint8 tensor (n,) per process, of one length, in the order of their ranks, on the host. Collective."""
+    here = mine.to(device())
+    theirs = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, here)
+    return [held.cpu() for held in theirs]
+
+
+def from_process_0(value: Any) -> Any:
+    """What process 0 gives, of what JSON can say; the others' value is ignored. Collective."""
+    encoded = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    size = torch.tensor([len(encoded)], dtype=torch.int64, device=device())
+    dist.broadcast(size, src=0)
+    held = torch.zeros(int(size.item()), dtype=torch.uint8, device=device())
+    if dist.get_rank() == 0:
+        held.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    dist.broadcast(held, src=0)
+    return json.loads(bytes(held.tolist()))
+
+
+def on_process_0(action: Callable[[], Any]) -> Any:
+    """What an action returns that process 0 alone takes (as JSON can say it). A UserError in it, all raise. Collective."""
+    answer = {}
+    if dist.get_rank() == 0:
+        try:
+            answer = {"value": action()}
+        except UserError as error:
+            answer = {"mistake": str(error)}
+    answer = from_process_0(answer)
+    if "mistake" in answer:
+        raise UserError(answer["mistake"])
+    return answer["value"]
+
+
+def bytes_from_process_0(tensor: Tensor | None, count: int) -> Tensor:  # -> (count,) uint8, on the host
+    """Process 0's tensor; the others give None. Collective."""
+    held = torch.empty(count, dtype=torch.uint8, device=device()) if tensor is None else tensor.to(device())
+    dist.broadcast(held, src=0)
+    return held.cpu()
+
+
+def tensor_from_process_0(tensor: Tensor | None, count: int) -> Tensor:  # -> (count,), fp32, on the device
+    """Process 0's tensor, flat; the others give None. Collective."""
+    held = torch.empty(count, device=device()) if tensor is None else tensor.flatten().to(device(), torch.float32)
+    dist.broadcast(held, src=0)
+    return held
+
+
+def texts_of_processes(text: str) -> list[str]:
+    """One text per process, in the order of their ranks; cut after 256 bytes. Collective. Nothing is pickled."""
+    encoded = text.encode()[:256].ljust(256, b"\0")
+    mine = torch.tensor(list(encoded), dtype=torch.uint8, device=device())
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    return [bytes(held.tolist()).rstrip(b"\0").decode(errors="replace") for held in theirs]
+
+
+def peak_memory_bytes() -> int:
+    """This process's peak: allocated device memory, or resident memory where the device is the CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(accelerator.max_memory_allocated())

@@ -1,0 +1,274 @@
+"""How a run starts: anew, from a checkpoint, or not at all because it is finished. And the way back from a checkpoint.
+
+`choose_start` is process 0's decision, from files alone. `restore_model` and `restore_optimizer` are collective: process 0
+reads, and sends to the others.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_ds import processes, zero
+from cola_ds.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    DamagedError,
+    explain_damage,
+    open_or_refuse,
+    read_checkpoint,
+)
+from cola_ds.config import RunConfig, Timetable
+from cola_ds.errors import UserError
+from cola_ds.lora import lora_layers, start_link
+from cola_ds.rundir import RunFolder, read_link
+from cola_ds.tie import tie_link
+
+# Keys that cannot change a result. What data.* and model.path name is compared by fingerprint.
+_FREE = {"run.dir", "run.log_every_steps", "run.hang_after_s", "model.path", "deepspeed", "optim.max_skips_in_a_row"}
+_FREE_SECTIONS = ("checkpoint.",)
+# Keys that the tied links and the optimizer's state were made with: not even --allow-change lets them through.
+_FIXED = {
+    "method", "model.dtype", "lora.rank", "lora.alpha", "lora.targets", "lora.bias", "chain.merge", "optim.name",
+}  # fmt: skip
+# Facts about the engine's log, not about its numbers.
+_ENGINE_LOG = {
+    "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "dump_state", "flops_profiler", "log_level",
+    "memory_breakdown", "steps_per_print", "timers", "wall_clock_breakdown",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line says about starting."""
+
+    resume: str = "auto"
+    """auto, never, or the path of a checkpoint (or of a run folder: then its newest that verifies)."""
+    fresh: bool = False
+    allow_change: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, apart from its config: see SavedState."""
+
+    engine: dict[str, Any]
+    train: str
+    eval: str | None
+
+
+def engine_facts(engine_json: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed JSON without what cannot change a result."""
+    return {key: value for key, value in engine_json.items() if key not in _ENGINE_LOG}
+
+
+def choose_start(folder: RunFolder, config: RunConfig, identity: Identity, wish: Wish) -> Checkpoint | str:
+    """The checkpoint to go on from, or "anew", or "finished".
+
+    Raises UserError when the folder holds another run, a config that has changed, or checkpoints of which none verifies.
+    """
+    if wish.fresh or wish.resume == "never" or (wish.resume == "auto" and not folder.left()):
+        folder.check_is_free(wish.fresh)
+        return "anew"
+    if wish.resume != "auto":
+        found = _asked_for(Path(wish.resume))
+        if found.path.resolve().parent != (folder.path / "checkpoints").resolve():
+            folder.check_is_free(fresh=False)
+        _compare(found, config, identity, wish)
+        return found
+    folder.check_is_a_run()
+    if (folder.path / "result.json").exists():
+        _compare_without_checkpoint(folder, config)
+        return "finished"
+    checkpoints = CheckpointFolder(folder)
+    newest = _newest(checkpoints)
+    if newest is not None:
+        _compare(newest, config, identity, wish)
+        return newest
+    if checkpoints.ever_written():
+        raise UserError(
+            f"run.dir {folder.path} has no checkpoint that can be used, but has had some; "
+            "put one back, or start the run anew with --fresh"
+        )
+    _compare_without_checkpoint(folder, config)
+    _warn(f"{folder.path} holds a run that ended before its first checkpoint: it starts again from step 0")
+    return "anew"
+
+
+def _asked_for(path: Path) -> Checkpoint:
+    if (path / "checkpoints").is_dir():
+        newest = _newest(CheckpointFolder(RunFolder(path)))
+        if newest is None:
+            raise UserError(f"--resume {path}: this run has no checkpoint that can be used")
+        return newest
+    return open_or_refuse(path)
+
+
+def _newest(checkpoints: CheckpointFolder) -> Checkpoint | None:
+    """The newest checkpoint that verifies. Those that do not are named."""
+    latest, steps = checkpoints.pointer("latest"), checkpoints.steps()
+    for path in steps:
+        try:
+            found = read_checkpoint(path)
+        except DamagedError as error:
+            _warn(f"{explain_damage(path, error)}; using the one before it")
+            continue
+        if latest != path.name:
+            _warn(
+                f"{checkpoints.path / 'latest'} says {latest or 'nothing'}; the newest that can be used is {path.name}"
+            )
+        return found
+    return None
+
+
+def _warn(message: str) -> None:
+    print(f"cola-ds: warning: {message}", file=sys.stderr, flush=True)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and f"{prefix}{key}" != "chain.knots":
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def _differences(saved: dict[str, Any], config: RunConfig) -> dict[str, str]:
+    """By key: what the run began with, and what it says now."""
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    return {
+        key: f"{key} {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+
+
+def _compare(found: Checkpoint, config: RunConfig, identity: Identity, wish: Wish) -> None:
+    """Raise UserError for a config under which the checkpoint's run would not have come to where it is."""
+    saved = found.state
+    known = _flat(config.model_dump(mode="json")).keys()
+    for key in wish.allow_change:
+        if key not in known:
+            raise UserError(f"--allow-change {key}: there is no such key")
+    differences = _differences(saved.config, config)
+    of_data = {key: text for key, text in differences.items() if key.startswith("data.")}
+    changed = {
+        key: text
+        for key, text in differences.items()
+        if key not in _FREE and key not in of_data and not key.startswith(_FREE_SECTIONS)
+    }
+    for key, before, now in (("data.train", saved.train, identity.train), ("data.eval", saved.eval, identity.eval)):
+        if before != now and not (of_data.keys() | {key}) & set(wish.allow_change):
+            changed |= of_data or {key: f"{key}: its examples are not those that the run began with"}
+    if saved.engine != identity.engine:
+        changed["deepspeed"] = f"deepspeed: {config.deepspeed} does not say what the run began with"
+    refused = [text for key, text in changed.items() if key not in wish.allow_change or key in _FIXED]
+    if refused:
+        fixed = sorted(_FIXED & changed.keys())
+        remedy = f"{', '.join(fixed)} cannot change within a run; " if fixed else ""
+        allow = " ".join(f"--allow-change {key}" for key in changed if key not in _FIXED)
+        remedy += f"to go on in spite of it: {allow}; " if allow and not fixed else ""
+        raise UserError(
+            f"the config has changed since {found.path}: {'; '.join(refused)} "
+            f"({remedy}to start anew: another run.dir, or --fresh)"
+        )
+
+
+def _compare_without_checkpoint(folder: RunFolder, config: RunConfig) -> None:
+    differences = _differences(folder.config().model_dump(mode="json"), config)
+    refused = [
+        text
+        for key, text in differences.items()
+        if not key.startswith(("run.dir", "run.log", "run.hang", *_FREE_SECTIONS))
+    ]
+    if refused:
+        raise UserError(
+            f"run.dir {folder.path} already holds a run, of another config: {'; '.join(refused)} "
+            "(name another run.dir, or start anew with --fresh)"
+        )
+
+
+def check_fits(saved_knots: list[int], chain: dict[str, Any], timetable: Timetable) -> None:
+    """Raise UserError when an allowed change moved a knot that is past, or put the run's end before where it is."""
+    link, step = int(chain["link"]), int(chain["step"])
+    if link > len(timetable.knots) or list(timetable.knots[: link - 1]) != saved_knots[: link - 1]:
+        raise UserError(
+            f"the run has tied links at steps {saved_knots[: link - 1]}, the changed config would at {list(timetable.knots)}"
+        )
+    if step > timetable.knots[link - 1]:
+        raise UserError(
+            f"the run is at step {step} of link {link}, which the changed config ends at {timetable.knots[link - 1]}"
+        )
+
+
+# -- the way back ------------------------------------------------------------------------------------------------------
+
+
+def restore_model(
+    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Tensor]
+) -> None:
+    """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
+
+    The same arithmetic as at the knots, on the same shards: the same bits. `found` is None on every process but 0.
+    """
+    device = processes.device()
+    for past in range(1, link):
+        tensors = read_link(found.link_path(past)) if found else {}
+        for name, layer in lora_layers(model).items():
+            lora_rank = config.lora_ranks[past - 1]
+            lora_A, lora_B = (
+                processes.tensor_from_process_0(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
+                for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
+                for count in [shape[0] * shape[1]]
+            )
+            layer.reset(lora_A, config.lora.alpha / lora_rank, device)
+            layer.lora_B.data.copy_(lora_B)
+        local, exact = config.chain.tie == "local", config.chain.merge == "exact"
+        tie_link(model, remainders, local=local, exact=exact, last=False, keep_tensors=False)
+    if config.trains_lora:
+        start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    processes.on_process_0(lambda: _check_shapes(found, params))
+    with torch.no_grad():
+        for name, _, whole in _from_process_0(found, params, "master"):
+            part, start = zero.own_part(params[name])
+            part.copy_(whole[start : start + part.numel()])
+
+
+def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> None:
+    assert found is not None
+    shapes = {key.partition("/")[2]: shape for key, shape in found.shapes().items() if key.startswith("master/")}
+    expected = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))[0]
+        raise UserError(
+            f"checkpoint {found.path} does not fit the model: it has {wrong} of shape {shapes.get(wrong)}, "
+            f"the model wants {expected.get(wrong)}"
+        )
+
+
+def _from_process_0(found: Checkpoint | None, params: dict[str, nn.Parameter], kind: str | None) -> Any:
+    """Name, kind and whole values (flat, fp32, on the device) of the trained tensors; of one kind if it is given. Collective."""
+    keys = processes.from_process_0(list(found.shapes()) if found else None)
+    held = found.trained() if found else None
+    for expected in keys:
+        key, tensor = next(held) if held else (expected, None)
+        assert key == expected
+        this, _, name = key.partition("/")
+        if kind in (None, this):
+            yield name, this, processes.tensor_from_process_0(tensor, zero.numel(params[name]))
+
+
+def restore_optimizer(engine: zero.Engine, scalars: dict[str, float], found: Checkpoint | None) -> None:
+    """Give a new engine the masters, moments and step counts that the checkpoint's had."""
+    params = zero.trained(engine)
+    for name, kind, whole in _from_process_0(found, params, None):
+        zero.set_trained_tensor(engine, kind, params[name], whole)
+    zero.set_optimizer_scalars(engine, scalars)

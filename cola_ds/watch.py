@@ -1,0 +1,266 @@
+"""Names the process that died or hangs, and ends the others: a collective that waits for it would wait for ever.
+
+Each process keeps a connection to process 0, and says every second what it is doing. A process that dies closes its
+connection at once, however it died; one that is stopped, or whose machine is gone, falls silent; one that hangs goes on
+talking but does not move: processes run the same sequence of `beat`s, so the one that made the fewest is the one that the
+others wait for. All of it runs in threads of its own, beside the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+_EVERY_S = 1.0
+_GRACE_S = 5.0  # process 0 speaks first
+
+_beats = 0
+_step = 0
+_doing = "starting"
+_armed = False
+
+
+def beat(doing: str, step: int | None = None) -> None:
+    """This process goes on to something else; every process calls this in the same order."""
+    global _beats, _step, _doing, _armed
+    if step is not None:
+        _step = step
+    _doing = f"step {_step}, {doing}" if _step else doing
+    _beats += 1
+    _armed = True
+
+
+def rest() -> None:
+    """From here to the next beat there is no limit of time: a whole model is written, say."""
+    global _armed
+    _armed = False
+
+
+@dataclass
+class _Peer:
+    """What a process last said."""
+
+    host: str = "?"
+    pid: int = 0
+    beats: int = 0
+    doing: str = "starting"
+    armed: bool = False
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)
+
+    def take(self, said: dict[str, Any]) -> None:
+        self.heard = time.monotonic()
+        if said["beats"] != self.beats or not said["armed"]:
+            self.moved = self.heard
+        self.host, self.pid, self.beats = said["host"], said["pid"], said["beats"]
+        self.doing, self.armed = said["doing"], said["armed"]
+
+
+_current: Watch | None = None
+
+
+def begin(
+    rank: int, world_size: int, limit_s: float | None, end: Callable[[int], None], share: Callable[[Any], Any]
+) -> None:
+    """Start watching. `share` gives every process what process 0 has (collective). `end` is called in a thread with an exit
+    status, and must end the process."""
+    global _current
+    _current = Watch(rank, limit_s, end)
+    offer = share(_current.listen() if rank == 0 else None)
+    if rank == 0:
+        _current.start(world_size)
+    else:
+        _current.join(os.environ["MASTER_ADDR"], **offer)
+
+
+def begun() -> bool:
+    """Whether this process has been in a group."""
+    return _current is not None
+
+
+def leave(status: int) -> None:
+    """This process ends now with that status, and has itself said why."""
+    if _current:
+        _current.leave(status)
+
+
+def process_0_leaves(within_s: float) -> bool:
+    """Wait until process 0 has ended or said that it does; whether it did in that time. Never without a watch."""
+    deadline = time.monotonic() + within_s
+    while _current is None or 0 in _current._peers:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+class Watch:
+    """This process's side of the watch."""
+
+    def __init__(self, rank: int, limit_s: float | None, end: Callable[[int], None]):
+        self.rank, self.limit_s, self.end = rank, limit_s, end
+        self._peers: dict[int, _Peer] = {}
+        self._links: dict[int, socket.socket] = {}
+        self._left = False
+        self._lock = threading.Lock()
+
+    def listen(self) -> dict[str, Any]:
+        """On process 0: open the port. Returns what the others need to `join`."""
+        self._token = secrets.token_hex(16)
+        self._server = socket.create_server(("", 0), family=socket.AF_INET)
+        return {"port": self._server.getsockname()[1], "token": self._token}
+
+    def start(self, world_size: int) -> None:
+        """On process 0: wait for the others in the background, and watch them."""
+        self._peers = {rank: _Peer() for rank in range(world_size)}
+        self._thread(self._accept)
+        self._thread(self._look)
+
+    def join(self, address: str, port: int, token: str) -> None:
+        """On every other process: say so to process 0, and go on saying it."""
+        link = socket.create_connection((address, port), timeout=60)
+        link.settimeout(None)
+        self._links[0] = link
+        self._peers[0] = _Peer()
+        self._say(link, {"token": token, "rank": self.rank})
+        self._thread(self._talk)
+        self._thread(lambda: self._hear(0, link))
+        self._thread(self._look)
+
+    def leave(self, status: int) -> None:
+        """Say goodbye to the others."""
+        self._left = True
+        for link in list(self._links.values()):
+            with contextlib.suppress(OSError):
+                self._say(link, {"bye": status})
+
+    # -- threads -------------------------------------------------------------------------------------------------------
+
+    def _thread(self, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name="watch", daemon=True).start()
+
+    def _say(self, link: socket.socket, message: dict[str, Any]) -> None:
+        with self._lock:
+            link.sendall(json.dumps(message).encode() + b"\n")
+
+    def _state(self) -> dict[str, Any]:
+        return {"host": socket.gethostname(), "pid": os.getpid(), "beats": _beats, "doing": _doing, "armed": _armed}
+
+    def _talk(self) -> None:
+        while not self._left:
+            for link in list(self._links.values()):
+                with contextlib.suppress(OSError):
+                    self._say(link, self._state())
+            time.sleep(_EVERY_S)
+
+    def _accept(self) -> None:
+        self._thread(self._talk)
+        while True:
+            link, _ = self._server.accept()
+            self._thread(lambda link=link: self._greet(link))  # type: ignore[misc]
+
+    def _greet(self, link: socket.socket) -> None:
+        """A stranger that does not know the token is turned away."""
+        link.settimeout(10)
+        try:
+            hello = json.loads(_line(link))
+            known = secrets.compare_digest(str(hello.get("token")), self._token) and hello.get("rank") in self._peers
+        except (OSError, ValueError, AttributeError):
+            known = False
+        if not known:
+            link.close()
+            return
+        link.settimeout(None)
+        self._links[hello["rank"]] = link
+        self._hear(hello["rank"], link)
+
+    def _hear(self, rank: int, link: socket.socket) -> None:
+        """Take what a process says, until it says goodbye or its connection ends."""
+        peer = self._peers[rank]
+        with contextlib.suppress(OSError, ValueError), link.makefile("rb") as lines:
+            for line in lines:
+                said = json.loads(line)
+                if "bye" in said:
+                    self._links.pop(rank, None)
+                    self._peers.pop(rank, None)
+                    if said["bye"] != 0:
+                        time.sleep(2 * _GRACE_S)  # launchers end the others; if this one does not, they would wait
+                        self._die(f"process {rank} on {peer.host} ended with status {said['bye']}", [], said["bye"])
+                    return
+                if "end" in said:
+                    self._die(None, said["end"])
+                peer.take(said)
+        if not self._left:
+            self._die(f"process {rank} on {peer.host} (pid {peer.pid}) died; it was at {peer.doing}", [])
+        self._peers.pop(rank, None)
+
+    def _look(self) -> None:
+        """Find out who is silent, and on process 0 who does not move."""
+        while not self._left:
+            time.sleep(_EVERY_S)
+            if self.limit_s is None:
+                continue
+            if self.rank == 0:
+                self._peers[0].take(self._state())
+                self._judge(self.limit_s)
+            elif (peer := self._peers.get(0)) and time.monotonic() - peer.heard > self.limit_s + _GRACE_S:
+                self._die(
+                    f"process 0 on {peer.host} (pid {peer.pid}) has said nothing for "
+                    f"{time.monotonic() - peer.heard:.0f} s; it was at {peer.doing}",
+                    [self.rank],
+                )
+
+    def _judge(self, limit_s: float) -> None:
+        now, peers = time.monotonic(), dict(self._peers)
+        if not any(peer.armed for peer in peers.values()):
+            return
+        for rank, peer in peers.items():
+            if now - peer.heard > limit_s:
+                self._die(
+                    f"process {rank} on {peer.host} (pid {peer.pid}) has said nothing for {now - peer.heard:.0f} s; "
+                    f"it was at {peer.doing}",
+                    [0],
+                )
+        if all(now - peer.moved > limit_s for peer in peers.values()):
+            least = min(peer.beats for peer in peers.values())
+            stuck = [rank for rank, peer in peers.items() if peer.beats == least]
+            peer = peers[stuck[0]]
+            names = f"process {stuck[0]} on {peer.host} (pid {peer.pid})"
+            if len(stuck) > 1:
+                names = f"processes {', '.join(map(str, stuck))}"
+            self._die(f"{names} made no progress for {now - peer.moved:.0f} s, at {peer.doing}", [stuck[0], 0])
+
+    def _die(self, reason: str | None, dump: list[int], status: int = 3) -> None:
+        """End this process, and through process 0 the others; those in `dump` show where each of their threads is."""
+        if self._left:
+            return
+        self._left = True
+        if reason and (self.rank == 0 or self.rank == min([r for r in (1, *self._links) if r])):
+            print(f"cola-ds: {reason}", file=sys.stderr, flush=True)
+        for link in list(self._links.values()):
+            with contextlib.suppress(OSError):
+                self._say(link, {"end": dump})
+        if self.rank in dump:
+            print(f"cola-ds: threads of process {self.rank} on {socket.gethostname()}:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        self.end(status)
+
+
+def _line(link: socket.socket) -> bytes:
+    held = b""
+    while not held.endswith(b"\n") and len(held) < 4096:
+        block = link.recv(1)
+        if not block:
+            break
+        held += block
+    return held

@@ -1,0 +1,361 @@
+"""Faults made for real, on real processes: killed, hung, poisoned, full, taken. Damaged checkpoints are in test_checkpoint.py."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.jobs import Job, at_beat, at_call, at_file_event, fill_the_disk, poison, run_job
+from tests.runs import record, train_in
+from tests.test_resume import three_links
+from tests.toys import rows, save_model, save_run, save_sums
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    return (
+        save_model(folder / "model"),
+        save_sums(folder / "train.jsonl", 40),
+        save_sums(folder / "dev.jsonl", 20, seed=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def untouched(toy, tmp_path_factory):
+    """What the run of `start` leaves when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("untouched")
+    train_in(folder, three_links(toy))
+    return record(folder / "run")
+
+
+def start(toy, folder, **sections):
+    """The words of a command that trains three links, with a checkpoint at every step."""
+    sections["checkpoint"] = {"every_steps": 1, "keep": 2, **sections.get("checkpoint", {})}
+    config = three_links(toy, **sections)
+    config["run"]["dir"] = str(folder / "run")
+    return ["train", save_run(folder / "run.yaml", config)]
+
+
+def test_killed_again_and_again(toy, untouched, tmp_path):
+    """Twenty-two times over a run of three links: one process, either of them, or both at once, at random points."""
+    draw, words, kills, between = random.Random(5), start(toy, tmp_path), 0, 0
+    latest = tmp_path / "run/checkpoints/latest"
+    for _ in range(60):
+        victims = draw.choice([(0,), (1,), (0, 1)])
+        sabotage, arguments = at_beat, (victims, draw.randint(1, 6), signal.SIGKILL)  # four beats a step
+        if (
+            between < 4
+            and latest.exists()
+            and latest.read_text(encoding="utf-8") in ("step-00000004\n", "step-00000008\n")
+        ):
+            between += 1
+            sabotage, arguments = (
+                at_call,
+                (victims, "cola_ds.chain", "extend_chain", 1, signal.SIGKILL),
+            )  # after the tie
+        if kills >= 22:
+            sabotage, arguments = None, ()
+        begin = time.monotonic()
+        statuses, said = run_job(tmp_path, words, sabotage=sabotage, arguments=arguments)
+        if statuses == [0, 0]:
+            break
+        kills += 1
+        assert time.monotonic() - begin < 30
+        for rank in range(2):
+            assert statuses[rank] == (-signal.SIGKILL if rank in victims else 3), said
+        if len(victims) == 1:
+            assert f"process {victims[0]} on " in said
+            assert " died; it was at " in said
+    assert kills >= 20
+    assert between == 4
+    assert record(tmp_path / "run") == untouched
+
+
+def test_killed_at_every_write_and_rename(toy, untouched, tmp_path):
+    """Each start is killed one write, rename, link or removal later than the one before, until one gets to the end."""
+    words = start(toy, tmp_path)
+    for number in range(1, 80):
+        statuses, said = run_job(tmp_path, words, sabotage=at_file_event, arguments=(number,))
+        if statuses == [0, 0]:
+            break
+        assert statuses == [-signal.SIGKILL, 3], said
+    assert number > 20  # a checkpoint takes about fifteen of them
+    assert record(tmp_path / "run") == untouched
+
+
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [(signal.SIGTERM, True), *((n, False) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))],
+)
+def test_signals(toy, untouched, tmp_path, number, everyone):
+    """All processes finish the step, write a checkpoint and exit 75; the same command goes on."""
+    words = start(toy, tmp_path, checkpoint={"every_steps": None})
+    ranks = (0, 1) if everyone else (1,)
+    statuses, said = run_job(tmp_path, words, sabotage=at_beat, arguments=(ranks, 8, number))
+    assert statuses == [75, 75], said
+    assert f"stopped on {number.name} after step 3, with a checkpoint; the same command goes on from there" in said
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000003"]
+    assert rows(tmp_path / "run/events.jsonl")[-1]["signal"] == number.name
+    assert not (tmp_path / "run/lock.json").exists()
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [0, 0], said
+    assert "going on from step 3, in link 1" in said
+    assert record(tmp_path / "run") == untouched
+
+
+def test_a_signal_before_the_first_step(toy, tmp_path):
+    """Nothing to save, and no half-made folder."""
+    words = start(toy, tmp_path)
+    statuses, said = run_job(
+        tmp_path, words, sabotage=at_call, arguments=((0, 1), "cola_ds.zero", "build_engine", 1, signal.SIGTERM)
+    )
+    assert statuses == [75, 75], said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_stops_at_once(toy, tmp_path):
+    """Even where the main thread waits inside a collective, for a process that sleeps."""
+    words = start(toy, tmp_path)
+    with Job(tmp_path, words, sabotage=at_beat, arguments=((1,), 5, ("sleep", 300))) as job:
+        job.wait_for("0/12")
+        time.sleep(4)
+        for _ in range(2):
+            job.send(0, signal.SIGTERM)
+            job.wait_for("SIGTERM: stopping after this step")
+            time.sleep(3)
+        assert job.processes[0].exitcode == 128 + signal.SIGTERM, job.text()
+        assert "a second signal, SIGTERM: stopping at once" in job.text(0)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_named(toy, tmp_path, victim):
+    words = start(toy, tmp_path, run={"hang_after_s": 4})
+    with Job(tmp_path, words, sabotage=at_beat, arguments=((victim,), 9, signal.SIGSTOP)) as job:
+        other = 1 - victim
+        deadline = time.monotonic() + 60
+        while job.processes[other].exitcode is None:
+            assert time.monotonic() < deadline, job.text()
+            time.sleep(0.1)
+        assert job.processes[other].exitcode == 3
+        said = job.text(other)
+        assert (
+            f"process {victim} on {os.uname().nodename} (pid {job.processes[victim].pid}) has said nothing for " in said
+        )
+        assert "; it was at s" in said  # where it was when it last spoke, up to a second before
+        assert f"threads of process {other}" in said  # where it waited
+
+
+def test_a_process_that_hangs_is_named_with_its_stack(toy, tmp_path):
+    """Asleep in the data loader: it goes on talking, but does not move, and the others wait for it."""
+    words = start(toy, tmp_path, run={"hang_after_s": 4})
+    sabotage = ((1,), "cola_ds.chain", "step_examples", 3, ("sleep", 300))
+    begin = time.monotonic()
+    statuses, said = run_job(tmp_path, words, sabotage=at_call, arguments=sabotage)
+    assert statuses == [3, 3]
+    assert time.monotonic() - begin < 40
+    assert "process 1 on " in said
+    assert " made no progress for " in said
+    assert ", at step 3, examples" in said
+    assert "threads of process 1" in said
+    assert "in step_examples" in said or "in called" in said  # its stack
+
+
+def test_no_false_alarm(toy, tmp_path):
+    """Loading, building an engine and writing a whole model may take longer than a step ever does."""
+    words = start(toy, tmp_path, run={"hang_after_s": 2})
+    slow = ((0, 1), "cola_ds.zero", "load_model", 1, ("sleep", 5))
+    statuses, said = run_job(tmp_path, words, sabotage=at_call, arguments=slow)
+    assert statuses == [0, 0], said
+
+
+# -- not a number ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["tests/zero3_sharded.json", "ds_configs/zero2.json"])
+def test_a_poisoned_batch_is_left_out(toy, tmp_path, dtype, engine):
+    """On one process's loss alone: all leave out the update, and say which examples it was."""
+    words = [*start(toy, tmp_path), f"model.dtype={dtype}", f"deepspeed={engine}"]
+    statuses, said = run_job(tmp_path, words, sabotage=poison, arguments=((1,), (3, 6, 7)))
+    assert statuses == [0, 0], said
+    skips = [row for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "skipped"]
+    assert [(row["step"], row["link"], len(row["examples"])) for row in skips] == [(3, 1, 8), (6, 2, 8), (7, 2, 8)]
+    assert (
+        said.count("step 3: a loss is not finite; its update is left out. Its examples (from 0, in data.train): ") == 1
+    )
+    assert record(tmp_path / "run")["result"]["skipped_steps"] == 3
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    assert all(row["loss"] is not None for row in metrics)
+    assert all(row["rounding_error"] is None or row["rounding_error"] < 1 for row in rows(tmp_path / "run/knots.jsonl"))
+
+
+def test_too_many_poisoned_batches_stop_the_run(toy, tmp_path):
+    words = [*start(toy, tmp_path), "optim.max_skips_in_a_row=2"]
+    statuses, said = run_job(tmp_path, words, sabotage=poison, arguments=((0,), tuple(range(6, 99))))
+    assert statuses == [3, 3], said
+    assert "3 updates in a row were left out up to step 8" in said
+    assert "Traceback" not in said
+    assert [path.name for path in (tmp_path / "run/chain").iterdir()] == ["link-0001"]  # nothing poisoned was tied
+    newest = json.loads((tmp_path / "run/checkpoints/step-00000007/state.json").read_text(encoding="utf-8"))
+    assert newest["chain"]["skipped_in_a_row"] == 2
+
+
+def ruin_an_adapter(rank, layer):
+    """An adapter that is not finite when its knot comes, whatever kept the engine from noticing."""
+    import cola_ds.chain
+
+    inner = cola_ds.chain.pass_knot
+
+    def knot(chain):
+        from cola_ds import zero
+        from cola_ds.lora import lora_layers
+
+        with zero.evaluating(chain.engine):
+            pass
+        part, _ = zero.own_part(list(lora_layers(chain.engine.module).values())[layer].lora_B)
+        if rank == 1:
+            part[:1] = float("inf")
+        return inner(chain)
+
+    cola_ds.chain.pass_knot = knot
+
+
+def test_what_is_not_finite_is_never_tied(toy, tmp_path):
+    words = start(toy, tmp_path)
+    statuses, said = run_job(tmp_path, words, sabotage=ruin_an_adapter, arguments=(1,))
+    assert statuses == [3, 3], said
+    assert "link 1 is not finite at step 4; it was neither tied nor saved" in said
+    assert not (tmp_path / "run/chain").exists()
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no permission to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_and_going_on(toy, untouched, tmp_path, small_disk):
+    words = [*start(toy, tmp_path), f"run.dir={small_disk / 'run'}"]
+    statuses, said = run_job(tmp_path, words, sabotage=fill_the_disk, arguments=(small_disk, 6, 8))
+    assert statuses == [0, 0], said
+    assert "warning: no checkpoint at step 6: No space left on device" in said
+    assert f"({small_disk / 'run/checkpoints'}, 0.0 MiB free); the checkpoints before it stay" in said
+    assert record(small_disk / "run") == untouched  # its rows, too: they waited for room
+    events = [(row["event"], row["step"]) for row in rows(small_disk / "run/events.jsonl")]
+    assert ("checkpoint", 5) in events
+    assert ("checkpoint failed", 6) in events
+    assert ("checkpoint", 8) in events
+
+
+def test_a_full_disk_and_stopping(toy, untouched, tmp_path, small_disk):
+    words = [*start(toy, tmp_path, checkpoint={"on_error": "stop"}), f"run.dir={small_disk / 'run'}"]
+    statuses, said = run_job(tmp_path, words, sabotage=fill_the_disk, arguments=(small_disk, 6, 99))
+    assert statuses == [3, 3], said
+    assert "training failed: no checkpoint could be written at step 6: No space left on device" in said
+    assert (small_disk / "run/checkpoints/latest").read_text(encoding="utf-8") == "step-00000005\n"
+    (small_disk / "filler").unlink()
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [0, 0], said
+    assert "going on from step 5" in said
+    assert record(small_disk / "run") == untouched
+
+
+def test_a_full_disk_at_a_knot(toy, untouched, tmp_path, small_disk):
+    """A link that cannot be written ends the run, whatever is configured: a chain without it could not be exported."""
+    words = [*start(toy, tmp_path), f"run.dir={small_disk / 'run'}"]
+    statuses, said = run_job(tmp_path, words, sabotage=fill_the_disk, arguments=(small_disk, 8, 99))
+    assert statuses == [3, 3], said
+    assert "training failed: link 2 cannot be written: No space left on device" in said
+    (small_disk / "filler").unlink()
+    assert run_job(tmp_path, words)[0] == [0, 0]
+    assert record(small_disk / "run") == untouched
+
+
+def test_too_little_room_from_the_start(toy, tmp_path, small_disk):
+    with open(small_disk / "filler", "wb") as out:
+        out.write(bytes(2_600_000))
+    words = [*start(toy, tmp_path), f"run.dir={small_disk / 'run'}", "checkpoint.keep=5"]
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [2, 2], said
+    assert "MiB are free there, and the run's links and checkpoints take up to 1 MiB; make room" in said
+    assert not (small_disk / "run").exists()
+
+
+# -- one folder, one run -----------------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder(toy, untouched, tmp_path):
+    words = start(toy, tmp_path)
+    with Job(tmp_path / "first", words, sabotage=at_beat, arguments=((0, 1), 9, ("sleep", 25))) as job:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run/checkpoints/latest").exists():
+            assert time.monotonic() < deadline, job.text()
+            time.sleep(0.1)
+        statuses, said = run_job(tmp_path / "second", words)
+        assert statuses == [2, 2], said
+        assert "belongs to a run that is still going: process " in said
+        statuses, said = run_job(tmp_path / "third", [*words, "--fresh"])
+        assert statuses == [2, 2], said
+        assert job.wait() == [0, 0]
+    assert record(tmp_path / "run") == untouched
+
+
+def test_a_dead_runs_lock_is_taken_over(toy, untouched, tmp_path):
+    words = start(toy, tmp_path)
+    run_job(tmp_path, words, sabotage=at_beat, arguments=((0, 1), 9, signal.SIGKILL))
+    assert (tmp_path / "run/lock.json").exists()
+    assert run_job(tmp_path, words)[0] == [0, 0]
+    assert record(tmp_path / "run") == untouched
+    assert not (tmp_path / "run/lock.json").exists()
+
+
+# -- what is in the folder ---------------------------------------------------------------------------------------------
+
+
+def test_no_silent_restart(toy, untouched, tmp_path):
+    words = start(toy, tmp_path)
+    assert run_job(tmp_path, words, sabotage=at_beat, arguments=((1,), 22, signal.SIGTERM))[0] == [75, 75]
+    for latest in (None, "", "step-00000001\n"):  # removed, empty, stale
+        (tmp_path / "run/checkpoints/latest").unlink(missing_ok=True)
+        if latest is not None:
+            (tmp_path / "run/checkpoints/latest").write_text(latest, encoding="utf-8")
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"copy-{latest!r:.6}")
+        statuses, said = run_job(tmp_path, [*words, f"run.dir={folder}"])
+        assert statuses == [0, 0], said
+        assert "latest says " in said
+        assert record(folder) == untouched
+    for path in (tmp_path / "run/checkpoints").glob("step-*"):
+        shutil.rmtree(path)
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [2, 2], said
+    assert (
+        "has no checkpoint that can be used, but has had some; put one back, or start the run anew with --fresh" in said
+    )
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert run_job(tmp_path, words)[0] == [2, 2]  # the folder itself gone
+    statuses, said = run_job(tmp_path, [*words, "--fresh"])
+    assert statuses == [0, 0], said
+    assert record(tmp_path / "run") == untouched
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(toy, untouched, tmp_path):
+    words = start(toy, tmp_path, checkpoint={"every_steps": None})
+    run_job(tmp_path, words, sabotage=at_beat, arguments=((0, 1), 4, signal.SIGKILL))
+    assert (tmp_path / "run/run.yaml").exists()
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [0, 0], said
+    assert "ended before its first checkpoint: it starts again from step 0" in said
+    assert record(tmp_path / "run") == untouched
