@@ -55,6 +55,8 @@ class ChainState:
     """The lowest held-out loss, and the step after which it was found."""
     change_square: float = 0.0
     """Squared norm of all links' sum: of the change of the base weights that was wanted. On process 0 alone."""
+    link_hashes: list[str] = field(default_factory=list)
+    """SHA-256 of each tied link's file. On process 0 alone."""
     remainders: dict[str, Tensor] = field(default_factory=dict)
     """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
 
@@ -193,7 +195,8 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
             tied.tensors, earlier, [config.lora.alpha / r for r in config.lora_ranks[: state.link]]
         )
         try:
-            folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
+            digest = folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
+            state.link_hashes.append(digest)
         except OSError as error:
             raise TrainingFailedError(
                 f"link {state.link} cannot be written: {error.strerror} ({folder.link_path(state.link).parent}); once it can, "
@@ -303,13 +306,19 @@ def stop_here(chain: Chain, signum: int) -> None:
     """Write a checkpoint and raise StoppedError."""
     name, step = signal.Signals(signum).name, chain.state.step
     if chain.config.method == "zero-shot":
-        raise StoppedError(f"stopped on {name}; the same command starts again")
-    if chain.state.link > chain.config.chain.length:
-        step = chain.timetable.total_steps  # nothing is left to tie: the checkpoint before the last knot stands
-    elif not save_checkpoint(chain):
+        raise StoppedError(f"stopped on {name}")
+    if (
+        chain.state.link > chain.config.chain.length
+    ):  # nothing is left to tie: the checkpoint before the last knot stands
+        written = processes.from_process_0(
+            chain.folder is not None and CheckpointFolder(chain.folder).at(step).exists()
+        )
+    else:
+        written = save_checkpoint(chain)
+    if not written:
         raise TrainingFailedError(f"stopped on {name} at step {step}, but no checkpoint could be written there")
     chain.journal.event("stopped", **position(chain), signal=name)
-    raise StoppedError(f"stopped on {name} after step {step}, with a checkpoint; the same command goes on from there")
+    raise StoppedError(f"stopped on {name} after step {step}, with a checkpoint")
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------

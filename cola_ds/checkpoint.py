@@ -16,6 +16,7 @@ written beside, flushed to the disk, and renamed. Which one a run goes on from i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -40,10 +41,49 @@ _FILE = re.compile(r"state\.json|(trained-\d{5}|link-\d{4}|random)\.safetensors"
 _HASHED_AGAIN = 2**30  # bytes of a checkpoint up to which keeping it is decided by its hashes, not by sizes alone
 
 
-class SavedState(BaseModel):
-    """state.json."""
-
+class _Saved(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Counters(_Saved):
+    """ChainState without its remainders. A best loss of null: there was no evaluation yet."""
+
+    link: int = Field(ge=1, le=9999)
+    step: int = Field(ge=0)
+    step_in_link: int = Field(ge=0)
+    examples_seen: int
+    tokens_seen: int
+    skipped_steps: int
+    skipped_in_link: int
+    skipped_in_a_row: int
+    evaluated_step: int
+    best_step: int
+    best_loss: float | None
+    change_square: float
+    link_hashes: list[str]
+
+
+class Unlogged(_Saved):
+    """What the next row of metrics.jsonl has gathered so far."""
+
+    loss: list[float]
+    """One per process."""
+    losses: int
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class Rows(_Saved):
+    """How many rows there were in each file."""
+
+    metrics: int
+    evals: int
+    knots: int
+
+
+class SavedState(_Saved):
+    """state.json."""
 
     format: Literal[1] = 1
     config: dict[str, Any]
@@ -57,14 +97,12 @@ class SavedState(BaseModel):
     versions: dict[str, str]
     world_size: int
     knots: list[int]
-    chain: dict[str, Any]
-    """The counters of ChainState."""
+    chain: Counters
     scalars: dict[str, float]
     """The optimizer's step counts."""
     loss_scale: dict[str, float]
-    journal: dict[str, Any]
-    """What the next row of metrics.jsonl has gathered so far."""
-    rows: dict[str, int]
+    journal: Unlogged
+    rows: Rows
     elapsed_s: float
     """Seconds that the run has taken, over all its starts."""
 
@@ -77,7 +115,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(self.state.chain["step"])
+        return self.state.chain.step
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
         """Names such as `master/NAME`, and whole fp32 tensors, one at a time."""
@@ -112,6 +150,13 @@ class DamagedError(ValueError):
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify and open a checkpoint. Raises DamagedError, before any tensor is read, for a file that is missing, not a plain file,
     of another size or hash, or not of this format."""
+    try:
+        return _read(path)
+    except OSError as error:
+        raise DamagedError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+
+
+def _read(path: Path) -> Checkpoint:
     files = _verify(path, hashes=True)
     try:
         state = SavedState.model_validate_json((path / "state.json").read_bytes())
@@ -119,12 +164,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DamagedError(f"state.json is not of this version's format: {where}: {first['msg']}") from None
-    wanted = {f"link-{link:04d}.safetensors" for link in range(1, int(state.chain.get("link", 0)))}
-    missing = sorted((wanted | {"random.safetensors", "trained-00001.safetensors"}) - set(files))
+    links = {f"link-{link:04d}.safetensors": link for link in range(1, state.chain.link)}
+    missing = sorted((links.keys() | {"random.safetensors", "trained-00001.safetensors"}) - files.keys())
     if missing:
         raise DamagedError(f"{missing[0]} is not in its manifest")
-    if not _STEP.fullmatch(path.name) or int(path.name[5:]) != state.chain.get("step"):
-        raise DamagedError(f"state.json is of step {state.chain.get('step')}")
+    if not _STEP.fullmatch(path.name) or int(path.name[5:]) != state.chain.step:
+        raise DamagedError(f"state.json is of step {state.chain.step}")
+    if state.chain.link > len(state.knots) or len(state.chain.link_hashes) != len(links):
+        raise DamagedError("state.json does not agree with itself about its links")
+    for name, link in links.items():
+        if files[name] != state.chain.link_hashes[link - 1]:
+            raise DamagedError(f"{name} is not the link that was tied")
     for name in files:
         if name.endswith(".safetensors"):
             try:
@@ -132,11 +182,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     pass
             except SafetensorError as error:
                 raise DamagedError(f"{name} is not a safetensors file: {first_line(error)}") from None
-    return Checkpoint(path, state, files)
+    return Checkpoint(path, state, list(files))
 
 
-def _verify(path: Path, hashes: bool) -> list[str]:
-    """The files of a checkpoint's manifest; DamagedError where one of them does not hold."""
+def _verify(path: Path, hashes: bool) -> dict[str, str]:
+    """The files of a checkpoint's manifest and their SHA-256; DamagedError where one of them does not hold."""
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise DamagedError("it is not a folder of its own, but a link or a file")
     try:
@@ -160,7 +210,7 @@ def _verify(path: Path, hashes: bool) -> list[str]:
             raise DamagedError(f"{name} has changed: its SHA-256 does not hold")
     if "state.json" not in files:
         raise DamagedError("state.json is not in its manifest")
-    return list(files)
+    return {name: digest for name, _, digest in entries}
 
 
 def _own_file(path: Path, name: str) -> Path:
@@ -219,31 +269,50 @@ class CheckpointFolder:
         The next checkpoint that is complete removes them. Returns their names.
         """
         names = [path.name for path in self.steps() if int(path.name[5:]) > later_than]
+        (self.path / "latest").unlink(missing_ok=True)
+        (self.path / "best").unlink(missing_ok=True)
         for name in names:
             shutil.rmtree(self.path / f"aside-{name}", ignore_errors=True)
             (self.path / name).rename(self.path / f"aside-{name}")
         return names
 
-    def tidy(self, step: int, keep: int) -> None:
-        """After the checkpoint of `step` is complete: point to it, and remove what is neither new nor the best.
+    def tidy(self, step: int, keep: int, best_step: int) -> None:
+        """After the checkpoint of `step` is complete: remove what is neither new nor the best, and point to it.
 
-        At least `keep` checkpoints that verify are kept, whatever else there is.
+        At least `keep` checkpoints that verify are kept, whatever else there is. Nothing depends on the pointers, or on this
+        being done at all: where the disk is full, the next checkpoint does it.
         """
-        write_atomically(self.path / "latest", f"{self.at(step).name}\n".encode())
-        best, kept = self.pointer("best"), 0
-        for path in self.steps():
-            if kept < keep and (int(path.name[5:]) == step or self.sound(path)):
-                kept += 1
-            elif path.name != best:
-                doomed = self.path / f"partial-{path.name}"  # so that a half-removed one is never taken for one
-                path.rename(doomed)
+        kept = 0
+        with contextlib.suppress(OSError):
+            for path in self.steps():
+                if kept < keep and (int(path.name[5:]) == step or self.sound(path)):
+                    kept += 1
+                elif path != self.at(best_step):
+                    path.rename(self.path / f"partial-{path.name}")  # a half-removed one is never taken for one
+            self.clear()
+            write_atomically(self.path / "latest", f"{self.at(step).name}\n".encode())
+        self.mark_best(best_step)
+
+    def clear(self) -> None:
+        """Remove what was being written or removed when a process died, and what was set aside."""
         for doomed in (*self.path.glob("partial-*"), *self.path.glob("aside-*")):
             shutil.rmtree(doomed, ignore_errors=True)
 
+    def take_in(self, found: Checkpoint) -> Checkpoint:
+        """A copy of another run's checkpoint, as one of this run's."""
+        target = self.path / found.path.name
+        scratch = self.path / f"partial-{target.name}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(found.path, scratch)
+        scratch.rename(target)
+        sync_folder(self.path)
+        return read_checkpoint(target)
+
     def mark_best(self, step: int) -> None:
-        """Point `best` to the checkpoint of a step, if it was written."""
-        if self.at(step).exists():
-            with contextlib.suppress(OSError):  # the disk is full, and a line has said so
+        """Point `best` to the checkpoint of a step, if there is one."""
+        if step and self.at(step).exists():
+            with contextlib.suppress(OSError):
                 write_atomically(self.path / "best", f"{self.at(step).name}\n".encode())
 
 
@@ -255,7 +324,7 @@ class CheckpointWriter:
         self.scratch = checkpoints.path / f"partial-{self.target.name}"
         self.files: dict[str, dict[str, Any]] = {}
         self.pieces = 0
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        checkpoints.clear()
         self.scratch.mkdir(parents=True)
 
     def add_trained(self, tensors: dict[str, Tensor]) -> None:
@@ -263,14 +332,12 @@ class CheckpointWriter:
         self.pieces += 1
         self._add(f"trained-{self.pieces:05d}.safetensors", save(tensors))
 
-    def add_link(self, link: int, path: Path) -> None:
-        """A tied link: the same file under another name where the file system can do that, so that it takes no space twice."""
-        name = f"link-{link:04d}.safetensors"
-        try:
-            os.link(path, self.scratch / name)
-        except OSError:
-            self._add(name, path.read_bytes())
-        self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    def add_link(self, link: int, path: Path, digest: str) -> None:
+        """A tied link: a copy of its own, so that one damage cannot reach all checkpoints. OSError if it has changed since."""
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise OSError(errno.EIO, f"{path} is not the link that was tied: it has changed")
+        self._add(f"link-{link:04d}.safetensors", content)
 
     def finish(self, state: SavedState, random_states: list[Tensor]) -> int:
         """Write the rest, and let the checkpoint appear. Returns its size in bytes."""

@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         signals.finished()
         watch.leave(status)
         if process is None or process.rank == 0:
-            print(f"cola-ds: {error}", file=sys.stderr, flush=True)
+            again = "the same command goes on from there"
+            if args.fresh or args.resume != "auto":
+                again = "without --fresh and --resume, " + again
+            print(f"cola-ds: {error}; {again}", file=sys.stderr, flush=True)
     except OSError as error:
         status = 3 if args.run is _train else 1
         watch.leave(status)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError, first_line
+from cola_ds.fingerprint import sha256_of
 from cola_ds.lora import delta_weight
 from cola_ds.rundir import RunFolder
 
@@ -53,6 +54,9 @@ def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {config.model.path} cannot be loaded: {first_line(error)}") from None
+    for path, digest in zip(links, folder.result()["link_sha256"], strict=True):
+        if sha256_of(path / "adapter_model.safetensors") != digest:
+            raise UserError(f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy")
     tie_saved_links(model, config, [folder.read_link(link) for link in range(1, len(links) + 1)])
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -33,7 +33,7 @@ def model_fingerprint(config: ModelConfig) -> str:
     """
     folder = _model_folder(config)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     whole = sum(path.stat().st_size for path in files) <= _READ_WHOLE
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -52,6 +52,15 @@ def model_fingerprint(config: ModelConfig) -> str:
                     held.seek(8 + size + begin)
                     digest.update(held.read(min(_SAMPLE, end - begin)))
     return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that loading reads: a folder may hold others, such as an adapter or the same weights in another layout."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _model_folder(config: ModelConfig) -> Path:

@@ -38,6 +38,7 @@ def inspect(run: str) -> str:
         lines.append(
             f"skipped      {len({row['step'] for row in skipped})} updates, the last at step {skipped[-1]['step']}"
         )
+    evaluations = [row for row in evaluations if row["loss"] is not None]
     if evaluations:
         best = min(evaluations, key=lambda row: row["loss"])
         lines.append(f"best         held-out loss {best['loss']:.4f} at step {best['step']}")

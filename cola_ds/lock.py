@@ -1,8 +1,9 @@
 """One run folder, one run: a lock file that says who holds it, and that its holder is alive.
 
-The file's time is renewed every half minute by its holder. It is stale, and taken over, when its holder is a process of this
-host that is gone, when it belongs to an earlier start of this very Slurm job, or when it has not been renewed for five
-minutes. Times are compared on the file system that holds the lock, so that the clocks of hosts do not matter.
+The file's time is renewed every half minute by its holder. It is stale, and taken over, when its holder was a process of this
+host that is gone, when it belongs to an earlier start of this very Slurm job, or, where its holder cannot be seen from here,
+when it has not been renewed for five minutes. A holder whose lock was taken over ends. Times are compared on the file system
+that holds the lock, so that the clocks of hosts do not matter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import uuid
 from pathlib import Path
@@ -30,6 +32,11 @@ def release_held() -> None:
     """Release the lock that this process holds, if any: before it ends otherwise than by returning."""
     if _held:
         _held.release()
+
+
+def held_id() -> str | None:
+    """What tells the lock that this process holds from any other; None if it holds none."""
+    return json.loads(_held._content)["id"] if _held else None
 
 
 class RunLock:
@@ -56,7 +63,7 @@ class RunLock:
         try:
             for _ in range(3):
                 try:
-                    os.link(scratch, self.path)  # fails if it is there, also over NFS
+                    _link(scratch, self.path)
                     threading.Thread(target=self._renew, name="lock", daemon=True).start()
                     _held = self
                     return
@@ -106,13 +113,31 @@ class RunLock:
             self.path.rename(aside)
             if aside.read_text(encoding="utf-8") != held:  # another run was quicker, and this is its lock
                 with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
+                    _link(aside, self.path)
             aside.unlink()
 
     def _renew(self) -> None:
         while not self._released.wait(RENEWED_EVERY_S):
             with contextlib.suppress(OSError):
+                if self.path.read_text(encoding="utf-8") != self._content:
+                    print(
+                        f"cola-ds: {self.path} was taken over by another run: this one ends",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(3)
                 os.utime(self.path)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` with the content of `source`, or raise FileExistsError; whole at once where the file system can link."""
+    try:
+        os.link(source, target)  # also fails over NFS if it is there
+    except FileExistsError:
+        raise
+    except OSError:
+        with open(target, "x", encoding="utf-8") as out:
+            out.write(source.read_text(encoding="utf-8"))
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
@@ -135,16 +160,16 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _is_stale(held: dict[str, Any], silent_s: float) -> bool:
     job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    if silent_s > STALE_AFTER_S or (job is not None and held.get("job") == job and held.get("restarts") != restarts):
+    if job is not None and held.get("job") == job and held.get("restarts") != restarts:
         return True
     pid, started = held.get("pid"), held.get("started")
     if held.get("host") != socket.gethostname() or not isinstance(pid, int) or not isinstance(started, dict):
-        return False
+        return silent_s > STALE_AFTER_S
     mine = _start_of(os.getpid())
     if started.get("boot") != mine["boot"]:
         return True  # the host was started again since
     if started.get("pid_namespace") != mine["pid_namespace"]:
-        return False  # in another container: its processes cannot be seen from here
+        return silent_s > STALE_AFTER_S  # in another container: its processes cannot be seen from here
     return started != _start_of(pid)
 
 
@@ -152,7 +177,8 @@ def _start_of(pid: int) -> dict[str, str]:
     """What tells a process of this host from a later one of the same number; its ticks are empty if there is none."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     try:
-        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ticks = "" if stat[0] in "ZX" else stat[19]  # a dead one that nobody has waited for
     except OSError:
         ticks = ""
     return {"ticks": ticks, "boot": boot, "pid_namespace": os.readlink("/proc/self/ns/pid")}

@@ -5,12 +5,14 @@ Every function here that says "collective" must be called by all processes toget
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import resource
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 # The engine's log lines would drown the run's own; DeepSpeed's warnings stay.
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+_COMPILATION_MINUTES = 15
 # DeepSpeed compiles operations on first use. Environments that shared one cache would rebuild each other's copies.
 if sys.prefix != sys.base_prefix:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
@@ -35,7 +38,8 @@ from cola_ds.launcher import Process  # noqa: E402
 def start_processes(process: Process) -> None:
     """Join the process group over the accelerator's own backend. Collective.
 
-    Raises UserError when this machine has fewer accelerators than processes, or when the port of process 0 is taken.
+    Raises UserError when this machine has fewer accelerators than processes, when the port of process 0 is taken, and when an
+    interrupted compilation has left a lock that DeepSpeed's own would wait for.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu" and process.local_rank >= accelerator.device_count():
@@ -45,6 +49,7 @@ def start_processes(process: Process) -> None:
         )
     if process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun itself listens there
         _check_port(int(os.environ["MASTER_PORT"]))
+    _check_compilation()
     accelerator.set_device(process.local_rank)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
@@ -68,6 +73,18 @@ def _check_port(port: int) -> None:
             raise UserError(
                 f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}; set another MASTER_PORT"
             ) from None
+
+
+def _check_compilation() -> None:
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    for lock in (*Path(folder).glob("*/lock"), *Path(folder).glob("*/*/lock")):
+        with contextlib.suppress(FileNotFoundError):
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            if minutes > _COMPILATION_MINUTES:
+                raise UserError(
+                    f"{lock} is {minutes:.0f} minutes old: a compilation was interrupted, and DeepSpeed would wait for it "
+                    "for ever; remove that file"
+                )
 
 
 def stop_processes() -> None:
@@ -173,9 +190,9 @@ def tensor_from_process_0(tensor: Tensor | None, count: int) -> Tensor:  # -> (c
     return held
 
 
-def texts_of_processes(text: str) -> list[str]:
-    """One text per process, in the order of their ranks; cut after 256 bytes. Collective. Nothing is pickled."""
-    encoded = text.encode()[:256].ljust(256, b"\0")
+def texts_of_processes(text: str, size: int = 256) -> list[str]:
+    """One text per process, in the order of their ranks; cut after `size` bytes. Collective. Nothing is pickled."""
+    encoded = text.encode()[:size].ljust(size, b"\0")
     mine = torch.tensor(list(encoded), dtype=torch.uint8, device=device())
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)

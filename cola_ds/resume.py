@@ -6,10 +6,11 @@ reads, and sends to the others.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ _FREE_SECTIONS = ("checkpoint.",)
 _FIXED = {
     "method", "model.dtype", "lora.rank", "lora.alpha", "lora.targets", "lora.bias", "chain.merge", "optim.name",
 }  # fmt: skip
+# Masters, and the moments of torch's AdamW and AdaGrad.
+_KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
 # Facts about the engine's log, not about its numbers.
 _ENGINE_LOG = {
     "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "dump_state", "flops_profiler", "log_level",
@@ -72,30 +75,36 @@ def choose_start(folder: RunFolder, config: RunConfig, identity: Identity, wish:
 
     Raises UserError when the folder holds another run, a config that has changed, or checkpoints of which none verifies.
     """
+    if wish.fresh and wish.resume not in ("auto", "never"):
+        raise UserError(f"--fresh starts anew, --resume {wish.resume} goes on: give one of them")
     if wish.fresh or wish.resume == "never" or (wish.resume == "auto" and not folder.left()):
         folder.check_is_free(wish.fresh)
         return "anew"
+    checkpoints = CheckpointFolder(folder)
     if wish.resume != "auto":
         found = _asked_for(Path(wish.resume))
-        if found.path.resolve().parent != (folder.path / "checkpoints").resolve():
-            folder.check_is_free(fresh=False)
-        _compare(found, config, identity, wish)
-        return found
+        here = found.path.resolve().parent == checkpoints.path.resolve()
+        if here or not checkpoints.ever_written():
+            if not here:
+                folder.check_is_a_run()
+            _compare(found.path, found.state, config, identity, wish)
+            return found
+        _warn(f"{folder.path} has checkpoints of its own: it goes on from them, and not from {found.path}")
     folder.check_is_a_run()
     if (folder.path / "result.json").exists():
-        _compare_without_checkpoint(folder, config)
+        _compare(folder.path, _described(folder), config, identity, wish)
         return "finished"
-    checkpoints = CheckpointFolder(folder)
     newest = _newest(checkpoints)
     if newest is not None:
-        _compare(newest, config, identity, wish)
+        _compare(newest.path, newest.state, config, identity, wish)
         return newest
     if checkpoints.ever_written():
         raise UserError(
             f"run.dir {folder.path} has no checkpoint that can be used, but has had some; "
             "put one back, or start the run anew with --fresh"
         )
-    _compare_without_checkpoint(folder, config)
+    if (folder.path / "run.yaml").exists():  # or it died while it wrote that
+        _compare(folder.path, _described(folder), config, identity, wish)
     _warn(f"{folder.path} holds a run that ended before its first checkpoint: it starts again from step 0")
     return "anew"
 
@@ -150,9 +159,31 @@ def _differences(saved: dict[str, Any], config: RunConfig) -> dict[str, str]:
     }
 
 
-def _compare(found: Checkpoint, config: RunConfig, identity: Identity, wish: Wish) -> None:
-    """Raise UserError for a config under which the checkpoint's run would not have come to where it is."""
-    saved = found.state
+class Described(Protocol):
+    """What a run says of itself, in a checkpoint or in its folder."""
+
+    config: dict[str, Any]
+    engine: dict[str, Any]
+    train: str
+    eval: str | None
+
+
+@dataclass
+class _Described:
+    config: dict[str, Any]
+    engine: dict[str, Any]
+    train: str
+    eval: str | None
+
+
+def _described(folder: RunFolder) -> _Described:
+    """What run.yaml and environment.json say."""
+    identity = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))["identity"]
+    return _Described(folder.config().model_dump(mode="json"), identity["engine"], identity["train"], identity["eval"])
+
+
+def _compare(where: Path, saved: Described, config: RunConfig, identity: Identity, wish: Wish) -> None:
+    """Raise UserError for a config under which a run would not have come to where it is."""
     known = _flat(config.model_dump(mode="json")).keys()
     for key in wish.allow_change:
         if key not in known:
@@ -165,8 +196,9 @@ def _compare(found: Checkpoint, config: RunConfig, identity: Identity, wish: Wis
         if key not in _FREE and key not in of_data and not key.startswith(_FREE_SECTIONS)
     }
     for key, before, now in (("data.train", saved.train, identity.train), ("data.eval", saved.eval, identity.eval)):
-        if before != now and not (of_data.keys() | {key}) & set(wish.allow_change):
-            changed |= of_data or {key: f"{key}: its examples are not those that the run began with"}
+        mine = {k: text for k, text in of_data.items() if k == key or k not in ("data.train", "data.eval")}
+        if before != now and not (mine.keys() | {key}) & set(wish.allow_change):
+            changed |= mine or {key: f"{key}: its examples are not those that the run began with"}
     if saved.engine != identity.engine:
         changed["deepspeed"] = f"deepspeed: {config.deepspeed} does not say what the run began with"
     refused = [text for key, text in changed.items() if key not in wish.allow_change or key in _FIXED]
@@ -176,28 +208,13 @@ def _compare(found: Checkpoint, config: RunConfig, identity: Identity, wish: Wis
         allow = " ".join(f"--allow-change {key}" for key in changed if key not in _FIXED)
         remedy += f"to go on in spite of it: {allow}; " if allow and not fixed else ""
         raise UserError(
-            f"the config has changed since {found.path}: {'; '.join(refused)} "
+            f"the config has changed since {where}: {'; '.join(refused)} "
             f"({remedy}to start anew: another run.dir, or --fresh)"
         )
 
 
-def _compare_without_checkpoint(folder: RunFolder, config: RunConfig) -> None:
-    differences = _differences(folder.config().model_dump(mode="json"), config)
-    refused = [
-        text
-        for key, text in differences.items()
-        if not key.startswith(("run.dir", "run.log", "run.hang", *_FREE_SECTIONS))
-    ]
-    if refused:
-        raise UserError(
-            f"run.dir {folder.path} already holds a run, of another config: {'; '.join(refused)} "
-            "(name another run.dir, or start anew with --fresh)"
-        )
-
-
-def check_fits(saved_knots: list[int], chain: dict[str, Any], timetable: Timetable) -> None:
+def check_fits(saved_knots: list[int], link: int, step: int, timetable: Timetable) -> None:
     """Raise UserError when an allowed change moved a knot that is past, or put the run's end before where it is."""
-    link, step = int(chain["link"]), int(chain["step"])
     if link > len(timetable.knots) or list(timetable.knots[: link - 1]) != saved_knots[: link - 1]:
         raise UserError(
             f"the run has tied links at steps {saved_knots[: link - 1]}, the changed config would at {list(timetable.knots)}"
@@ -219,6 +236,7 @@ def restore_model(
     The same arithmetic as at the knots, on the same shards: the same bits. `found` is None on every process but 0.
     """
     device = processes.device()
+    processes.on_process_0(lambda: _check_links(model, config, link, found))
     for past in range(1, link):
         tensors = read_link(found.link_path(past)) if found else {}
         for name, layer in lora_layers(model).items():
@@ -242,15 +260,36 @@ def restore_model(
             part.copy_(whole[start : start + part.numel()])
 
 
+def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None) -> None:
+    assert found is not None
+    for past in range(1, link):
+        lora_rank = config.lora_ranks[past - 1]
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, layer in lora_layers(model).items():
+            expected[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
+            expected[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_link(found.link_path(past)).items()}
+        _refuse_misfit(found.link_path(past), {k: v for k, v in shapes.items() if not k.endswith(".bias")}, expected)
+
+
 def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> None:
     assert found is not None
-    shapes = {key.partition("/")[2]: shape for key, shape in found.shapes().items() if key.startswith("master/")}
-    expected = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
-    if shapes != expected:
-        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))[0]
+    shapes = found.shapes()
+    kinds = {key.partition("/")[0] for key in shapes} | {"master"}
+    if not kinds <= _KINDS:
         raise UserError(
-            f"checkpoint {found.path} does not fit the model: it has {wrong} of shape {shapes.get(wrong)}, "
-            f"the model wants {expected.get(wrong)}"
+            f"checkpoint {found.path} holds {', '.join(sorted(kinds - _KINDS))}, which no optimizer here keeps"
+        )
+    sizes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
+    _refuse_misfit(found.path, shapes, {f"{kind}/{name}": size for kind in kinds for name, size in sizes.items()})
+
+
+def _refuse_misfit(path: Path, shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise UserError(
+            f"checkpoint {path} does not fit the model: it has {wrong[0]} of shape {shapes.get(wrong[0])}, "
+            f"the model wants {expected.get(wrong[0])}"
         )
 
 

@@ -17,6 +17,7 @@ RUN_DIR/
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -25,6 +26,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._unwritten: dict[str, list[str]] = {}
+        self._whole: set[str] = set()
+        """Files whose last row is known to be whole."""
 
     def check_inputs(self, inputs: list[str]) -> None:
         """Raise UserError for a folder that cannot be written, or that holds one of the run's inputs (paths)."""
@@ -75,9 +79,11 @@ class RunFolder:
             raise UserError(f"run.dir {self.path} holds {left[0]}, but no run left it there; name another folder")
 
     def check_space(self, needed: int) -> None:
-        """Raise UserError when the file system has not so many bytes left. The folder must exist."""
+        """Raise UserError when the file system has not so many bytes left, beside what the run's links and checkpoints take
+        already. The folder must exist."""
+        taken = [path for name in ("chain", "checkpoints") for path in (self.path / name).rglob("*") if path.is_file()]
         free = shutil.disk_usage(self.path).free
-        if free < needed:
+        if free < needed - sum(path.stat().st_size for path in taken):
             raise UserError(
                 f"run.dir {self.path}: {free / 2**20:,.0f} MiB are free there, and the run's links and checkpoints take up to "
                 f"{needed / 2**20:,.0f} MiB; make room, name another run.dir, or lower checkpoint.keep"
@@ -86,8 +92,13 @@ class RunFolder:
     def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
         """Make the folder anew, with run.yaml and environment.json. Raises UserError when it cannot be written."""
         try:
-            for old in self.left():  # environment.json last: until then it is known for a run's folder
-                _remove(self.path / old)
+            if (self.path / "checkpoints").exists():  # at once: a run that is half removed must not be gone on with
+                (self.path / "checkpoints").rename(self.path / f"removed-{uuid.uuid4().hex}")
+            for old in (
+                *self.path.glob("removed-*"),
+                *map(self.path.joinpath, self.left()),
+            ):  # environment.json is the last
+                _remove(old)
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
         self.describe(config, environment)
@@ -131,7 +142,7 @@ class RunFolder:
 
     def row_counts(self) -> dict[str, int]:
         """How many rows there are in each of the files that a resumed run goes on with."""
-        return {name: len(self._lines(name)) + len(self._unwritten.get(name, ())) for name in ROWS}
+        return {name.removesuffix(".jsonl"): len(self._lines(name)) for name in ROWS}
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a row to a .jsonl file. A number that is not finite becomes null: JSON has no other word for it.
@@ -141,19 +152,36 @@ class RunFolder:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         waiting = self._unwritten.setdefault(name, [])
         waiting.append(json.dumps(finite, allow_nan=False) + "\n")
-        path = self.path / name
-        size = path.stat().st_size if path.exists() else 0
         try:
-            with open(path, "ab") as out:
-                out.write("".join(waiting).encode())
-            waiting.clear()
+            self._write_waiting(name)
         except OSError as error:
-            if path.exists():
-                os.truncate(path, size)  # what of it got there
             if len(waiting) == 1:
+                path = self.path / name
                 print(
                     f"cola-ds: {path} cannot be written ({error.strerror}); its rows wait", file=sys.stderr, flush=True
                 )
+
+    def _write_waiting(self, name: str) -> None:
+        path, waiting = self.path / name, self._unwritten[name]
+        with open(path, "ab") as out:
+            if name not in self._whole:  # what a process that was killed left of its last row
+                os.truncate(path, sum(len(line.encode()) + 1 for line in self._lines(name)))
+                self._whole.add(name)
+            size = path.stat().st_size
+            try:
+                out.write("".join(waiting).encode())
+                out.flush()
+            except OSError:
+                os.truncate(path, size)
+                raise
+        waiting.clear()
+
+    def flush_rows(self) -> None:
+        """Have all rows on the disk before this returns. OSError where they do not fit."""
+        for name in self._unwritten:
+            self._write_waiting(name)
+            with open(self.path / name, "rb") as held:
+                os.fsync(held.fileno())
 
     def event(self, what: str, **facts: Any) -> None:
         """Add a row to events.jsonl: what happened to the run, and when."""
@@ -172,8 +200,8 @@ class RunFolder:
         """A tied link's tensors, under the names that `write_link` was given."""
         return read_link(self.link_path(link) / "adapter_model.safetensors")
 
-    def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> None:
-        """Write a link of the named layers as a PEFT adapter: its folder appears whole or not at all."""
+    def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> str:
+        """Write a link of the named layers as a PEFT adapter: its folder appears whole or not at all. Returns its SHA-256."""
         adapter_config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -191,21 +219,29 @@ class RunFolder:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-        write_synced(scratch / "adapter_model.safetensors", save(named, metadata={"format": "pt"}))
+        content = save(named, metadata={"format": "pt"})
+        write_synced(scratch / "adapter_model.safetensors", content)
         write_synced(scratch / "adapter_config.json", (json.dumps(adapter_config, indent=2) + "\n").encode())
         sync_folder(scratch)
         scratch.rename(target)
         sync_folder(target.parent)
+        return hashlib.sha256(content).hexdigest()
+
+    def forget_result(self) -> None:
+        """The run is no longer finished: the first thing to be written down when it goes back."""
+        if (self.path / "result.json").exists():
+            (self.path / "result.json").unlink()
+            sync_folder(self.path)
 
     def go_back(self, counts: Mapping[str, int]) -> None:
-        """Forget the rows after the first so many of each file, all tied links, and the result: a run that was stopped had gone
-        further than its checkpoint, which holds the links that stand."""
+        """Forget the rows after the first so many of each file, and all tied links: a run that was stopped had gone further than
+        its checkpoint, which holds the links that stand."""
         for name in ROWS:
             lines = self._lines(name)
             if (self.path / name).exists():
-                kept = lines[: counts[name]]
+                kept = lines[: counts[name.removesuffix(".jsonl")]]
                 write_atomically(self.path / name, "".join(f"{line}\n" for line in kept).encode())
-        for name in ("chain", "model", "result.json"):
+        for name in ("chain", "model"):
             _remove(self.path / name)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cola_ds import processes, zero
 from cola_ds.chain import Chain, ChainState
-from cola_ds.checkpoint import CheckpointFolder, CheckpointWriter, SavedState
+from cola_ds.checkpoint import CheckpointFolder, CheckpointWriter, Counters, Rows, SavedState, Unlogged
 from cola_ds.config import RunConfig
 from cola_ds.resume import Identity
 
@@ -42,6 +42,7 @@ def save_chain(chain: Chain, constant: Constant | None) -> str | None:
     attempt = _Attempt(checkpoints, step) if checkpoints else None
     if attempt:
         attempt.do(lambda writer: _add_links(chain, writer))
+        attempt.do(lambda writer: chain.folder.flush_rows() if chain.folder else None)
     for piece in zero.trained_tensors(chain.engine):
         if attempt and piece:
             attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
@@ -50,7 +51,7 @@ def save_chain(chain: Chain, constant: Constant | None) -> str | None:
     if attempt and checkpoints and constant:
         state = _state(chain, constant, journal)
         attempt.do(lambda writer: attempt.note(writer.finish(state, random_states)))
-        attempt.do(lambda _: checkpoints.tidy(step, chain.config.checkpoint.keep))
+        attempt.do(lambda _: checkpoints.tidy(step, chain.config.checkpoint.keep, chain.state.best_step))
         attempt.clean_up()
         if attempt.wrong is None:
             chain.journal.event("checkpoint", step=step, bytes=attempt.size, seconds=time.perf_counter() - begin)
@@ -96,7 +97,8 @@ class _Attempt:
 def _add_links(chain: Chain, writer: CheckpointWriter) -> None:
     assert chain.folder is not None
     for link in range(1, chain.state.link):
-        writer.add_link(link, chain.folder.link_path(link) / "adapter_model.safetensors")
+        path = chain.folder.link_path(link) / "adapter_model.safetensors"
+        writer.add_link(link, path, chain.state.link_hashes[link - 1])
 
 
 def _state(chain: Chain, constant: Constant, journal: dict[str, Any]) -> SavedState:
@@ -110,11 +112,11 @@ def _state(chain: Chain, constant: Constant, journal: dict[str, Any]) -> SavedSt
         versions=constant.versions,
         world_size=chain.world_size,
         knots=list(chain.timetable.knots),
-        chain=counters(chain.state),
+        chain=Counters(**counters(chain.state)),
         scalars=zero.optimizer_scalars(chain.engine),
         loss_scale=zero.loss_scale_state(chain.engine),
-        journal=journal,
-        rows=chain.folder.row_counts(),
+        journal=Unlogged(**journal),
+        rows=Rows(**chain.folder.row_counts()),
         elapsed_s=constant.elapsed_s + time.perf_counter() - constant.since,
     )
 
@@ -127,17 +129,16 @@ def counters(state: ChainState) -> dict[str, Any]:
     return {name: None if value == math.inf else value for name, value in found.items()}
 
 
-def from_counters(found: dict[str, Any]) -> ChainState:
+def from_counters(found: Counters) -> ChainState:
     """What `counters` was given."""
-    finite: dict[str, Any] = {name: math.inf if value is None else value for name, value in found.items()}
-    return ChainState(**finite)
+    known = found.model_dump()
+    return ChainState(**{**known, "best_loss": math.inf if found.best_loss is None else found.best_loss})
 
 
 def space_needed(config: RunConfig, trained: list[int]) -> int:
     """Bytes that a run's links and checkpoints can take together; `trained` are the elements that each link trains.
 
-    The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments; file systems that cannot link files hold
-    every tied link in each of them.
+    The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments and every tied link in each of them.
     """
     stored = 4 if config.model.dtype == "fp32" else 2
     links = sum(trained) * stored if config.trains_lora else 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cola_ds import processes, signals, watch, zero
+from cola_ds.agreement import check_agreement, check_shared
 from cola_ds.chain import Chain, ChainState, evaluate, run_chain
 from cola_ds.checkpoint import Checkpoint, CheckpointFolder, SavedState
 from cola_ds.config import RunConfig
@@ -83,91 +87,113 @@ def train(prepared: Prepared, process: Process, wish: Wish) -> bool:
     """Run the prepared config, or what is left of it, and write its folder; whether there was anything to do. Collective, in a
     process group that has begun.
 
-    Raises UserError for a folder that holds another run, or cannot be written; TrainingFailedError for losses, gradients or
-    adapters that are not finite; StoppedError when a signal asked for it.
+    Raises UserError for processes that disagree, a folder that holds another run or cannot be written; TrainingFailedError for
+    losses, gradients or adapters that are not finite; StoppedError when a signal asked for it.
     """
     since = time.perf_counter()
     folder = RunFolder(prepared.config.run.dir) if process.rank == 0 else None
     lock = RunLock(folder.path) if folder else None
     try:
-        return _train(prepared, process, folder, lock, wish, since)
+        check_agreement(prepared)
+        start = _choose_start(prepared, folder, lock, wish)
+        if start.finished:
+            return False
+        chain = _begin(prepared, process, folder, start, since)
+        loading_s = time.perf_counter() - since
+        signals.steps_begin()
+        if prepared.config.method == "zero-shot":
+            evaluate(chain)
+        else:
+            run_chain(chain)
+        _finish(chain, prepared, loading_s, since, start.saved.elapsed_s if start.saved else 0.0)
+        return True
     finally:
         if lock:
             lock.release()
 
 
-def _train(
-    prepared: Prepared, process: Process, folder: RunFolder | None, lock: RunLock | None, wish: Wish, since: float
-) -> bool:
+@dataclass(frozen=True)
+class _Start:
+    """How a run starts: anew, from what a checkpoint has saved, or not at all."""
+
+    finished: bool
+    saved: SavedState | None
+    found: Checkpoint | None
+    """The checkpoint itself, on process 0 alone."""
+
+
+def _choose_start(prepared: Prepared, folder: RunFolder | None, lock: RunLock | None, wish: Wish) -> _Start:
+    """Lock the run folder, and look what is in it. Collective."""
     config = prepared.config
-    start: Checkpoint | str = ""
-    identity = None
+    chosen: Checkpoint | str = ""
 
     def choose() -> Any:
-        """On process 0: lock the folder, and look what is in it."""
-        nonlocal start, identity
+        nonlocal chosen
         assert folder is not None and lock is not None
-        identity = _identity(prepared)
         lock.take()
-        start = choose_start(folder, config, identity, wish)
-        if config.method != "zero-shot" and start != "finished":
+        chosen = choose_start(folder, config, _identity(prepared), wish)
+        if config.method != "zero-shot" and chosen != "finished":
             trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
             folder.check_space(space_needed(config, trained))
-        return start if isinstance(start, str) else start.state.model_dump()
+        return chosen if isinstance(chosen, str) else chosen.state.model_dump()
 
-    chosen = processes.on_process_0(choose)
-    if chosen == "finished":
-        return False
-    found = start if isinstance(start, Checkpoint) else None
-    saved = SavedState.model_validate(chosen) if isinstance(chosen, dict) else None
-    state = from_counters(saved.chain) if saved else None
+    answer = processes.on_process_0(choose)
+    check_shared(Path(config.run.dir))
+    saved = SavedState.model_validate(answer) if isinstance(answer, dict) else None
     if saved:
-        check_fits(saved.knots, saved.chain, prepared.timetable)
-    chain = build_chain(prepared, process, folder, state, found)
+        check_fits(saved.knots, saved.chain.link, saved.chain.step, prepared.timetable)
+    return _Start(answer == "finished", saved, chosen if isinstance(chosen, Checkpoint) else None)
+
+
+def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start: _Start, since: float) -> Chain:
+    """Build the chain, put it where its checkpoint left it, and write down that it has begun."""
+    config, saved = prepared.config, start.saved
+    chain = build_chain(prepared, process, folder, from_counters(saved.chain) if saved else None, start.found)
     hosts = processes.texts_of_processes(platform.node())
+    found = start.found
     environment = describe_environment(hosts, processes.accelerator_name())
     if folder:  # not before all that can be refused has been accepted
+        environment |= {"identity": dataclasses.asdict(_identity(prepared)), "base": chain.base}
         if found:
-            _go_back(folder, prepared, found)
+            folder.forget_result()
             folder.describe(config, environment)
+            found = _go_back(folder, prepared, found)
         else:
             folder.create(config, environment)
         folder.event(
-            "resumed" if found else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts
+            "resumed" if saved else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts
         )
     if saved:
         restore_optimizer(chain.engine, saved.scalars, found)
         zero.set_loss_scale_state(chain.engine, saved.loss_scale)
-        chain.journal.go_on(saved.journal, process.rank, process.world_size, chain.state.step)
+        chain.journal.go_on(saved.journal.model_dump(), process.rank, process.world_size, chain.state.step)
         _restore_random_state(found, saved.world_size, process)
         chain.journal.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
     constant = None
-    if identity:
+    if folder:
         versions = {**environment["packages"], "cola_ds": environment["cola_ds"]}
-        constant = Constant(config, identity, chain.base, versions, saved.elapsed_s if saved else 0.0, since)
+        elapsed_s = saved.elapsed_s if saved else 0.0
+        constant = Constant(config, _identity(prepared), chain.base, versions, elapsed_s, since)
     if config.method != "zero-shot":
         chain.save = partial(save_chain, constant=constant)
-    del start, found, chosen, saved
+    return chain
 
-    loading_s = time.perf_counter() - since
-    signals.steps_begin()
-    if config.method == "zero-shot":
-        evaluate(chain)
-    else:
-        run_chain(chain)
+
+def _finish(chain: Chain, prepared: Prepared, loading_s: float, since: float, elapsed_s: float) -> None:
+    """Write what a finished run leaves, the result last."""
     watch.rest()
-    if config.method == "full":
-        _save_whole_model(chain, prepared, folder)
+    if chain.config.method == "full":
+        _save_whole_model(chain, prepared, chain.folder)
     chain.journal.close()
     peak = int(processes.max_over_processes(processes.peak_memory_bytes()))
     remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=processes.device())
     remainder_bytes = 4 * int(processes.sum_over_processes(remainders))
-    if folder and constant:
-        times = {"loading_s": loading_s, "wall_time_s": constant.elapsed_s + time.perf_counter() - since}
+    if chain.folder:
+        times = {"loading_s": loading_s, "wall_time_s": elapsed_s + time.perf_counter() - since}
         memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
-        folder.write_json("result.json", {**_result(prepared, chain, folder), **times, **memory})
-        folder.event("finished", step=chain.state.step)
-    return True
+        chain.folder.flush_rows()
+        chain.folder.write_json("result.json", {**_result(prepared, chain, chain.folder), **times, **memory})
+        chain.folder.event("finished", step=chain.state.step)
 
 
 def _identity(prepared: Prepared) -> Identity:
@@ -187,13 +213,21 @@ def _checked_model(config: RunConfig, found: Checkpoint | None) -> str:
     return model
 
 
-def _go_back(folder: RunFolder, prepared: Prepared, found: Checkpoint) -> None:
-    """Make the folder what it was when the checkpoint was written, but for the checkpoint itself and those before it."""
-    if found.path.parent.resolve() == (folder.path / "checkpoints").resolve():
-        CheckpointFolder(folder).set_aside(later_than=found.step)
-    folder.go_back(found.state.rows)
-    for link in range(1, int(found.state.chain["link"])):
+def _go_back(folder: RunFolder, prepared: Prepared, found: Checkpoint) -> Checkpoint:
+    """Make the folder what it was when the checkpoint was written, with those before it. Returns the folder's own copy of it.
+
+    Whatever is done of it when the process dies, the next start finds that checkpoint and does it again.
+    """
+    checkpoints = CheckpointFolder(folder)
+    if found.path.parent.resolve() == checkpoints.path.resolve():
+        checkpoints.set_aside(later_than=found.step)
+    else:
+        found = checkpoints.take_in(found)
+    checkpoints.mark_best(found.state.chain.best_step)
+    folder.go_back(found.state.rows.model_dump())
+    for link in range(1, found.state.chain.link):
         folder.write_link(prepared.config, link, prepared.targets, read_link(found.link_path(link)))
+    return found
 
 
 def _restore_random_state(found: Checkpoint | None, world_size: int, process: Process) -> None:
@@ -222,6 +256,7 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
         "training_flops": training_flops(prepared, chain.state.tokens_seen),
+        "link_sha256": chain.state.link_hashes,
     }
 
 

@@ -23,6 +23,9 @@ from typing import Any
 
 _EVERY_S = 1.0
 _GRACE_S = 5.0  # process 0 speaks first
+_SILENT_S = 60.0  # a process whose threads say nothing for so long is gone, or stopped, whatever it was doing
+_HELLO_BYTES = 128
+_LOOKS = 3  # in a row: a job that was suspended as a whole finds the others silent for a moment
 
 _beats = 0
 _step = 0
@@ -114,6 +117,8 @@ class Watch:
         self._left = False
         self._lock = threading.Lock()
 
+        self._looks = 0
+
     def listen(self) -> dict[str, Any]:
         """On process 0: open the port. Returns what the others need to `join`."""
         self._token = secrets.token_hex(16)
@@ -132,7 +137,7 @@ class Watch:
         link.settimeout(None)
         self._links[0] = link
         self._peers[0] = _Peer()
-        self._say(link, {"token": token, "rank": self.rank})
+        link.sendall(json.dumps({"token": token, "rank": self.rank}).encode().ljust(_HELLO_BYTES))
         self._thread(self._talk)
         self._thread(lambda: self._hear(0, link))
         self._thread(self._look)
@@ -165,24 +170,32 @@ class Watch:
 
     def _accept(self) -> None:
         self._thread(self._talk)
-        while True:
+        expected = len(self._peers) - 1
+        while expected:
             link, _ = self._server.accept()
-            self._thread(lambda link=link: self._greet(link))  # type: ignore[misc]
+            rank = self._greet(link)
+            if rank is None:
+                link.close()
+                continue
+            expected -= 1
+            self._links[rank] = link
+            self._thread(lambda rank=rank, link=link: self._hear(rank, link))  # type: ignore[misc]
+        self._server.close()
 
-    def _greet(self, link: socket.socket) -> None:
-        """A stranger that does not know the token is turned away."""
-        link.settimeout(10)
+    def _greet(self, link: socket.socket) -> int | None:
+        """Who has connected; None for a stranger, who does not know the token."""
+        link.settimeout(1)
+        deadline, held = time.monotonic() + _GRACE_S, b""
         try:
-            hello = json.loads(_line(link))
-            known = secrets.compare_digest(str(hello.get("token")), self._token) and hello.get("rank") in self._peers
-        except (OSError, ValueError, AttributeError):
-            known = False
-        if not known:
-            link.close()
-            return
+            while len(held) < _HELLO_BYTES and time.monotonic() < deadline:
+                held += link.recv(_HELLO_BYTES - len(held))
+            hello = json.loads(held)
+            known = secrets.compare_digest(str(hello["token"]).encode(), self._token.encode())
+            rank = hello["rank"]
+        except Exception:  # whatever a stranger's bytes may raise
+            return None
         link.settimeout(None)
-        self._links[hello["rank"]] = link
-        self._hear(hello["rank"], link)
+        return rank if known and rank in self._peers and rank not in self._links else None
 
     def _hear(self, rank: int, link: socket.socket) -> None:
         """Take what a process says, until it says goodbye or its connection ends."""
@@ -208,29 +221,30 @@ class Watch:
         """Find out who is silent, and on process 0 who does not move."""
         while not self._left:
             time.sleep(_EVERY_S)
-            if self.limit_s is None:
-                continue
+            peers = dict(self._peers)
             if self.rank == 0:
-                self._peers[0].take(self._state())
-                self._judge(self.limit_s)
-            elif (peer := self._peers.get(0)) and time.monotonic() - peer.heard > self.limit_s + _GRACE_S:
-                self._die(
-                    f"process 0 on {peer.host} (pid {peer.pid}) has said nothing for "
-                    f"{time.monotonic() - peer.heard:.0f} s; it was at {peer.doing}",
-                    [self.rank],
-                )
+                peers[0].take(self._state())
+            self._find_silent(peers)
+            if self.rank == 0 and self.limit_s is not None and any(peer.armed for peer in peers.values()):
+                self._find_hanging(peers, self.limit_s)
 
-    def _judge(self, limit_s: float) -> None:
-        now, peers = time.monotonic(), dict(self._peers)
-        if not any(peer.armed for peer in peers.values()):
-            return
+    def _find_silent(self, peers: dict[int, _Peer]) -> None:
+        limit_s = min(_SILENT_S, self.limit_s or _SILENT_S) + (_GRACE_S if self.rank else 0)
         for rank, peer in peers.items():
-            if now - peer.heard > limit_s:
-                self._die(
-                    f"process {rank} on {peer.host} (pid {peer.pid}) has said nothing for {now - peer.heard:.0f} s; "
-                    f"it was at {peer.doing}",
-                    [0],
-                )
+            silent_s = time.monotonic() - peer.heard
+            if silent_s > limit_s:
+                self._looks += 1
+                if self._looks >= _LOOKS:
+                    self._die(
+                        f"process {rank} on {peer.host} (pid {peer.pid}) has said nothing for {silent_s:.0f} s; "
+                        f"it was at {peer.doing}",
+                        [self.rank],
+                    )
+                return
+        self._looks = 0
+
+    def _find_hanging(self, peers: dict[int, _Peer], limit_s: float) -> None:
+        now = time.monotonic()
         if all(now - peer.moved > limit_s for peer in peers.values()):
             least = min(peer.beats for peer in peers.values())
             stuck = [rank for rank, peer in peers.items() if peer.beats == least]
@@ -245,7 +259,9 @@ class Watch:
         if self._left:
             return
         self._left = True
-        if reason and (self.rank == 0 or self.rank == min([r for r in (1, *self._links) if r])):
+        if reason and (
+            self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"
+        ):  # one process a node, once process 0 is gone
             print(f"cola-ds: {reason}", file=sys.stderr, flush=True)
         for link in list(self._links.values()):
             with contextlib.suppress(OSError):
@@ -254,13 +270,3 @@ class Watch:
             print(f"cola-ds: threads of process {self.rank} on {socket.gethostname()}:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         self.end(status)
-
-
-def _line(link: socket.socket) -> bytes:
-    held = b""
-    while not held.endswith(b"\n") and len(held) < 4096:
-        block = link.recv(1)
-        if not block:
-            break
-        held += block
-    return held

@@ -44,7 +44,8 @@ set -m # a process group of its own
 ) &
 group=$!
 set +m
-trap 'again=1; kill -USR1 -- "-$group" 2>/dev/null' TERM INT USR1 USR2
+workers='-m cola_ds train' # before there is one, the launcher can be ended
+trap 'again=1; if pgrep -g "$group" -f -- "$workers" >/dev/null; then kill -USR1 -- "-$group"; else kill -- "-$group"; fi' TERM INT USR1 USR2
 again=1
 while [ -n "$again" ]; do # a signal interrupts wait
   again=

@@ -94,10 +94,6 @@ def test_every_damage_to_every_file_is_found(stopped, tmp_path, monkeypatch, fil
     monkeypatch.setenv("COLA_DS_TEST_EXPLOIT", str(tmp_path / "exploited"))
     folder, _ = damaged_run(stopped, tmp_path)
     path = folder / "checkpoints" / NEWEST
-    for link in path.glob("link-*"):  # a copy of its own, as on a file system that cannot link
-        content = link.read_bytes()
-        link.unlink()
-        link.write_bytes(content)
     read_checkpoint(path)
     DAMAGES[damage](path / file)
     with pytest.raises(DamagedError, match=file.replace(".", r"\.")):
@@ -130,7 +126,7 @@ def test_a_pickle_with_a_manifest_that_vouches_for_it(stopped, tmp_path, monkeyp
         else:
             (path / file).write_bytes(content)
         rewrite_manifest(path, lambda files: files)
-        with pytest.raises(DamagedError, match=f"{file} is not a safetensors file"):
+        with pytest.raises(DamagedError, match=f"{file} is not (a safetensors file|the link that was tied)"):
             read_checkpoint(path)
     assert not (tmp_path / "exploited").exists()
 
@@ -150,7 +146,16 @@ def test_a_foreign_state_is_refused(stopped, tmp_path):
     folder, _ = damaged_run(stopped, tmp_path)
     path = folder / "checkpoints" / NEWEST
     state = json.loads((path / "state.json").read_bytes())
-    for change in ({"format": 2}, {"surprise": 1}, {"knots": "4"}):
+    counters = state["chain"]
+    hostile = [{**counters, **change} for change in ({"link": "x"}, {"link": 10**12}, {"step": -1}, {"surprise": 1})]
+    hostile += [{key: value for key, value in counters.items() if key != "step_in_link"}]
+    for change in (
+        {"format": 2},
+        {"surprise": 1},
+        {"knots": "4"},
+        {"rows": {}},
+        *({"chain": held} for held in hostile),
+    ):
         (path / "state.json").write_text(json.dumps({**state, **change}), encoding="utf-8")
         rewrite_manifest(path, lambda files: files)
         with pytest.raises(DamagedError, match=r"state\.json is not of this version's format"):
@@ -160,6 +165,54 @@ def test_a_foreign_state_is_refused(stopped, tmp_path):
     rewrite_manifest(path.with_name("step-00000099"), lambda files: files)
     with pytest.raises(DamagedError, match=r"state\.json is of step 11"):
         read_checkpoint(path.with_name("step-00000099"))
+
+
+def test_a_link_that_was_not_tied_is_refused(stopped, tmp_path):
+    """Whatever the manifest says: its hash stands beside the counters, since its knot."""
+    from safetensors.torch import load_file, save_file
+
+    folder, words = damaged_run(stopped, tmp_path)
+    link = folder / "chain/link-0001/adapter_model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(link).items()}, link, metadata={"format": "pt"})
+    path = folder / "checkpoints" / NEWEST
+    read_checkpoint(path)  # it has a copy of its own
+    shutil.copy(link, path / "link-0001.safetensors")
+    rewrite_manifest(path, lambda files: files)
+    with pytest.raises(DamagedError, match=r"link-0001\.safetensors is not the link that was tied"):
+        read_checkpoint(path)
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [0, 0], said
+    assert record(folder) == stopped[1]  # from the one before, and the link in chain/ is written again
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(link).items()}, link, metadata={"format": "pt"})
+    done = cola_ds("export", folder, "--to", "hf", "--out", tmp_path / "merged")
+    assert (done.returncode, "is not the link that the run tied" in done.stderr) == (2, True)
+
+
+def change_tensors(path, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(next(key for key in t if key.startswith("exp_avg/"))), "it has exp_avg/"),
+        (lambda t: t.update({"surprise/x": torch.ones(2)}), "holds surprise, which no optimizer here keeps"),
+        (lambda t: t.update({next(key for key in t if "sq/" in key): torch.ones(2)}), "of shape (2,), the model wants"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(stopped, tmp_path, change, message):
+    """Before any of them is sent to another process."""
+    folder, words = damaged_run(stopped, tmp_path)
+    path = folder / "checkpoints" / NEWEST
+    change_tensors(path / "trained-00001.safetensors", change)
+    rewrite_manifest(path, lambda files: files)
+    statuses, said = run_job(tmp_path, words)
+    assert statuses == [2, 2], said
+    assert message in said
 
 
 def test_a_checkpoint_that_is_a_link_is_not_taken(stopped, tmp_path):
@@ -204,6 +257,42 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(stopped, tmp_path):
     assert "nowhere is not a checkpoint's folder" in said
 
 
+def test_what_a_kill_leaves_of_a_folder_that_begins(stopped, tmp_path):
+    """environment.json without run.yaml; a start from elsewhere before its first checkpoint; a result that is undone."""
+    folder, words = damaged_run(stopped, tmp_path)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(folder / "environment.json", begun)
+    statuses, said = run_job(
+        tmp_path, [*words, f"run.dir={begun}", "--resume", folder], sabotage=die_in, arguments=("write_link",)
+    )
+    assert statuses == [-9, 3], said
+    (begun / "run.yaml").unlink()
+    statuses, said = run_job(tmp_path, [*words, f"run.dir={begun}", "--resume", folder])
+    assert statuses == [0, 0], said
+    assert "has checkpoints of its own: it goes on from them" in said
+    assert record(begun)["result"] == stopped[1]["result"]
+    earlier = begun / "checkpoints/step-00000012"
+    statuses, said = run_job(tmp_path, [*words, f"run.dir={begun}", "--resume", earlier], **killed)
+    assert statuses == [-9, 3], said
+    statuses, said = run_job(tmp_path, [*words, f"run.dir={begun}"])
+    assert (statuses, "finished already" in said) == ([0, 0], False)
+    assert record(begun)["result"] == stopped[1]["result"]
+
+
+def die_in(rank, name):
+    """Process 0 is killed when it first writes a link."""
+    if rank == 0:
+        setattr(RunFolder, name, lambda *args: os.kill(os.getpid(), 9))
+
+
+def test_a_start_from_elsewhere_contradicts_fresh(stopped, tmp_path):
+    folder, words = damaged_run(stopped, tmp_path)
+    statuses, said = run_job(tmp_path, [*words, "--fresh", "--resume", folder], world_size=1)
+    assert (statuses, "goes on: give one of them" in said) == ([2], True)
+    assert (folder / "checkpoints" / NEWEST).is_dir()
+
+
 def test_all_damaged_is_refused(stopped, tmp_path):
     folder, words = damaged_run(stopped, tmp_path)
     for path in (folder / "checkpoints").glob("step-*"):
@@ -220,8 +309,7 @@ def test_the_last_good_checkpoint_is_never_deleted(stopped, tmp_path):
     checkpoints = CheckpointFolder(RunFolder(folder))
     flip(checkpoints.at(9) / "state.json")
     truncate(checkpoints.at(8) / "random.safetensors")
-    checkpoints.mark_best(5)
-    checkpoints.tidy(11, keep=3)
+    checkpoints.tidy(11, keep=3, best_step=5)
     assert [path.name[-2:] for path in checkpoints.steps()] == ["11", "10", "07", "05"]
     assert checkpoints.pointer("best") == "step-00000005"
     assert checkpoints.pointer("latest") == NEWEST
@@ -309,9 +397,11 @@ def test_a_finished_run_of_another_config_is_not_overwritten(stopped, tmp_path):
     words = ["train", stopped[0] / "run.yaml", f"run.dir={folder}"]
     statuses, said = run_job(tmp_path, words, world_size=1)
     assert (statuses, "this run is finished already" in said) == ([0], True)
+    statuses, said = run_job(tmp_path, [*words, "optim.max_skips_in_a_row=1", "checkpoint.keep=9"], world_size=1)
+    assert (statuses, "this run is finished already" in said) == ([0], True)
     statuses, said = run_job(tmp_path, [*words, "optim.lr=1"], world_size=1)
     assert statuses == [2]
-    assert "already holds a run, of another config: optim.lr 0.005 -> 1.0" in said
+    assert f"the config has changed since {folder}: optim.lr 0.005 -> 1.0" in said
     statuses, said = run_job(tmp_path, [*words, "--resume", "never"], world_size=1)
     assert (statuses, "already holds a run (run.yaml); name another, or start it anew with --fresh" in said) == (
         [2],

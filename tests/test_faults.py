@@ -149,6 +149,7 @@ def test_a_stopped_process_is_named(toy, tmp_path, victim):
         )
         assert "; it was at s" in said  # where it was when it last spoke, up to a second before
         assert f"threads of process {other}" in said  # where it waited
+        assert time.monotonic() < deadline - 30
 
 
 def test_a_process_that_hangs_is_named_with_its_stack(toy, tmp_path):
@@ -359,3 +360,66 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(toy, untouched
     assert statuses == [0, 0], said
     assert "ended before its first checkpoint: it starts again from step 0" in said
     assert record(tmp_path / "run") == untouched
+
+
+# -- nodes that are not alike ------------------------------------------------------------------------------------------
+
+
+def work_elsewhere(rank, folder):
+    """The second process finds relative paths in a folder of its own, as a node with its own disk does."""
+    os.chdir(folder / f"node-{rank}")
+
+
+def another_version(rank):
+    """The second process has another version of a package."""
+    if rank == 1:
+        import importlib.metadata
+
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: "0.0.1" if name == "transformers" else version(name)
+
+
+@pytest.fixture
+def two_nodes(toy, tmp_path):
+    """A folder for each process, with a copy of the data."""
+    for rank in range(2):
+        (tmp_path / f"node-{rank}").mkdir()
+        shutil.copy(toy[1], tmp_path / f"node-{rank}/train.jsonl")
+    return [*start(toy, tmp_path), "data.train=train.jsonl"]
+
+
+def test_other_data_on_one_node(two_nodes, tmp_path):
+    save_sums(tmp_path / "node-1/train.jsonl", 40, seed=9)
+    statuses, said = run_job(tmp_path, two_nodes, sabotage=work_elsewhere, arguments=(tmp_path,))
+    assert statuses == [2, 2], said
+    node = os.uname().nodename
+    assert f"process 1 on {node} differs from process 0 on {node}: training data 40 examples (" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_package_version_on_one_node(toy, tmp_path):
+    statuses, said = run_job(tmp_path, start(toy, tmp_path), sabotage=another_version)
+    assert statuses == [2, 2], said
+    assert "differs from process 0 on " in said
+    assert ": transformers 0.0.1 / " in said
+
+
+def test_a_run_folder_that_one_node_does_not_see(two_nodes, tmp_path):
+    words = [*two_nodes, "run.dir=run"]
+    statuses, said = run_job(tmp_path, words, sabotage=work_elsewhere, arguments=(tmp_path,))
+    assert statuses == [2, 2], said
+    assert "(process 1) is not the folder that it is on " in said
+    assert not list((tmp_path / "node-0").glob("run*"))
+
+
+def test_an_interrupted_compilation(toy, tmp_path, monkeypatch):
+    lock = tmp_path / "extensions/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    from tests.test_cli import cola_ds
+
+    done = cola_ds(*start(toy, tmp_path), timeout_s=60)
+    assert done.returncode == 2, done.stderr
+    assert f"{lock} is 60 minutes old: a compilation was interrupted" in done.stderr

@@ -1,0 +1,76 @@
+"""Before the work: that all processes run the same code on the same data, and see the same run folder.
+
+A node with another version of a package, an older copy of the data or a folder of its own gives a number in a table that is
+wrong, or a run that cannot go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import socket
+import time
+from pathlib import Path
+
+from cola_ds import lock, processes
+from cola_ds.config import dump_config
+from cola_ds.data.sources import TokenizedData
+from cola_ds.errors import UserError
+from cola_ds.fingerprint import data_fingerprint
+from cola_ds.prepare import Prepared
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
+_SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts after a while
+
+
+def check_agreement(prepared: Prepared) -> None:
+    """Raise UserError, on all processes, naming the first one that differs from process 0, and in what. Collective."""
+    mine = _facts(prepared)
+    all_facts = [json.loads(text) for text in processes.texts_of_processes(json.dumps(mine), size=1024)]
+    hosts = processes.texts_of_processes(socket.gethostname())
+    for rank, theirs in enumerate(all_facts):
+        differing = [
+            f"{name} {theirs[name]} / {all_facts[0][name]}" for name in mine if theirs[name] != all_facts[0][name]
+        ]
+        if differing:
+            raise UserError(
+                f"process {rank} on {hosts[rank]} differs from process 0 on {hosts[0]}: {'; '.join(differing)}; "
+                "make the nodes alike"
+            )
+
+
+def _facts(prepared: Prepared) -> dict[str, str]:
+    package = Path(__file__).resolve().parent
+    code = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return {
+        "Python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "cola_ds": f"{importlib.metadata.version('cola_ds')} ({code.hexdigest()[:8]})",
+        "config": hashlib.sha256(dump_config(prepared.config).encode()).hexdigest()[:8],
+        "DeepSpeed JSON": hashlib.sha256(json.dumps(prepared.engine_json, sort_keys=True).encode()).hexdigest()[:8],
+        "training data": _describe(prepared.train),
+        "held-out data": _describe(prepared.held_out),
+    }
+
+
+def _describe(data: TokenizedData | None) -> str:
+    return f"{len(data)} examples ({(data_fingerprint(data) or '')[:8]})" if data else "none"
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UserError, on all processes, where one does not see the lock that process 0 holds in the run folder. Collective."""
+    expected = processes.from_process_0(lock.held_id())
+    deadline = time.monotonic() + _SHARED_WITHIN_S
+    while not (seen := (lock.holder(folder) or {}).get("id") == expected) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    hosts = processes.texts_of_processes(socket.gethostname())
+    for rank, sees in enumerate(processes.numbers_of_processes(float(seen))):
+        if not sees:
+            raise UserError(
+                f"run.dir {folder} on {hosts[rank]} (process {rank}) is not the folder that it is on {hosts[0]} (process 0): "
+                "a run that comes back on another node would not find its checkpoints; name a folder on a shared file system"
+            )

@@ -1,0 +1,110 @@
+"""Which process am I: what each launcher sets, and what is refused. Real launchers are in test_launchers.py."""
+
+import pytest
+
+from cola_ds.errors import UserError
+from cola_ds.launcher import Process, first_host, identify
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+HYDRA = {"PMI_RANK": "3", "MPI_LOCALRANKID": "1", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"}
+SRUN = {
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "gpu-[07,09]", "SLURM_NTASKS": "4",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets an environment without any launcher but the given one; what `identify` sets is undone."""
+    import os
+
+    def use(values):
+        for name in [*NAMES, *(n for n in os.environ if n.startswith(("OMPI_", "PMI_", "MPI_", "SLURM_")))]:
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    yield use
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "process", "address"),
+    [
+        ({}, Process(0, 0, 1), "127.0.0.1"),
+        ({"MASTER_ADDR": "lingering", "MASTER_PORT": "1"}, Process(0, 0, 1), "lingering"),
+        (dict(zip(NAMES, ("5", "1", "8", "host", "29500"), strict=True)), Process(5, 1, 8), "host"),
+        (MPIRUN, Process(1, 1, 2), "127.0.0.1"),
+        ({**HYDRA, "MASTER_ADDR": "first", "MASTER_PORT": "29501"}, Process(3, 1, 4), "first"),
+        (SRUN, Process(3, 1, 4), "gpu-07"),
+        ({**SRUN, "MASTER_ADDR": "ib-07"}, Process(3, 1, 4), "ib-07"),  # explicit settings win
+        ({**SRUN, **MPIRUN}, Process(1, 1, 2), "127.0.0.1"),  # mpirun inside a Slurm job
+        (
+            {"SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"},
+            Process(0, 0, 1),
+            "127.0.0.1",
+        ),  # a batch script
+    ],
+)
+def test_each_launcher(environment, values, process, address):
+    import os
+
+    environment(values)
+    assert identify() == process
+    assert os.environ["MASTER_ADDR"] == address
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == [
+        str(number) for number in (process.rank, process.local_rank, process.world_size)
+    ]
+
+
+def test_every_task_of_a_step_derives_the_same_port_and_another_job_another(environment):
+    import os
+
+    ports = []
+    for changes in ({}, {"SLURM_PROCID": "0"}, {"SLURM_JOB_ID": "78"}):
+        environment({**SRUN, **changes})
+        identify()
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] == ports[1] != ports[2]
+    assert all(20000 <= port < 30000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("values", "missing"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
+        (HYDRA, "MASTER_ADDR, MASTER_PORT"),  # two machines: which is the first, it does not say
+    ],
+)
+def test_a_half_set_environment_is_refused(environment, values, missing):
+    environment(values)
+    with pytest.raises(UserError, match=f"but not {missing}$"):
+        identify()
+
+
+def test_numbers_that_are_none_are_refused(environment):
+    environment(dict(zip(NAMES, ("zero", "0", "1", "host", "1"), strict=True)))
+    with pytest.raises(UserError, match="must be whole numbers"):
+        identify()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n[1-2]", "n1"),
+        ("a1,b[2-3]", "a1"),
+        ("rack-[07-09,12]-ib,x", "rack-07-ib"),
+        ("gpu[003]", "gpu003"),
+        ("", ""),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
