@@ -263,9 +263,8 @@ def test_what_a_kill_leaves_of_a_folder_that_begins(stopped, tmp_path):
     begun = tmp_path / "begun"
     begun.mkdir()
     shutil.copy(folder / "environment.json", begun)
-    statuses, said = run_job(
-        tmp_path, [*words, f"run.dir={begun}", "--resume", folder], sabotage=die_in, arguments=("write_link",)
-    )
+    killed = {"sabotage": die_in, "arguments": ("write_link",)}
+    statuses, said = run_job(tmp_path, [*words, f"run.dir={begun}", "--resume", folder], **killed)
     assert statuses == [-9, 3], said
     (begun / "run.yaml").unlink()
     statuses, said = run_job(tmp_path, [*words, f"run.dir={begun}", "--resume", folder])
