@@ -23,7 +23,8 @@ from typing import Any
 
 _EVERY_S = 1.0
 _GRACE_S = 5.0  # process 0 speaks first
-_SILENT_S = 60.0  # a process whose threads say nothing for so long is gone, or stopped, whatever it was doing
+_SILENT_S = 60.0  # a process whose threads say nothing for so long is gone, or stopped
+_SILENT_LOADING_S = 600.0  # or, before the first step, reads a large tensor from a slow disk
 _HELLO_BYTES = 128
 _LOOKS = 3  # in a row: a job that was suspended as a whole finds the others silent for a moment
 
@@ -229,7 +230,10 @@ class Watch:
                 self._find_hanging(peers, self.limit_s)
 
     def _find_silent(self, peers: dict[int, _Peer]) -> None:
-        limit_s = min(_SILENT_S, self.limit_s or _SILENT_S) + (_GRACE_S if self.rank else 0)
+        limit_s = _SILENT_LOADING_S
+        if _armed or any(peer.armed for peer in peers.values()):
+            limit_s = min(_SILENT_S, self.limit_s or _SILENT_S)
+        limit_s += _GRACE_S if self.rank else 0
         for rank, peer in peers.items():
             silent_s = time.monotonic() - peer.heard
             if silent_s > limit_s:
