@@ -249,6 +249,8 @@ class Watch:
 
     def _find_hanging(self, peers: dict[int, _Peer], limit_s: float) -> None:
         now = time.monotonic()
+        if any(now - peer.heard > _LOOKS * _EVERY_S for peer in peers.values()):
+            return  # that one does not hang, it is silent
         if all(now - peer.moved > limit_s for peer in peers.values()):
             least = min(peer.beats for peer in peers.values())
             stuck = [rank for rank, peer in peers.items() if peer.beats == least]
