@@ -1,8 +1,21 @@
-"""In CI nothing may be skipped: what a user's machine may lack, CI installs."""
+"""What all tests share. In CI nothing may be skipped: what a user's machine may lack, CI installs."""
 
 import os
 
 import pytest
+
+from tests.toys import save_model, save_sums
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A model, training data and held-out data."""
+    folder = tmp_path_factory.mktemp("toy")
+    return (
+        save_model(folder / "model"),
+        save_sums(folder / "train.jsonl", 40),
+        save_sums(folder / "dev.jsonl", 20, seed=1),
+    )
 
 
 @pytest.hookimpl(wrapper=True)

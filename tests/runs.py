@@ -7,9 +7,26 @@ from pathlib import Path
 
 from cola_ds.config import load_config
 from tests.distributed import process_group, run_distributed
-from tests.toys import rows, save_run
+from tests.toys import rows, run_config, save_run
 
 TIMES = {"tokens_per_s", "step_s", "seconds", "tie_s", "rebuild_s", "peak_memory_bytes", "bytes_moved", "loading_s"}
+
+
+def three_links(toy, **sections):
+    """Twelve steps of two micro batches, with dropout, so that random states matter; evaluations at steps 5, 10 and 12."""
+    model, train, dev = toy
+    options = {
+        "lora": {"rank": [8, 4, 4], "dropout": 0.1},
+        "chain": {"length": 3},
+        "optim": {"max_steps": 12, "lr": 5e-3},
+        "data": {"eval": str(dev)},
+        "eval": {"every": "epoch"},
+        "checkpoint": {"every_steps": 100, "keep": 1},
+        "run": {"log_every_steps": 5},
+    }
+    for name, values in sections.items():
+        options[name] = {**options.get(name, {}), **values} if isinstance(values, dict) else values
+    return run_config(model, train, "unused", **options)
 
 
 def run_once(process, path, stop=None, words=None):

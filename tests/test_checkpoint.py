@@ -12,26 +12,15 @@ import torch
 from cola_ds.checkpoint import CheckpointFolder, DamagedError, read_checkpoint
 from cola_ds.rundir import RunFolder
 from tests.jobs import run_job
-from tests.runs import record, train_in
+from tests.runs import record, three_links, train_in
 from tests.test_cli import cola_ds
-from tests.test_resume import three_links
-from tests.toys import rows, save_model, save_sums
+from tests.toys import rows, save_sums
 
 FILES = [
     "manifest.json", "state.json", "random.safetensors", "trained-00001.safetensors", "link-0001.safetensors",
     "link-0002.safetensors",
 ]  # fmt: skip
 NEWEST, BEFORE = "step-00000011", "step-00000010"
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return (
-        save_model(folder / "model"),
-        save_sums(folder / "train.jsonl", 40),
-        save_sums(folder / "dev.jsonl", 20, seed=1),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,8 @@ import time
 import pytest
 
 from tests.jobs import Job, at_beat, at_call, at_file_event, fill_the_disk, poison, run_job
-from tests.runs import record, train_in
-from tests.test_resume import three_links
-from tests.toys import rows, save_model, save_run, save_sums
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    return (
-        save_model(folder / "model"),
-        save_sums(folder / "train.jsonl", 40),
-        save_sums(folder / "dev.jsonl", 20, seed=1),
-    )
+from tests.runs import record, three_links, train_in
+from tests.toys import rows, save_run, save_sums
 
 
 @pytest.fixture(scope="module")

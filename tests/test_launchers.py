@@ -14,22 +14,11 @@ import time
 import pytest
 
 from tests.distributed import free_port
-from tests.runs import record
-from tests.test_resume import three_links
-from tests.toys import REPOSITORY, rows, save_model, save_run, save_sums
+from tests.runs import record, three_links
+from tests.toys import REPOSITORY, rows, save_run
 
 STEPS = 300  # many seconds, and it is stopped after a few
 MINI_SLURM = REPOSITORY / "tests/mini-slurm.sh"
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launchers")
-    return (
-        save_model(folder / "model"),
-        save_sums(folder / "train.jsonl", 40),
-        save_sums(folder / "dev.jsonl", 20, seed=1),
-    )
 
 
 @pytest.fixture

@@ -5,37 +5,10 @@ import shutil
 
 import pytest
 
-from tests.runs import record, train_in
-from tests.toys import REPOSITORY, rows, run_config, save_model, save_sums
+from tests.runs import record, three_links, train_in
+from tests.toys import REPOSITORY, rows
 
 SHARDED = str(REPOSITORY / "tests/zero3_sharded.json")
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    return (
-        save_model(folder / "model"),
-        save_sums(folder / "train.jsonl", 40),
-        save_sums(folder / "dev.jsonl", 20, seed=1),
-    )
-
-
-def three_links(toy, **sections):
-    """Twelve steps of two micro batches, with dropout, so that random states matter; evaluations at steps 5, 10 and 12."""
-    model, train, dev = toy
-    options = {
-        "lora": {"rank": [8, 4, 4], "dropout": 0.1},
-        "chain": {"length": 3},
-        "optim": {"max_steps": 12, "lr": 5e-3},
-        "data": {"eval": str(dev)},
-        "eval": {"every": "epoch"},
-        "checkpoint": {"every_steps": 100, "keep": 1},
-        "run": {"log_every_steps": 5},
-    }
-    for name, values in sections.items():
-        options[name] = {**options.get(name, {}), **values} if isinstance(values, dict) else values
-    return run_config(model, train, "unused", **options)
 
 
 VARIANTS = {
