@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except Exception as error:  # a defect, or a fault of the machine: all that is known of it
         status = 3 if args.run is _train else 1
-        if "by peer" in str(error):  # gloo's "Connection closed by peer": the watch, or who went first, says why
-            time.sleep(_PATIENCE_S)
+        if process and process.world_size > 1:
+            # Where another process died, the watch says so, and ends this one: what is raised here is only what followed.
+            time.sleep(_PATIENCE_S if "by peer" in str(error) else 2)  # gloo: "Connection closed by peer"
         watch.leave(status)
         traceback.print_exc()
     if process and (process.world_size > 1 or watch.begun()):

@@ -359,7 +359,7 @@ def export_and_compare(process, path, out):
     logits, weights = outputs(chain, batch), whole_weights(chain)
     if process.rank:
         return None
-    chain.journal.folder.write_json("result.json", {})
+    chain.journal.folder.write_json("result.json", {"link_sha256": chain.state.link_hashes})
     export_hf(chain.config.run.dir, out)
     model = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():

@@ -32,23 +32,17 @@ def start(toy, folder, **sections):
 
 
 def test_killed_again_and_again(toy, untouched, tmp_path):
-    """Twenty-two times over a run of three links: one process, either of them, or both at once, at random points."""
-    draw, words, kills, between = random.Random(5), start(toy, tmp_path), 0, 0
-    latest = tmp_path / "run/checkpoints/latest"
+    """At least 22 times over a run of three links: one process, either of them, or both, at random points; and twice at
+    each knot between tie and extend."""
+    draw, words, kills, between = random.Random(5), start(toy, tmp_path), 0, {4: 0, 8: 0}
     for _ in range(60):
         victims = draw.choice([(0,), (1,), (0, 1)])
-        sabotage, arguments = at_beat, (victims, draw.randint(1, 6), signal.SIGKILL)  # four beats a step
-        if (
-            between < 4
-            and latest.exists()
-            and latest.read_text(encoding="utf-8") in ("step-00000004\n", "step-00000008\n")
-        ):
-            between += 1
-            sabotage, arguments = (
-                at_call,
-                (victims, "cola_ds.chain", "extend_chain", 1, signal.SIGKILL),
-            )  # after the tie
-        if kills >= 22:
+        sabotage, arguments = at_beat, (victims, draw.randint(2, 7), signal.SIGKILL)  # four beats a step
+        newest = max([0, *(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step-*"))])
+        if between.get(newest, 2) < 2:  # the next thing that happens is the knot
+            between[newest] += 1
+            sabotage, arguments = at_call, (victims, "cola_ds.chain", "extend_chain", 1, signal.SIGKILL)
+        elif kills >= 22 and newest > 8:
             sabotage, arguments = None, ()
         begin = time.monotonic()
         statuses, said = run_job(tmp_path, words, sabotage=sabotage, arguments=arguments)
@@ -62,7 +56,7 @@ def test_killed_again_and_again(toy, untouched, tmp_path):
             assert f"process {victims[0]} on " in said
             assert " died; it was at " in said
     assert kills >= 20
-    assert between == 4
+    assert between == {4: 2, 8: 2}
     assert record(tmp_path / "run") == untouched
 
 

@@ -78,6 +78,8 @@ def started(words, env, folder):
     """The running command, once it has made three steps."""
     with open(folder / "out.txt", "wb") as out:
         options = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+        # A shell that started these tests in the background has them, and what they start, ignore SIGINT.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(words, env=env, cwd=REPOSITORY, **options)
     deadline = time.monotonic() + 120
     while not (folder / "run/metrics.jsonl").exists() or len(rows(folder / "run/metrics.jsonl")) < 3:

@@ -15,9 +15,11 @@ STEPS = 12
 
 def run_here(process, path):
     from cola_ds.prepare import prepare
+    from cola_ds.resume import Wish
     from cola_ds.train import train
 
-    train(prepare(load_config(path), process.world_size), process, fresh=False)
+    process_group(process)
+    train(prepare(load_config(path), process.world_size), process, Wish())
 
 
 def peft_here(process, path):

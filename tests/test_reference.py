@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from cola_ds.config import load_config
 from cola_ds.export import export_hf
 from cola_ds.prepare import prepare
+from cola_ds.resume import Wish
 from cola_ds.train import train
-from tests.distributed import run_distributed
+from tests.distributed import process_group, run_distributed
 from tests.reference import chain_of_lora
 from tests.toys import rows, run_config, save_model, save_run, save_sums
 
@@ -18,7 +19,8 @@ RATES = {"adamw": 1e-3, "sgd": 5e-2, "adagrad": 1e-2}
 
 def run_here(process, path):
     """What `cola-ds train` does."""
-    train(prepare(load_config(path), process.world_size), process, fresh=True)
+    process_group(process)
+    train(prepare(load_config(path), process.world_size), process, Wish(fresh=True))
 
 
 @pytest.fixture(scope="module")
