@@ -120,7 +120,7 @@ def test_benchmark_runs(copy):
     toy = "model.path=models/bench data.train=models/bench/sums.jsonl data.max_length=64"
     shown = in_copy(copy, f"./launch/bench.sh {toy} --knots 1 --pairs 1 --steps 6 --memory-pairs 1")
     cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if line.startswith("| ")}
-    shown_in_readme = README.split("\nknots of ")[1].split("### What a run")[0]
+    shown_in_readme = README.split("\nknots of ")[1].split("### Stopping")[0]
     names = {line.split("|")[1].strip() for line in shown_in_readme.splitlines() if line.startswith("| ")}
     assert {name.replace("120 steps", "6 steps") for name in names} == set(cells)
     local, gathered, rebuilt = map(float, cells["tie, KiB moved per process"])
