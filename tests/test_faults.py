@@ -32,8 +32,8 @@ def start(toy, folder, **sections):
 
 
 def test_killed_again_and_again(toy, untouched, tmp_path):
-    """Twenty-two times over a run of three links: one process, either of them, or both, at random points, and where a start begins
-    at a knot, twice between tie and extend. Then it may end."""
+    """Twenty-two times over a run of three links: one process, either of them, or both, at random points, and where a start
+    begins at a knot, twice between tie and extend. Then it may end."""
     draw, words, between = random.Random(5), start(toy, tmp_path), {4: 0, 8: 0}
     for _ in range(22):
         victims = draw.choice([(0,), (1,), (0, 1)])
