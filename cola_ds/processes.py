@@ -47,7 +47,8 @@ def start_processes(process: Process) -> None:
             f"process {process.rank} is number {process.local_rank + 1} on its machine, which has "
             f"{accelerator.device_count()} accelerators; start one process per accelerator"
         )
-    if process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun itself listens there
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens there
+    if process.rank == 0 and not agent and not dist.is_initialized():
         _check_port(int(os.environ["MASTER_PORT"]))
     _check_compilation()
     accelerator.set_device(process.local_rank)
