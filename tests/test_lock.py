@@ -26,6 +26,8 @@ def held(folder, **changes):
     mine = RunLock(folder)
     mine.take()
     content = {**json.loads(mine.path.read_bytes()), **changes}
+    mine.release()  # or this process, no longer its holder, would end
+    folder.mkdir(parents=True, exist_ok=True)
     mine.path.write_text(json.dumps(content), encoding="utf-8")
     return mine.path
 
@@ -108,3 +110,19 @@ def test_of_many_at_once_one_gets_it(folder):
     )
     several = [subprocess.Popen([sys.executable, "-c", script, str(folder)]) for _ in range(16)]
     assert sorted(process.wait() for process in several) == [0] + [2] * 15
+
+
+def test_a_holder_that_lost_its_lock_ends(folder):
+    script = (
+        "import sys, time, pathlib; from cola_ds import lock\n"
+        "lock.RENEWED_EVERY_S = 0.1\n"
+        "lock.RunLock(pathlib.Path(sys.argv[1])).take()\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        held(folder.parent / "another").replace(folder / lock.NAME)
+        assert "was taken over by another run: this one ends" in holder.communicate(timeout=30)[1]
+    assert holder.returncode == 3
