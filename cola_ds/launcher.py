@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ENDED_WITHIN_S = 3  # mpirun ends the others soon after the first that fails: where all do, one of them speaks
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def _alone() -> dict[str, str]:
 
 def _from_mpirun() -> dict[str, str] | None:
     """Open MPI's own variables, or those of MPICH's and Intel MPI's hydra. They do not say where process 0 is: without
-    MASTER_ADDR, that is known where all processes are on one machine."""
+    MASTER_ADDR, that is known where all processes are on one machine, and asked for by mpi4py where they are on several."""
     for rank, local_rank, size, local_size in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
         ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
@@ -62,8 +66,63 @@ def _from_mpirun() -> dict[str, str] | None:
             found = {name: os.environ.get(key, "") for name, key in zip(_NAMES, (rank, local_rank, size), strict=False)}
             if os.environ.get(local_size) == found["WORLD_SIZE"]:
                 found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port_of(os.getppid()))}
+            elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+                found |= _first_process_by_mpi(found["RANK"])
             return {name: value for name, value in found.items() if value}
     return None
+
+
+def _first_process_by_mpi(rank: str) -> dict[str, str]:
+    """The host name of process 0, and a port that is free there. Collective, over MPI, which is left again before this returns:
+    a run that ends with a status of its own is then no failure of MPI."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+
+        MPI.Init()
+    except (ImportError, RuntimeError) as error:
+        if rank != "0":
+            time.sleep(_ENDED_WITHIN_S)
+        raise UserError(
+            "mpirun started processes on several machines, and only MPI knows which is the first: "
+            f"pip install 'cola_ds[mpi]' on all of them, or set MASTER_ADDR and MASTER_PORT ({first_line(error)})"
+        ) from None
+    said = bytearray(256)
+    if rank == "0":
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = f"{socket.gethostname()} {probe.getsockname()[1]}".encode()
+        said[: len(address)] = address
+    MPI.COMM_WORLD.Bcast(said, root=0)
+    MPI.Finalize()
+    host, port = said.rstrip(b"\0").decode().split()
+    return {"MASTER_ADDR": host, "MASTER_PORT": port}
+
+
+def slurmstepd() -> Callable[[], bool] | None:
+    """Tells whether the daemon that started this task of a Slurm step still lives; None where none is to be seen.
+
+    Without it nobody ends the task: not its time limit, not a cancellation.
+    """
+    pid = os.getppid()
+    while pid > 1 and (stat := _stat(pid)) is not None:
+        if stat[0].startswith("slurmstepd"):
+            begun = stat[1][19]
+            return lambda: (now := _stat(pid)) is not None and now[1][19] == begun and now[1][0] not in "ZX"
+        pid = int(stat[1][1])
+    return None
+
+
+def _stat(pid: int) -> tuple[str, list[str]] | None:
+    """A process's name, and the fields of /proc/PID/stat after it, from its state on; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    head, _, tail = text.rpartition(")")
+    return head.partition("(")[2], tail.split()
 
 
 def _from_srun() -> dict[str, str] | None:

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_ds.launcher import slurmstepd
+
 _EVERY_S = 1.0
 _GRACE_S = 5.0  # process 0 speaks first
 _SILENT_S = 60.0  # a process whose threads say nothing for so long is gone, or stopped
@@ -48,6 +50,12 @@ def rest() -> None:
     """From here to the next beat there is no limit of time: a whole model is written, say."""
     global _armed
     _armed = False
+
+
+def allow(limit_s: float) -> None:
+    """From here on, so many seconds without progress."""
+    if _current:
+        _current.limit_s = limit_s
 
 
 @dataclass
@@ -119,6 +127,7 @@ class Watch:
         self._lock = threading.Lock()
 
         self._looks = 0
+        self._supervised = slurmstepd()
 
     def listen(self) -> dict[str, Any]:
         """On process 0: open the port. Returns what the others need to `join`."""
@@ -212,7 +221,7 @@ class Watch:
                         self._die(f"process {rank} on {peer.host} ended with status {said['bye']}", [], said["bye"])
                     return
                 if "end" in said:
-                    self._die(None, said["end"])
+                    self._die(said.get("why"), said["end"])
                 peer.take(said)
         if not self._left:
             self._die(f"process {rank} on {peer.host} (pid {peer.pid}) died; it was at {peer.doing}", [])
@@ -225,6 +234,9 @@ class Watch:
             peers = dict(self._peers)
             if self.rank == 0:
                 peers[0].take(self._state())
+            if self._supervised is not None and not self._supervised():
+                who = f"process {self.rank} on {socket.gethostname()} (pid {os.getpid()})"
+                self._die(f"{who} is an orphan: its slurmstepd died", [], tell=True)  # which took its output along
             self._find_silent(peers)
             if self.rank == 0 and self.limit_s is not None and any(peer.armed for peer in peers.values()):
                 self._find_hanging(peers, self.limit_s)
@@ -260,19 +272,23 @@ class Watch:
                 names = f"processes {', '.join(map(str, stuck))}"
             self._die(f"{names} made no progress for {now - peer.moved:.0f} s, at {peer.doing}", [stuck[0], 0])
 
-    def _die(self, reason: str | None, dump: list[int], status: int = 3) -> None:
-        """End this process, and through process 0 the others; those in `dump` show where each of their threads is."""
+    def _die(self, reason: str | None, dump: list[int], status: int = 3, tell: bool = False) -> None:
+        """End this process, and through process 0 the others; those in `dump` show where each of their threads is. With
+        `tell` the others give the reason too."""
         if self._left:
             return
         self._left = True
-        if reason and (
-            self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"
-        ):  # one process a node, once process 0 is gone
-            print(f"cola-ds: {reason}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may read what this process prints
+            # one process a node, once process 0 is gone
+            if reason and (self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"):
+                print(f"cola-ds: {reason}", file=sys.stderr, flush=True)
         for link in list(self._links.values()):
             with contextlib.suppress(OSError):
-                self._say(link, {"end": dump})
-        if self.rank in dump:
-            print(f"cola-ds: threads of process {self.rank} on {socket.gethostname()}:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                self._say(link, {"end": dump, "why": reason if tell else None})
+        with contextlib.suppress(OSError):
+            if self.rank in dump:
+                print(
+                    f"cola-ds: threads of process {self.rank} on {socket.gethostname()}:", file=sys.stderr, flush=True
+                )
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         self.end(status)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -306,6 +307,7 @@ def test_missing_engine_file(load):
 def test_every_run_file_loads_and_says_how_it_is_started(path):
     config = load_config(path)
     text = path.read_text(encoding="utf-8")
-    assert f"./launch/local.sh {path.relative_to(REPOSITORY)}" in text.split("\nmodel:")[0]
+    name = re.escape(str(path.relative_to(REPOSITORY)))
+    assert re.search(rf"#   \./(launch/local|slurm/submit)\.sh .*{name}", text.split("\nmodel:")[0])
     assert (REPOSITORY / config.deepspeed).is_file()
     assert yaml.safe_load(text)

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import yaml
 
+from tests.launching import clean_environment
 from tests.test_cli import run
 from tests.toys import REPOSITORY, save_model, save_sums
 
@@ -19,7 +20,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 def copy(tmp_path_factory):
     """The files of the repository, and its environment, in a folder that may be written to."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs", "tests"):
+    for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs", "slurm", "tests"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     if not (REPOSITORY / ".venv/bin/python").exists():
@@ -52,10 +53,99 @@ def commands():
 def test_scripts_pass_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    scripts = [*(REPOSITORY / "launch").glob("*.sh"), REPOSITORY / ".ci/run"]
-    done = run("shellcheck", *scripts)
+    scripts = [
+        *(REPOSITORY / "launch").glob("*.sh"), *(REPOSITORY / "slurm").glob("*.sh"), REPOSITORY / ".ci/run",
+        REPOSITORY / "tests/mini-slurm.sh",
+    ]  # fmt: skip
+    assert len(scripts) >= 11
+    batch = [*(REPOSITORY / "slurm").glob("*.sbatch")]
+    assert batch
+    done = run("shellcheck", "-x", *scripts, *batch)
     assert done.returncode == 0, done.stdout
+    for script in (*scripts, *batch):
+        assert run("bash", "-n", script).returncode == 0
     assert all(os.access(script, os.X_OK) for script in scripts)
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        (["local.sh"], {}, "local.sh: usage: launch/local.sh RUN.yaml [N]"),
+        (["hostfile.sh", "RUN"], {}, "usage: launch/hostfile.sh RUN.yaml HOSTFILE"),
+        (["hostfile.sh", "RUN", "none"], {}, "there is no hostfile none; write one line per machine"),
+        (["hostfile.sh", "none.yaml", "HOSTS"], {}, "there is no none.yaml"),
+        (["hostfile.sh", "RUN", "EMPTY"], {}, "names no machine; write one line per machine"),
+        (["hostfile.sh", "RUN", "BAD"], {}, 'has the line "n1 slots=many"; a line looks like: node1 slots=8'),
+        (["hostfile.sh", "RUN", "TWICE"], {}, "names n1 twice; give each machine one line"),
+        (
+            ["hostfile.sh", "RUN", "HOSTS"],
+            {},
+            "no-such-host.invalid in HOSTS is not reached over ssh without a password",
+        ),
+        (["mpirun.sh", "RUN"], {}, "usage: launch/mpirun.sh RUN.yaml N"),
+        (["mpirun.sh", "RUN", "2", "--", "--host", "localhost:1"], {}, "not enough slots"),
+        (
+            ["torchrun.sh", "RUN"],
+            {"NNODES": "2"},
+            "NNODES is 2, but NODE_RANK is not set; it is 0 on the first machine",
+        ),
+        (["torchrun.sh", "RUN"], {"NNODES": "2", "NODE_RANK": "0"}, "but MASTER_ADDR is not set"),
+    ],
+)
+def test_wrong_calls_of_the_scripts(tmp_path, words, env, message):
+    """One line, status 2, at once."""
+    for tool, script in (("pdsh", "hostfile.sh"), ("mpirun", "mpirun.sh"), ("ssh", "hostfile.sh")):
+        if words[0] == script and shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    (tmp_path / "RUN").write_text("{}", encoding="utf-8")
+    hosts = {
+        "HOSTS": "no-such-host.invalid slots=1\n", "EMPTY": "# none\n\n", "BAD": "n1 slots=many\n",
+        "TWICE": "n1 slots=1\nn1 slots=2\n",
+    }  # fmt: skip
+    for name, text in hosts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    clean = {**clean_environment(), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **env}
+    done = subprocess.run(
+        [REPOSITORY / "launch" / words[0], *words[1:]],
+        cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+RUNS = sorted((REPOSITORY / "launch/runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
+def test_ready_runs_resolve_as_their_first_lines_call_them(tmp_path, path):
+    """On a small model of their architecture, for the number of processes that they name."""
+    from cola_ds.config import load_config
+    from cola_ds.prepare import prepare
+
+    sizes = {"num_key_value_heads": 2} if "llama-2-7b" not in path.stem and "13b" not in path.stem else {}
+    model = save_model(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=4096, **sizes)
+    save_sums(tmp_path / "data.jsonl", 40)
+    text = path.read_text(encoding="utf-8")
+    calls = [line.removeprefix("#").split() for line in text.splitlines() if re.match(r"#\s+\./", line)]
+    assert calls
+    toy = [f"model.path={model}", f"data.train={tmp_path / 'data.jsonl'}", f"data.eval={tmp_path / 'data.jsonl'}"]
+    for words in calls:
+        assert (REPOSITORY / words[0]).is_file()
+        at = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
+        assert words[at] == f"launch/runs/{path.name}"
+        named = dict(zip(words[1:at:2], words[2:at:2], strict=True))
+        count = (
+            int(words[at + 1])
+            if words[at + 1].isdigit()
+            else int(named.get("--nodes", 1)) * int(named.get("--gpus", 16))
+        )
+        overrides = [word for word in words[at + 1 :] if "=" in word]
+        config = load_config(path, [*overrides, *toy])
+        prepared = prepare(config, count)
+        assert prepared.timetable.micro_steps * config.optim.micro_batch_size * count == config.optim.global_batch_size
+        for name in re.findall(r"deepspeed=(\S+)", text):
+            prepare(load_config(path, [*overrides, *toy, f"deepspeed={name}"]), count)
 
 
 def test_readme_commands_run(copy):
@@ -77,7 +167,8 @@ def test_readme_commands_run(copy):
 
 
 def test_readme_names_what_is_there():
-    for path in re.findall(r"`((?:launch|ds_configs|cola_ds|tests)/[\w./-]+)`", README):
+    slurm = (REPOSITORY / "slurm/README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`(?:\./)?((?:launch|ds_configs|cola_ds|slurm|tests)/[\w./-]+)[`\s]", README + slurm):
         assert (REPOSITORY / path).exists(), path
     for image in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (REPOSITORY / image).is_file(), image
@@ -87,7 +178,8 @@ def test_readme_names_what_is_there():
 
 @pytest.mark.quickstart
 def test_quickstart_runs_twice(copy):
-    """With fewer steps; the whole of it otherwise, the download of the model included."""
+    """With fewer steps and held-out examples; the whole of it otherwise, the download of the model included."""
+    in_copy(copy, "python launch/quickstart_data.py build/quickstart 800 8")
     stamp = REPOSITORY / ".venv/.installed-quickstart"
     first = in_copy(copy, "./launch/quickstart.sh 2 optim.max_steps=3 eval.every=end", timeout_s=1200)
     installed = stamp.stat().st_mtime_ns

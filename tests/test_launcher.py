@@ -2,6 +2,7 @@
 
 import pytest
 
+from cola_ds import launcher
 from cola_ds.errors import UserError
 from cola_ds.launcher import Process, first_host, identify
 
@@ -80,12 +81,23 @@ def test_every_task_of_a_step_derives_the_same_port_and_another_job_another(envi
     [
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
-        (HYDRA, "MASTER_ADDR, MASTER_PORT"),  # two machines: which is the first, it does not say
     ],
 )
 def test_a_half_set_environment_is_refused(environment, values, missing):
     environment(values)
     with pytest.raises(UserError, match=f"but not {missing}$"):
+        identify()
+
+
+@pytest.mark.parametrize("values", [HYDRA, {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}])
+def test_several_machines_without_mpi4py(environment, monkeypatch, values):
+    """Which of them is the first, mpirun's variables do not say."""
+    import sys
+
+    environment(values)
+    monkeypatch.setattr(launcher, "_ENDED_WITHIN_S", 0)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"pip install 'cola_ds\[mpi\]' .* or set MASTER_ADDR and MASTER_PORT"):
         identify()
 
 
