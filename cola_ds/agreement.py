@@ -13,35 +13,43 @@ import platform
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from cola_ds import lock, processes
-from cola_ds.config import dump_config
+from cola_ds.config import RunConfig, dump_config
 from cola_ds.data.sources import TokenizedData
 from cola_ds.errors import UserError
 from cola_ds.fingerprint import data_fingerprint
 from cola_ds.prepare import Prepared
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
-_SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts after a while
+SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts after a while
 
 
 def check_agreement(prepared: Prepared) -> None:
     """Raise UserError, on all processes, naming the first one that differs from process 0, and in what. Collective."""
-    mine = _facts(prepared)
-    all_facts = [json.loads(text) for text in processes.texts_of_processes(json.dumps(mine), size=1024)]
-    hosts = processes.texts_of_processes(socket.gethostname())
+    all_facts = processes.values_of_processes(_facts(prepared))
+    differing = differences(all_facts, processes.texts_of_processes(socket.gethostname()))
+    if differing:
+        raise UserError(f"{differing[0]}; make the nodes alike")
+
+
+def differences(all_facts: list[dict[str, str]], hosts: list[str]) -> list[str]:
+    """A sentence for each process whose facts are not those of process 0; facts and hosts are in the order of ranks."""
+    expected, sentences = all_facts[0], []
     for rank, theirs in enumerate(all_facts):
         differing = [
-            f"{name} {theirs[name]} / {all_facts[0][name]}" for name in mine if theirs[name] != all_facts[0][name]
+            f"{name} {theirs.get(name)} / {expected[name]}" for name in expected if theirs.get(name) != expected[name]
         ]
         if differing:
-            raise UserError(
-                f"process {rank} on {hosts[rank]} differs from process 0 on {hosts[0]}: {'; '.join(differing)}; "
-                "make the nodes alike"
+            sentences.append(
+                f"process {rank} on {hosts[rank]} differs from process 0 on {hosts[0]}: {'; '.join(differing)}"
             )
+    return sentences
 
 
-def _facts(prepared: Prepared) -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What this process runs: Python, the packages that matter, this one and a hash of its code."""
     package = Path(__file__).resolve().parent
     code = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -50,8 +58,21 @@ def _facts(prepared: Prepared) -> dict[str, str]:
         "Python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "cola_ds": f"{importlib.metadata.version('cola_ds')} ({code.hexdigest()[:8]})",
-        "config": hashlib.sha256(dump_config(prepared.config).encode()).hexdigest()[:8],
-        "DeepSpeed JSON": hashlib.sha256(json.dumps(prepared.engine_json, sort_keys=True).encode()).hexdigest()[:8],
+    }
+
+
+def config_hashes(config: RunConfig, engine_json: dict[str, Any]) -> dict[str, str]:
+    """What tells a resolved config, and its DeepSpeed JSON, from others."""
+    return {
+        "config": hashlib.sha256(dump_config(config).encode()).hexdigest()[:8],
+        "DeepSpeed JSON": hashlib.sha256(json.dumps(engine_json, sort_keys=True).encode()).hexdigest()[:8],
+    }
+
+
+def _facts(prepared: Prepared) -> dict[str, str]:
+    return {
+        **versions(),
+        **config_hashes(prepared.config, prepared.engine_json),
         "training data": _describe(prepared.train),
         "held-out data": _describe(prepared.held_out),
     }
@@ -64,7 +85,7 @@ def _describe(data: TokenizedData | None) -> str:
 def check_shared(folder: Path) -> None:
     """Raise UserError, on all processes, where one does not see the lock that process 0 holds in the run folder. Collective."""
     expected = processes.from_process_0(lock.held_id())
-    deadline = time.monotonic() + _SHARED_WITHIN_S
+    deadline = time.monotonic() + SHARED_WITHIN_S
     while not (seen := (lock.holder(folder) or {}).get("id") == expected) and time.monotonic() < deadline:
         time.sleep(0.2)
     hosts = processes.texts_of_processes(socket.gethostname())

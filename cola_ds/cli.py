@@ -13,15 +13,17 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from cola_ds import lock, signals, watch
 from cola_ds.config import load_config
-from cola_ds.errors import StoppedError, TrainingFailedError, UserError, first_line
+from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
 
 _PATIENCE_S = 10  # launchers end the other processes of a run within seconds of the first that exits
+_LAST_WORDS_S = 3  # before that, for what they have to say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         status = 2
         watch.leave(status)
-        _say(f"cola-ds: {error}", process)
+        _say(f"cola-ds: {error}", process, isinstance(error, ArrivalError))
     except TrainingFailedError as error:
         status = 3
         watch.leave(status)
@@ -82,20 +84,23 @@ def _leave_now(status: int) -> NoReturn:
 
 
 def _exit_now(status: int) -> NoReturn:
-    lock.release_held()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # whoever read what this process prints may be gone
+        lock.release_held()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
-def _say(message: str, process: Process | None) -> None:
+def _say(message: str, process: Process | None, arriving: bool = False) -> None:
     """One message from one process, although all may have found the same mistake.
 
     Process 0 speaks at once. A process that sees it go on after a while found what process 0 did not (a file missing on its
-    node, say): it names itself.
+    node, say): it names itself. Where processes do not find each other, the first one of each machine speaks at once.
     """
-    if process is None or process.rank == 0:
+    if process is None or process.rank == 0 or (arriving and process.local_rank == 0):
         print(message, file=sys.stderr, flush=True)
+        if arriving:
+            time.sleep(_LAST_WORDS_S)
     elif not watch.process_0_leaves(within_s=_PATIENCE_S):
         print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
 
@@ -109,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, and stop")
     train.add_argument("--processes", type=int, metavar="N", help="with --dry-run: resolve for N processes")
+    train.add_argument(
+        "--freeze",
+        metavar="DIR",
+        help="write the config as it is now, and its DeepSpeed JSON, to a new folder, and stop",
+    )
     train.add_argument(
         "--fresh", action="store_true", help="remove what an earlier run left in run.dir, and start anew"
     )
@@ -133,6 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="DIR")
     export.set_defaults(run=_export)
 
+    doctor = commands.add_parser("doctor", help="tell whether a run would work here: alone, or under any launcher")
+    doctor.add_argument("config", nargs="?", metavar="RUN.yaml")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value")
+    doctor.add_argument(
+        "--dir", metavar="DIR", help="without RUN.yaml: the folder that runs will be in, instead of this one"
+    )
+    doctor.add_argument(
+        "--wait", type=float, default=60, metavar="SECONDS", help="how long to wait for all processes to arrive (60)"
+    )
+    doctor.set_defaults(run=_doctor)
+
     inspect = commands.add_parser("inspect", help="how far a run is, and whether its checkpoints hold")
     inspect.add_argument("run_dir", metavar="RUN_DIR")
     inspect.set_defaults(run=_inspect)
@@ -154,6 +175,13 @@ def _train(args: argparse.Namespace, process: Process) -> None:
             lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), _leave_now
         )
     config = load_config(args.config, args.overrides)
+    if args.freeze is not None:
+        from cola_ds.engine_config import read_engine_config
+        from cola_ds.rundir import freeze
+
+        read_engine_config(config)
+        print(f"wrote {freeze(config, Path(args.freeze))}")
+        return
     from cola_ds.prepare import prepare, summarize  # torch takes seconds to import: not for a misspelt key
 
     _quiet_libraries(process)
@@ -173,8 +201,11 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         inputs = [config.model.path, *filter(None, () if data.hub else (data.train, data.eval))]
         RunFolder(config.run.dir).check_inputs(inputs)
     processes.check_dtype(config.model.dtype)
-    processes.start_processes(process)
-    watch.begin(process.rank, process.world_size, config.run.hang_after_s, _exit_now, processes.from_process_0)
+    limit_s = config.run.hang_after_s
+    processes.start_processes(
+        process,
+        begin_watch=lambda share: watch.begin(process.rank, process.world_size, limit_s, _exit_now, share),
+    )
     ran = train(prepared, process, Wish(args.resume, args.fresh, tuple(args.allow_change)))
     signals.finished()
     watch.leave(0)
@@ -205,6 +236,38 @@ def _export(args: argparse.Namespace, process: Process) -> None:
     _quiet_libraries(process)
     with _readable(args.run_dir):
         print(f"wrote {export_hf(args.run_dir, args.out)}")
+
+
+def _doctor(args: argparse.Namespace, process: Process) -> None:
+    if args.wait <= 0:
+        raise UserError("--wait must be a positive number of seconds")
+    if args.dir and args.config:
+        raise UserError("--dir goes without RUN.yaml, whose run.dir is looked at")
+    config = load_config(args.config, args.overrides) if args.config else None
+    from cola_ds.engine_config import read_engine_config
+
+    engine_json = read_engine_config(config) if config else {}
+    folder = Path(config.run.dir if config else args.dir or ".")
+    from cola_ds import processes
+    from cola_ds.doctor import doctor, remove_token
+
+    def end(status: int) -> NoReturn:
+        remove_token()
+        _leave_now(1)
+
+    signals.listen(lambda message: None, end)
+    try:
+        works = doctor(config, engine_json, folder, args.wait, process, end)
+    except UserError as error:  # of the machines, not of the call
+        works = False
+        _say(f"cola-ds: {error}", process, isinstance(error, ArrivalError))
+    signals.finished()
+    watch.leave(0 if works else 1)
+    if watch.begun():
+        processes.stop_processes()
+    elif process.rank == 0 and process.world_size > 1:
+        time.sleep(_LAST_WORDS_S)
+    _exit_now(0 if works else 1)
 
 
 def _inspect(args: argparse.Namespace, process: Process) -> None:

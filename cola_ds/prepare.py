@@ -117,6 +117,7 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
         steps = f"steps {knot - timetable.link_steps(link) + 1}-{knot}"
         lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
+    lines.append(f"run folder  {config.run.dir}")
     return "\n".join(lines)
 
 

@@ -10,11 +10,15 @@ import json
 import logging
 import os
 import resource
+import shutil
 import socket
+import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +34,22 @@ import torch  # noqa: E402
 from deepspeed import comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed import TCPStore  # noqa: E402
 
+from cola_ds import arrival  # noqa: E402
 from cola_ds.errors import UserError  # noqa: E402
 from cola_ds.launcher import Process  # noqa: E402
 
 
-def start_processes(process: Process) -> None:
-    """Join the process group over the accelerator's own backend. Collective.
+def start_processes(
+    process: Process, wait_s: float = 600, begin_watch: Callable[[Callable[[Any], Any]], None] | None = None
+) -> None:
+    """Join the process group over the accelerator's own backend, once all processes have arrived. Collective.
 
-    Raises UserError when this machine has fewer accelerators than processes, when the port of process 0 is taken, and when an
-    interrupted compilation has left a lock that DeepSpeed's own would wait for.
+    `begin_watch` is called as soon as they have, with a function that gives all what process 0 has: a group that does not begin
+    is waited for long, and without a word. Raises UserError when this machine has fewer accelerators than processes, when the
+    port of process 0 is taken, when an interrupted compilation has left a lock that DeepSpeed's own would wait for, and when
+    processes do not arrive in time.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu" and process.local_rank >= accelerator.device_count():
@@ -52,6 +62,12 @@ def start_processes(process: Process) -> None:
         _check_port(int(os.environ["MASTER_PORT"]))
     _check_compilation()
     accelerator.set_device(process.local_rank)
+    store = None
+    if process.world_size > 1 and not agent and not dist.is_initialized():
+        # Process 0 keeps it: the group that begins below finds its server.
+        store = arrival.meet(process, wait_s, partial(_open_store, process), interface_variable())
+        if begin_watch:
+            begin_watch(partial(arrival.share, store, process.rank))
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
     )
@@ -63,6 +79,21 @@ def start_processes(process: Process) -> None:
     dist.barrier()
     name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(os.getuid(), **os.environ)
     Path("/dev/shm", name).unlink(missing_ok=True)
+    if begin_watch and store is None:
+        begin_watch(from_process_0)
+
+
+def _open_store(process: Process, timeout_s: float) -> TCPStore:
+    """What torch opens as well when a group begins: process 0 holds its server. Here it waits for nobody."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        process.world_size,
+        process.rank == 0,
+        timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def _check_port(port: int) -> None:
@@ -76,9 +107,13 @@ def _check_port(port: int) -> None:
             ) from None
 
 
+def _extensions() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
+
+
 def _check_compilation() -> None:
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
-    for lock in (*Path(folder).glob("*/lock"), *Path(folder).glob("*/*/lock")):
+    folder = _extensions()
+    for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")):
         with contextlib.suppress(FileNotFoundError):
             minutes = (time.time() - lock.stat().st_mtime) / 60
             if minutes > _COMPILATION_MINUTES:
@@ -106,13 +141,47 @@ def accelerator_name() -> str:
     return str(name()) if name else str(accelerator.device_name())
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse (UserError) a dtype that this accelerator cannot train in."""
+def _backend() -> str:
+    return str(get_accelerator().communication_backend_name())
+
+
+def interface_variable() -> str:
+    """The environment variable that names the network interface to use: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME."""
+    return f"{_backend().upper()}_SOCKET_IFNAME"
+
+
+def _dtypes() -> list[str]:
     accelerator = get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
-    if not supported[dtype]:
-        usable = ", ".join(name for name, ok in supported.items() if ok)
-        raise UserError(f"model.dtype {dtype} is not supported on {accelerator.device_name()}; use {usable}")
+    return [name for name, ok in supported.items() if ok]
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse (UserError) a dtype that this accelerator cannot train in."""
+    usable = _dtypes()
+    if dtype not in usable:
+        raise UserError(
+            f"model.dtype {dtype} is not supported on {get_accelerator().device_name()}; use {', '.join(usable)}"
+        )
+
+
+def accelerator_facts() -> dict[str, Any]:
+    """What this machine computes with: its accelerators' name and number, the backend between them, the dtypes to train in."""
+    count = get_accelerator().device_count()
+    return {"name": accelerator_name(), "count": count, "backend": _backend(), "dtypes": _dtypes()}
+
+
+def compilation_facts() -> dict[str, Any]:
+    """The operation that DeepSpeed compiles when a group begins (None: none), whether it has been, and what there is to do it.
+
+    It is the only one: the optimizers are torch's own, on the host as well.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")  # as DeepSpeed's own torch backend asks for it
+    name = builder.NAME if builder is not None and builder.is_compatible() else None
+    compiled = bool(name) and any(next(_extensions().glob(f"{depth}{name}/{name}.so"), None) for depth in ("", "*/"))
+    tools = {"compiler": os.environ.get("CXX", "c++"), "ninja": "ninja"}
+    found = {tool: shutil.which(command) for tool, command in tools.items()}
+    return {"operation": name, "compiled": compiled, "folder": str(_extensions()), **found}
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -198,6 +267,44 @@ def texts_of_processes(text: str, size: int = 256) -> list[str]:
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)
     return [bytes(held.tolist()).rstrip(b"\0").decode(errors="replace") for held in theirs]
+
+
+def values_of_processes(value: Any) -> list[Any]:
+    """One value per process, of what JSON can say, in the order of their ranks. Collective."""
+    encoded = json.dumps(value)
+    return [json.loads(text) for text in texts_of_processes(encoded, int(max_over_processes(len(encoded))))]
+
+
+def time_collectives(size: int, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of an all-reduce and an all-gather of so many bytes per process, in the slowest process. Collective."""
+    mine = torch.ones(size // 4, device=device())
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    reduce = _median_seconds(lambda: dist.all_reduce(mine), rounds)
+    gather = _median_seconds(lambda: dist.all_gather(theirs, mine), rounds)
+    return dict(zip(("all-reduce", "all-gather"), largest_of_processes([reduce, gather]), strict=True))
+
+
+def time_exchange(peer: int, size: int, rounds: int = 3) -> float:
+    """Median seconds in which this process and `peer` give each other so many bytes at once. Both call it; others need not."""
+    give, take = (torch.zeros(size, dtype=torch.uint8, device=device()) for _ in range(2))
+
+    def exchange() -> None:
+        both = [dist.P2POp(dist.isend, give, peer), dist.P2POp(dist.irecv, take, peer)]
+        for request in dist.batch_isend_irecv(both):
+            request.wait()
+
+    return _median_seconds(exchange, rounds)
+
+
+def _median_seconds(action: Callable[[], Any], rounds: int) -> float:
+    taken = []
+    for _ in range(rounds + 1):
+        get_accelerator().synchronize()
+        since = time.perf_counter()
+        action()
+        get_accelerator().synchronize()
+        taken.append(time.perf_counter() - since)
+    return statistics.median(taken[1:])  # the first one opens connections
 
 
 def peak_memory_bytes() -> int:

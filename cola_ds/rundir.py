@@ -301,3 +301,17 @@ def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
         "world_size": len(hosts),
         "hosts": sorted(set(hosts)),
     }
+
+
+def freeze(config: RunConfig, folder: Path) -> Path:
+    """Write a run's config and its DeepSpeed JSON to a new folder, for a job that waits in a queue or comes back. Returns the
+    config's path. Relative paths in it stay relative to where the command runs. Raises UserError."""
+    try:
+        folder.mkdir(parents=True)
+        engine = folder.resolve() / "deepspeed.json"
+        shutil.copyfile(config.deepspeed, engine)
+        frozen = config.model_copy(update={"deepspeed": str(engine)})
+        write_atomically(folder / "run.yaml", dump_config(frozen).encode())
+    except OSError as error:
+        raise UserError(f"--freeze {folder}: {error.filename or folder}: {error.strerror}") from None
+    return folder / "run.yaml"
