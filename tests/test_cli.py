@@ -76,9 +76,11 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     before = set(os.listdir("/dev/shm"))
     done, _ = under_two_processes(run_file, f"deepspeed={tmp_path / 'engine.json'}", "eval.every=link")
     assert done.returncode == 0, done.stderr
-    assert not {
-        name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name
-    }  # 66 MiB a process, otherwise
+    left = {name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name}
+    deadline = time.monotonic() + 30
+    while left & set(os.listdir("/dev/shm")):  # those of another test's run, at the same time, go away
+        assert time.monotonic() < deadline, left  # 66 MiB a process
+        time.sleep(0.5)
     assert (
         done.stderr.count("knot: link 1 (rank 4) tied at step 3")
         + done.stdout.count("knot: link 1 (rank 4) tied at step 3")

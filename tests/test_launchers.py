@@ -13,12 +13,11 @@ import time
 
 import pytest
 
-from tests.distributed import free_port
+from tests.launching import Cluster, clean_environment, workers
 from tests.runs import record, three_links
 from tests.toys import REPOSITORY, rows, save_run
 
 STEPS = 300  # many seconds, and it is stopped after a few
-MINI_SLURM = REPOSITORY / "tests/mini-slurm.sh"
 
 
 @pytest.fixture
@@ -36,42 +35,28 @@ def run_file(toy, tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Runs a command on the head node of a Slurm cluster of two nodes."""
-    if shutil.which("srun") is None or shutil.which("munged") is None:
-        pytest.skip("Slurm is not installed: apt-get install slurm-wlm munge")
-    if os.geteuid():
-        pytest.skip("a cluster of namespaces needs root")
-    env = {**os.environ, "MS_DIR": str(tmp_path_factory.mktemp("slurm"))}
-    subprocess.run([MINI_SLURM, "start"], env=env, check=True, capture_output=True, timeout=60)
-    yield [str(MINI_SLURM), "exec"], env
-    subprocess.run([MINI_SLURM, "wipe"], env=env, capture_output=True, timeout=60)
+    with Cluster(tmp_path_factory.mktemp("slurm"), MS_GPUS="2") as cluster:  # GPUs by name only
+        yield cluster
 
 
-def command(launcher, run_file, cluster=None):
+def command(launcher, run_file, cluster=None, overrides=()):
     """How two processes are started by a launcher, and the environment."""
-    train = [sys.executable, "-m", "cola_ds", "train", str(run_file)]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in names}
-    env |= {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{sys.prefix}/bin:{env['PATH']}",
-    }
+    env, train = clean_environment(), [sys.executable, "-m", "cola_ds", "train", str(run_file), *overrides]
+    if launcher == "mpirun" and shutil.which("mpirun") is None:
+        pytest.skip("Open MPI is not installed: apt-get install openmpi-bin")
+    env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if launcher == "deepspeed":
-        return ["./launch/local.sh", str(run_file), "2"], env
+        return ["./launch/local.sh", str(run_file), "2", *overrides], env
     if launcher == "torchrun":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-        return [*torchrun, "-m", *train[2:]], env
+        return ["./launch/torchrun.sh", str(run_file), "2", *overrides], env
+    if launcher == "mpirun.sh":
+        return ["./launch/mpirun.sh", str(run_file), "2", *overrides, "--", "--oversubscribe"], env
     if launcher == "mpirun":
-        if shutil.which("mpirun") is None:
-            pytest.skip("Open MPI is not installed: apt-get install openmpi-bin")
         # mpirun gives processes one second after its own SIGTERM, unless told otherwise; and then always waits as long.
         patience = ["--mca", "odls_base_sigkill_timeout", "4"]
-        return ["mpirun", "--allow-run-as-root", "--oversubscribe", *patience, "-np", "2", *train], env
-    head, extra = cluster
+        return ["mpirun", "--oversubscribe", *patience, "-np", "2", *train], env
     srun = ["srun", "-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--chdir", str(REPOSITORY)]
-    return [*head, *srun, *train], {**env, **extra}
+    return [*cluster.head, *srun, *train], {**env, **cluster.own}
 
 
 def started(words, env, folder):
@@ -90,23 +75,6 @@ def started(words, env, folder):
 
 def said(folder):
     return (folder / "out.txt").read_text(encoding="utf-8", errors="replace")
-
-
-def workers(run_file):
-    """Process ids of the run's own processes, in the order of their ranks; of launchers none."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        try:
-            with open(f"/proc/{entry}/cmdline", "rb") as held:
-                words = held.read().split(b"\0")
-            with open(f"/proc/{entry}/environ", "rb") as held:
-                env = dict(part.partition(b"=")[::2] for part in held.read().split(b"\0"))
-        except (OSError, ValueError):
-            continue
-        rank = env.get(b"RANK") or env.get(b"OMPI_COMM_WORLD_RANK") or env.get(b"SLURM_PROCID")
-        if b"cola_ds" in words[2:4] and str(run_file).encode() in words and rank:  # python [-u] -m cola_ds
-            found[int(rank)] = int(entry)
-    return [found[rank] for rank in sorted(found)]
 
 
 def check_stopped(folder, name):
@@ -146,6 +114,7 @@ def test_a_signal_to_one_process(request, run_file, tmp_path, launcher, number):
         ("torchrun", signal.SIGTERM, "SIGTERM"),
         ("mpirun", signal.SIGTERM, "SIGTERM"),
         ("mpirun", signal.SIGUSR1, "SIGUSR1"),
+        ("mpirun.sh", signal.SIGTERM, "SIGUSR1"),
         ("srun", signal.SIGUSR1, "SIGUSR1"),
         ("scancel", signal.SIGTERM, "SIGTERM"),
     ],
@@ -155,19 +124,62 @@ def test_a_signal_to_the_launcher(request, run_file, tmp_path, launcher, number,
     slurm = request.getfixturevalue("cluster") if launcher in ("srun", "scancel") else None
     words, env = command(launcher, run_file, slurm)
     process = started(words, env, tmp_path)
-    if slurm:
-        head, slurm_env = slurm
-        job = subprocess.run(
-            [*head, "squeue", "-h", "-o", "%i"], env=slurm_env, capture_output=True, text=True
-        ).stdout.strip()
-        srun = ["pkill", f"-{number.name}", "-o", "-x", "srun"]
-        send = srun if launcher == "srun" else [*head, "scancel", f"--signal={number.name[3:]}", job]
-        subprocess.run(send, env=slurm_env, check=True)
+    if launcher == "srun":
+        subprocess.run(["pkill", f"-{number.name}", "-o", "-x", "srun"], check=True)
+    elif slurm:
+        job = slurm.do("exec", "squeue", "-h", "-o", "%i").strip()
+        slurm.do("exec", "scancel", f"--signal={number.name[3:]}", job)
     else:
         os.kill(process.pid, number)
     status = process.wait(60)
     check_stopped(tmp_path, arrives)
     assert status == {"torchrun": 1}.get(launcher, status if (launcher, number) == ("mpirun", signal.SIGTERM) else 75)
+
+
+@pytest.fixture(scope="module")
+def quickstart(toy, tmp_path_factory):
+    """Overrides that shorten the quickstart's run and put it on a toy model; and the losses of one process without a launcher."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    overrides = [
+        f"model.path={toy[0]}", f"data.train={toy[1]}", f"data.eval={toy[2]}", "optim.max_steps=6", "eval.every=end",
+        "optim.micro_batch_size=2",
+    ]  # fmt: skip
+    alone = [sys.executable, "-m", "cola_ds", "train", "launch/runs/quickstart.yaml", *overrides, f"run.dir={folder}"]
+    subprocess.run(alone, env=clean_environment(), cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    return overrides, [row["loss"] for row in rows(folder / "metrics.jsonl")]
+
+
+WAYS = ["deepspeed", "torchrun", "mpirun.sh", "srun 2x1", "srun 2x2", "sbatch", "hostfile", "mpirun on two hosts"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_losses_everywhere(request, quickstart, tmp_path, way):
+    overrides, losses = quickstart
+    overrides = [*overrides, f"run.dir={tmp_path / 'run'}"]
+    run_file = "launch/runs/quickstart.yaml"
+    cluster = request.getfixturevalue("cluster") if way not in WAYS[:3] else None
+    if way == "sbatch":
+        job, frozen = cluster.submit(clean_environment(), "--nodes", "2", "--gpus", "1", run_file, *overrides)
+        assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", frozen
+    else:
+        if way in ("hostfile", "mpirun on two hosts"):
+            if shutil.which("pdsh") is None or not os.path.exists("/usr/sbin/sshd"):
+                pytest.skip("ssh between nodes is not installed: apt-get install openssh-server pdsh")
+            (tmp_path / "hosts").write_text("n1 slots=1\n# the second\nn2 slots=1\n", encoding="utf-8")
+            words = ["./launch/hostfile.sh", run_file, str(tmp_path / "hosts"), *overrides]
+            if way != "hostfile":
+                words = ["./launch/mpirun.sh", run_file, "2", *overrides, "--", "--host", "n1:1,n2:1"]
+            words, env = [*cluster.head, *words], {**command("srun", run_file, cluster)[1]}
+        else:
+            words, env = command(way.split()[0], run_file, cluster, overrides)
+            if way == "srun 2x2":
+                words[words.index("--ntasks-per-node=1")] = "--ntasks-per-node=2"
+        done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl")] == pytest.approx(losses, rel=1e-5, abs=1e-5)
+    environment = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))
+    assert environment["world_size"] == (4 if way == "srun 2x2" else 2)
+    assert environment["hosts"] == (["n1", "n2"] if cluster else environment["hosts"][:1])
 
 
 def test_a_run_goes_on_under_another_launcher(request, toy, tmp_path):
