@@ -58,7 +58,7 @@ def _try_to_reach(address: str, port: int, wait_s: float) -> str:
         except OSError as error:
             if time.monotonic() > deadline:
                 return error.strerror or str(error)
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def _call_roll(store: Any, world_size: int, wait_s: float) -> str:
