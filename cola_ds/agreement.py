@@ -18,6 +18,7 @@ from typing import Any
 from cola_ds import lock, processes
 from cola_ds.config import RunConfig, dump_config
 from cola_ds.data.sources import TokenizedData
+from cola_ds.data.taskdata import TaskData
 from cola_ds.errors import UserError
 from cola_ds.fingerprint import data_fingerprint
 from cola_ds.prepare import Prepared
@@ -78,7 +79,7 @@ def _facts(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _describe(data: TokenizedData | None) -> str:
+def _describe(data: TokenizedData | TaskData | None) -> str:
     return f"{len(data)} examples ({(data_fingerprint(data) or '')[:8]})" if data else "none"
 
 

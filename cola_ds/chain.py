@@ -25,8 +25,9 @@ from cola_ds import processes, signals, watch, zero
 from cola_ds.checkpoint import CheckpointFolder
 from cola_ds.config import RunConfig, Timetable
 from cola_ds.data.batching import Batch, Batcher, StepExamples
+from cola_ds.data.packing import PackedBatch
 from cola_ds.errors import StoppedError, TrainingFailedError
-from cola_ds.evaluate import HeldOut, held_out_loss, loss_sum
+from cola_ds.evaluate import HeldOut, TaskScore, held_out_loss, loss_sum
 from cola_ds.journal import Journal
 from cola_ds.lora import lora_layers, start_link
 from cola_ds.optim import learning_rate, make_optimizer
@@ -51,8 +52,8 @@ class ChainState:
     evaluated_step: int = 0
     """The step after which the last evaluation was."""
     best_step: int = 0
-    best_loss: float = math.inf
-    """The lowest held-out loss, and the step after which it was found."""
+    best: float = math.inf
+    """The lowest held-out loss or, of a task, the highest dev score with its sign turned; and the step it was found after."""
     change_square: float = 0.0
     """Squared norm of all links' sum: of the change of the base weights that was wanted. On process 0 alone."""
     link_hashes: list[str] = field(default_factory=list)
@@ -74,6 +75,8 @@ class Chain:
     world_size: int
     train: Batcher
     held_out: Batcher | None
+    score: Callable[[zero.Engine, str, Callable[[], bool]], TaskScore | None] | None
+    """Of a task: scores its "dev" or "test" split (collective); None when it was stopped."""
     journal: Journal
     folder: RunFolder | None
     """Takes the tied links; None on every process but 0."""
@@ -144,7 +147,7 @@ def step_examples(chain: Chain, step: int) -> StepExamples:
     return chain.train.step(step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
 
 
-def last_batch(chain: Chain) -> Batch:
+def last_batch(chain: Chain) -> Batch | PackedBatch:
     """The first micro batch of the last step, on this process's device: where examples ran out, the later ones count nothing."""
     return step_examples(chain, chain.state.step - 1).micro_batches[0].to(processes.device())
 
@@ -152,8 +155,8 @@ def last_batch(chain: Chain) -> Batch:
 def train_step(engine: zero.Engine, examples: StepExamples, lr: float, world_size: int) -> Tensor:
     """One optimizer update. Returns this process's share of the step's loss, () on its device.
 
-    The loss is the mean over the labelled tokens of the whole global batch, so that neither accumulation nor the number of
-    processes weighs tokens differently.
+    The loss is the mean over the labelled tokens (the examples, where candidates are compared) of the whole global batch, so that
+    neither accumulation nor the number of processes weighs them differently.
     """
     zero.set_learning_rate(engine, lr)
     share = torch.zeros((), device=processes.device())
@@ -305,7 +308,7 @@ def save_checkpoint(chain: Chain) -> bool:
 def stop_here(chain: Chain, signum: int) -> None:
     """Write a checkpoint and raise StoppedError."""
     name, step = signal.Signals(signum).name, chain.state.step
-    if chain.config.method == "zero-shot":
+    if not chain.config.trains:
         raise StoppedError(f"stopped on {name}")
     if (
         chain.state.link > chain.config.chain.length
@@ -348,8 +351,8 @@ def evaluate_if_due(chain: Chain) -> None:
         return
     found, state = evaluate(chain), chain.state
     state.evaluated_step = state.step
-    if found.loss < state.best_loss:
-        state.best_loss, state.best_step = found.loss, state.step
+    if found < state.best:
+        state.best, state.best_step = found, state.step
         # After the last knot there is nothing to save: the checkpoint before it gives the same outputs.
         if chain.config.checkpoint.best and state.link <= chain.config.chain.length:
             save_checkpoint(chain)
@@ -357,10 +360,10 @@ def evaluate_if_due(chain: Chain) -> None:
             CheckpointFolder(chain.folder).mark_best(state.step)
 
 
-def evaluate(chain: Chain) -> HeldOut:
-    """Held-out loss now; it goes into the journal too. Raises StoppedError when a signal asks for it."""
+def evaluate(chain: Chain) -> float:
+    """Held-out loss now or, of a task, its dev score with the sign turned; where that is the best so far, its test score too.
+    All go into the journal. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
-    batch_size = chain.config.eval.batch_size or chain.config.optim.micro_batch_size
     stop = 0.0
 
     def stopped() -> bool:
@@ -368,18 +371,28 @@ def evaluate(chain: Chain) -> HeldOut:
         (stop,) = processes.largest_of_processes([signals.requested()])
         return stop > 0
 
-    found = held_out_loss(chain.engine, chain.held_out, batch_size, stopped)
-    if found is None:
-        stop_here(chain, int(stop))
-    assert found is not None
-    chain.journal.evaluation(position(chain), found)
-    return found
+    found: list[HeldOut | TaskScore | None]
+    if chain.score is None:
+        batch_size = chain.config.eval.batch_size or chain.config.optim.micro_batch_size
+        found = [held_out_loss(chain.engine, chain.held_out, batch_size, stopped)]
+    else:
+        found = [chain.score(chain.engine, "dev", stopped)]
+        if found[0] is not None and found[0].value < chain.state.best:
+            found.append(chain.score(chain.engine, "test", stopped))
+    for each in found:
+        if each is None:
+            stop_here(chain, int(stop))
+    for each in found:
+        assert each is not None
+        chain.journal.evaluation(position(chain), each)
+    assert found[0] is not None
+    return found[0].value
 
 
-def batch_loss(chain: Chain, batch: Batch) -> float:
+def batch_loss(chain: Chain, batch: Batch | PackedBatch) -> float:
     """Mean loss on one example of each process, without dropout: enough to see a knot go wrong, at a fraction of a step."""
     batch = batch.first()
     with zero.evaluating(chain.engine):
-        loss, tokens = loss_sum(chain.engine, batch), (batch.labels >= 0).sum()
-    total, count = processes.sum_over_processes(torch.stack([loss, tokens.to(loss.dtype)])).tolist()
+        loss, counted = loss_sum(chain.engine, batch), batch.counted()
+    total, count = processes.sum_over_processes(torch.stack([loss, counted.to(loss.dtype)])).tolist()
     return total / max(count, 1)

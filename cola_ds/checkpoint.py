@@ -58,7 +58,7 @@ class Counters(_Saved):
     skipped_in_a_row: int
     evaluated_step: int
     best_step: int
-    best_loss: float | None
+    best: float | None
     change_square: float
     link_hashes: list[str]
 

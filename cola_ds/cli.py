@@ -158,9 +158,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("run_dir", metavar="RUN_DIR")
     inspect.set_defaults(run=_inspect)
 
-    report = commands.add_parser("report", help="finished runs side by side, as a table")
-    report.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    sweep = commands.add_parser("sweep", help="run tasks x methods x seeds, the best of a grid chosen on dev")
+    sweep.add_argument("config", metavar="SWEEP.yaml")
+    sweep.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sweep.add_argument("--list", action="store_true", help="say which runs there are and how far they are, and stop")
+    sweep.add_argument("--only", type=int, metavar="N", help="the run of that number in the list, and its exit status")
+    sweep.add_argument("--launcher", metavar="COMMAND", help="what starts a run, instead of what SWEEP.yaml says")
+    sweep.add_argument("--freeze", metavar="DIR", help="write the sweep as it is now to a new folder, and stop")
+    sweep.set_defaults(run=_sweep)
+
+    report = commands.add_parser("report", help="runs side by side, as tables")
+    report.add_argument("runs", nargs="+", metavar="RUN_DIR|SWEEP_DIR")
     report.add_argument("--plot", metavar="FILE.png", help="also draw their loss curves")
+    report.add_argument("--csv", metavar="FILE.csv", help="also write a line for every run of a task or a sweep")
+    report.add_argument("--figures", metavar="DIR", help="also draw training loss, and score by chain length and rank")
+    report.add_argument("--paper", metavar="TABLE", help="put the paper's numbers of that table beside ours")
     report.set_defaults(run=_report)
     return parser
 
@@ -198,7 +210,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 
     if process.rank == 0:  # before the others wait for it
         data = config.data
-        inputs = [config.model.path, *filter(None, () if data.hub else (data.train, data.eval))]
+        inputs = [config.model.path, *filter(None, (data.dir,) if data.task or data.hub else (data.train, data.eval))]
         RunFolder(config.run.dir).check_inputs(inputs)
     processes.check_dtype(config.model.dtype)
     limit_s = config.run.hang_after_s
@@ -277,11 +289,27 @@ def _inspect(args: argparse.Namespace, process: Process) -> None:
         print(inspect(args.run_dir))
 
 
+def _sweep(args: argparse.Namespace, process: Process) -> None:
+    if process.world_size > 1:
+        raise UserError(
+            "a sweep starts its runs itself: start it once, and name the launcher of the runs by --launcher"
+        )
+    from cola_ds.sweep import freeze, list_runs, load_plan, run_all, run_one
+
+    plan = load_plan(args.config, args.overrides)
+    if args.list:
+        print(list_runs(plan))
+    elif args.freeze is not None:
+        print(f"wrote {freeze(plan, Path(args.freeze))}")
+    elif status := run_all(plan, args.launcher) if args.only is None else run_one(plan, args.only, args.launcher):
+        sys.exit(status)
+
+
 def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report import report
 
     with _readable(", ".join(args.runs)):
-        print(report(args.runs, args.plot))
+        print(report(args.runs, args.plot, args.csv, args.paper, args.figures))
 
 
 @contextmanager

@@ -91,7 +91,17 @@ class ChainConfig(_Section):
 
 
 class DataConfig(_Section):
-    train: str = Field(min_length=1)
+    task: str | None = Field(default=None, min_length=1)
+    """A task's name, such as rte, or the path of a task's YAML; instead of `train` and `eval`."""
+    dir: str | None = None
+    """The task's folder, with train.jsonl and validation.jsonl; null: the Hugging Face hub."""
+    num_train: int = Field(default=1000, ge=1)
+    num_dev: int | None = Field(default=None, ge=1)
+    """null: 100 for cb and copa, 500 for the others."""
+    num_test: int = Field(default=1000, ge=1)
+    demonstrations: int = Field(default=32, ge=1)
+    """Solved examples in front of each prompt, with method icl."""
+    train: str | None = Field(default=None, min_length=1)
     """A .jsonl, .json, .parquet or (with `text`) .txt file; with `hub`, the name of a split."""
     eval: str | None = None
     """Held-out data, likewise."""
@@ -105,14 +115,23 @@ class DataConfig(_Section):
     text: str | None = None
     """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
     max_length: int = Field(default=512, ge=2)
-    """Tokens per example. A longer prompt loses its beginning (the BOS token stays)."""
+    """Tokens per example. A longer prompt loses its beginning (the BOS token stays). With a task it is 2048 by default, or the
+    model's positions if they are fewer."""
 
     @model_validator(mode="after")
     def _one_kind_of_example(self) -> DataConfig:
         if self.text is not None and self.model_fields_set & {"prompt", "completion"}:
             raise ValueError("data.text contradicts data.prompt and data.completion: name either the one or the others")
-        if self.hub is None and (self.hub_config or self.revision):
+        if self.hub is None and self.task is None and (self.hub_config or self.revision):
             raise ValueError("data.hub_config and data.revision need data.hub")
+        given = self.model_fields_set - {"task", "max_length"}
+        of_tasks = {"dir", "num_train", "num_dev", "num_test", "demonstrations"}
+        if self.task is None and (wrong := sorted(given & of_tasks)):
+            raise ValueError(f"data.{wrong[0]} needs data.task")
+        if self.task is not None and (wrong := sorted(given - of_tasks - {"revision"})):
+            raise ValueError(f"data.{wrong[0]} contradicts data.task: a task says itself what its rows are")
+        if self.task is None and self.train is None:
+            raise ValueError("data.train or data.task must say what to learn from")
         return self
 
 
@@ -174,7 +193,7 @@ class RunConfig(_Section):
     """The run's YAML, checked. Paths in it are relative to the working directory."""
 
     model: ModelConfig
-    method: Literal["cola", "lora", "full", "zero-shot"] = "cola"
+    method: Literal["cola", "lora", "full", "icl", "zero-shot"] = "cola"
     lora: LoraConfig = LoraConfig()
     chain: ChainConfig = ChainConfig()
     data: DataConfig
@@ -199,9 +218,15 @@ class RunConfig(_Section):
                 raise ValueError(
                     f"chain.knots names {len(at)} knots; chain.length {length} takes {length - 1}, the last ends with the run"
                 )
-        if self.method == "zero-shot" and self.data.eval is None:
-            raise ValueError("method zero-shot only evaluates: name data.eval")
+        if self.method == "zero-shot" and self.data.eval is None and self.data.task is None:
+            raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
+        if self.method == "icl" and self.data.task is None:
+            raise ValueError("method icl shows solved examples of a task: name data.task")
         return self
+
+    @property
+    def trains(self) -> bool:
+        return self.method in ("cola", "lora", "full")
 
     @property
     def trains_lora(self) -> bool:

@@ -6,10 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy
-
 from cola_ds.config import ModelConfig
 from cola_ds.data.sources import TokenizedData
+from cola_ds.data.taskdata import TaskData
 from cola_ds.errors import UserError
 
 _READ_WHOLE = 2**30  # bytes of weights up to which all of them are hashed: a second or two
@@ -72,12 +71,6 @@ def _model_folder(config: ModelConfig) -> Path:
     return Path(cached_file(config.path, "config.json", revision=config.revision)).parent
 
 
-def data_fingerprint(data: TokenizedData | None) -> str | None:
-    """SHA-256 of all token ids and of where each example's loss begins, in order."""
-    if data is None:
-        return None
-    digest = hashlib.sha256(numpy.array(data.lengths, dtype=numpy.int64).tobytes())
-    for batch in data.rows.with_format("arrow").iter(batch_size=1000):
-        for column in (batch["input_ids"].combine_chunks().flatten(), batch["prompt_length"].combine_chunks()):
-            digest.update(column.to_numpy(zero_copy_only=False).astype(numpy.int32).tobytes())
-    return digest.hexdigest()
+def data_fingerprint(data: TokenizedData | TaskData | None) -> str | None:
+    """SHA-256 of all that a run reads of its examples, in order."""
+    return data.fingerprint() if data is not None else None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cola_ds import processes, zero
 from cola_ds.data.batching import StepExamples
-from cola_ds.evaluate import HeldOut
+from cola_ds.evaluate import HeldOut, TaskScore
 from cola_ds.rundir import RunFolder
 
 
@@ -117,14 +117,18 @@ class Journal:
             )
         self.restart_clock()
 
-    def evaluation(self, where: dict[str, Any], found: HeldOut) -> None:
+    def evaluation(self, where: dict[str, Any], found: HeldOut | TaskScore) -> None:
         """Take an evaluation."""
+        if isinstance(found, HeldOut):
+            line = f"held-out at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}"
+            scalars = {"Eval/loss": found.loss, "Eval/perplexity": found.perplexity}
+        else:
+            line = f"{found.split} at step {where['step']}: {found.metric} {found.score:.4f}"
+            scalars = {f"Eval/{found.split}_{found.metric}": found.score}
         if self.folder:
             self.folder.append("evals.jsonl", {**where, **asdict(found)})
-            self.bar.write(
-                f"held-out at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}"
-            )
-        self.monitor.write(where["step"], {"Eval/loss": found.loss, "Eval/perplexity": found.perplexity})
+            self.bar.write(line)
+        self.monitor.write(where["step"], scalars)
         self.restart_clock()
 
     def close(self) -> None:

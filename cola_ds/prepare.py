@@ -12,9 +12,13 @@ from torch import nn
 
 from cola_ds.config import RunConfig, Timetable, resolve
 from cola_ds.data.sources import TokenizedData, load_split
+from cola_ds.data.taskdata import TaskData, load_task
 from cola_ds.engine_config import complete, read_engine_config
 from cola_ds.errors import UserError, first_line
 from cola_ds.lora import find_targets
+from cola_ds.packable import check_packable
+
+TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,12 @@ class Prepared:
     skeleton: Any
     """The model on the meta device: its modules and shapes."""
     targets: list[str]
-    train: TokenizedData
-    held_out: TokenizedData | None
+    train: TokenizedData | TaskData
+    held_out: TokenizedData | TaskData | None
+    test: TaskData | None = None
+    """Of a task: what is reported, once `held_out`, its dev split, has chosen."""
+    sizes: str = ""
+    """Of a task: how many examples each split has, and what was left out."""
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
@@ -41,19 +49,31 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     tokenizer, skeleton = _describe_model(config)
     targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
     limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit and config.data.max_length > limit:
-        raise UserError(f"data.max_length {config.data.max_length} is more than the model's {limit} positions")
-    train = load_split(config.data, "train", tokenizer)
-    held_out = load_split(config.data, "eval", tokenizer) if config.data.eval is not None else None
+    max_length = config.data.max_length
+    if config.data.task is not None and "max_length" not in config.data.model_fields_set:
+        max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
+    if limit and max_length > limit:
+        raise UserError(f"data.max_length {max_length} is more than the model's {limit} positions")
+    train: TokenizedData | TaskData
+    held_out: TokenizedData | TaskData | None
+    test, sizes = None, ""
+    if config.data.task is not None:
+        train, held_out, test, sizes = load_task(config, tokenizer, max_length)
+        if train.task.objective == "classification" or any(example.candidates for example in test.examples):
+            check_packable(skeleton, max_length)
+    else:
+        train = load_split(config.data, "train", tokenizer)
+        held_out = load_split(config.data, "eval", tokenizer) if config.data.eval is not None else None
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    for data in filter(None, (train, held_out)):
-        if data.largest_id >= vocabulary:
+    splits: tuple[TokenizedData | TaskData | None, ...] = (train, held_out, test)
+    for data in splits:
+        if data is not None and data.largest_id >= vocabulary:
             raise UserError(
                 f"model.path {config.model.path}: its tokenizer has id {data.largest_id}, its embedding ends at {vocabulary}"
             )
     timetable = resolve(config, len(train), world_size)
     complete(engine_json, config, timetable)
-    return Prepared(config, engine_json, timetable, tokenizer, skeleton, targets, train, held_out)
+    return Prepared(config, engine_json, timetable, tokenizer, skeleton, targets, train, held_out, test, sizes)
 
 
 def _model_path(path: str) -> str:
@@ -96,10 +116,13 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     optim = config.optim
     total = sum(p.numel() for p in prepared.skeleton.parameters())
     layers = f", {len(prepared.targets)} target layers" if config.trains_lora else ""
-    data = f"{len(prepared.train)} training examples"
-    if prepared.train.shortened:
-        data += f" ({prepared.train.shortened} shortened to {config.data.max_length} tokens)"
-    data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+    if prepared.test is not None:
+        data = f"{prepared.test.task.name}: {prepared.sizes}"
+    else:
+        data = f"{len(prepared.train)} training examples"
+        data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+    if shortened := sum(each.shortened for each in (prepared.train, prepared.held_out, prepared.test) if each):
+        data += f"; {shortened} examples lost their beginning, too long for the model or data.max_length"
     batch = f"{optim.micro_batch_size} examples x {timetable.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
@@ -112,7 +135,7 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
         lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
-    for link, knot in enumerate(timetable.knots, start=1) if config.method != "zero-shot" else ():
+    for link, knot in enumerate(timetable.knots, start=1) if config.trains else ():
         name = f"link {link:<7}" if config.trains_lora else "training    "
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
         steps = f"steps {knot - timetable.link_steps(link) + 1}-{knot}"
@@ -152,7 +175,7 @@ def training_flops(prepared: Prepared, tokens: int) -> float:
     trained. Attention scores and recomputed activations are left out.
     """
     config, timetable = prepared.config, prepared.timetable
-    if config.method == "zero-shot":
+    if not config.trains:
         return 0.0
     embedding = prepared.skeleton.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in prepared.skeleton.parameters())

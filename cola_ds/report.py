@@ -1,24 +1,227 @@
-"""`cola-ds report`: runs side by side, as a table and as a picture."""
+"""`cola-ds report`: runs side by side, as tables, as CSV and as pictures."""
 
 from __future__ import annotations
 
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.rundir import RunFolder
+from cola_ds.tables import (
+    Cell,
+    Group,
+    Outcome,
+    comparison_table,
+    markdown,
+    notes,
+    read_cell,
+    read_groups,
+    read_outcome,
+    score_table,
+)  # fmt: skip
 
 _COLUMNS = ("run", "method", "links", "steps", "held-out loss", "perplexity", "seconds", "peak memory (GiB)")
+_CSV_COLUMNS = (
+    "task", "name", "state", "chosen", "method", "links", "lora_ranks", "lr", "optimizer", "num_train", "seed", "dev", "test",
+    "metric", "steps", "flops", "seconds", "folder",
+)  # fmt: skip
+
+_NAMED = 12  # curves: the legend of more would hide them
+
+# The numbers of COLA's paper (arXiv 2401.04151). Columns: a method, a chain's length, or its LoRA ranks.
+_PAPER = {
+    "opt-1.3b": """lora cola-2 cola-3
+        wsc 56.53±7.67 59.81±4.10 60.19±3.77
+        squad 83.23±1.42 83.28±1.35 83.55±0.80
+        multirc 68.94±3.06 69.44±1.55 70.63±2.12
+        cb 75.35±4.84 76.78±6.38 76.42±4.97
+        copa 75.8±2.40 76.8±1.83 76.8±1.60
+        rte 72.49±2.39 72.63±1.46 74.15±1.36""",
+    "llama-2-7b": """zero-shot icl full lora cola
+        wsc 36.53 62.50 62.30 57.30 59.80
+        rte 62.09 72.56 86.35 85.70 86.21
+        copa 79.00 91.00 86.40 84.59 85.60
+        squad 55.84 86.81 91.19 90.66 90.76""",
+    "ranks": """lora (8,8) (8,6) (8,4) (8,2)
+        cb 75.35 76.78 76.43;3.60e11 75.35;7.20e11 76.07;1.08e12
+        wsc 56.53 59.81 58.26;4.28e10 57.30;8.56e10 57.30;1.28e11
+        wic 63.47 63.51 63.85;5.21e11 64.04;1.04e12 63.19;1.56e12""",
+    "sgd": """lora cola
+        wsc 52.31 55.0
+        cb 69.29 70.71
+        wic 58.97 60.40
+        copa 76.60 77.40
+        squad 82.19 82.63""",
+    "adagrad": """lora cola
+        wsc 56.73 61.92
+        cb 69.29 73.21
+        wic 63.42 64.23
+        copa 76.60 76.60
+        squad 83.09 83.24""",
+    "low-data": """lora cola
+        sst2 89.80 90.00
+        wsc 61.60 63.20
+        cb 72.76 73.21
+        wic 58.80 60.40
+        boolq 61.60 64.19
+        multirc 59.00 60.60
+        rte 59.20 63.40
+        squad 78.99 79.63
+        drop 27.99 29.01
+        copa 75.60 76.19
+        record 70.00 70.20""",
+}
+PAPER_TABLES = tuple(_PAPER)
 
 
-def report(runs: list[str], plot: str | None) -> str:
-    """A Markdown table of finished runs; with `plot`, also a PNG of their loss curves. Raises UserError."""
-    folders = [RunFolder(run) for run in runs]
-    rows = [_row(folder.path.name, folder.result()) for folder in folders]
+def report(paths: Sequence[str], plot: str | None, csv_file: str | None, paper: str | None, figures: str | None) -> str:
+    """Markdown tables of runs, by their folders, a sweep's, or any folder above them. Raises UserError.
+
+    `plot`: a PNG of loss curves; `csv_file`: a line a run; `paper`: the table of the paper whose numbers stand beside ours;
+    `figures`: a folder for pictures of training loss, and of the score against chain length and LoRA rank.
+    """
+    cells, plain, unfinished = _find(paths)
+    tasks = [cell for cell in cells if not any(o.result and not o.is_task for o in cell.all)]
+    if csv_file:
+        _write_csv(Path(csv_file), [*cells, *(read_cell(_alone(name, outcome)) for name, outcome in plain.items())])
+    plain |= {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
     if plot:
-        _plot(folders, Path(plot))
-    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        curves = {name: outcome.folder for name, outcome in plain.items()}
+        _plot(curves | {str(o.folder): o.folder for cell in tasks for o in cell.finished}, Path(plot))
+    if figures:
+        _draw_figures(cells, Path(figures))
+    parts = [markdown(_COLUMNS, [_row(name, outcome.result) for name, outcome in plain.items()])] if plain else []
+    if tasks:
+        parts += _task_tables(tasks, paper)
+    return "\n\n".join([*parts, *notes(cells), *(f"Not finished: {folder}." for folder in unfinished)])
+
+
+def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
+    numbers = _paper_numbers(cells, paper) if paper else {}
+    parts = [score_table(cells, numbers)]
+    legend = (
+        "Mean ± sample standard deviation of the test score x 100 (seeds); bold: the best that have all their seeds."
+    )
+    parts.append(legend + (f" In brackets: the paper's own, {paper}." if numbers else ""))
+    if compared := comparison_table(cells):
+        parts += [
+            compared,
+            "Paired t-test over the seeds that both have; adjusted (Holm) for all comparisons of this table.",
+        ]
+    if stepped := _rank_table(cells):
+        parts += [
+            stepped,
+            "Score; training FLOPs saved against the chain that keeps its rank, over all seeds (how many).",
+        ]
+    return parts
+
+
+def _paper_numbers(cells: Sequence[Cell], paper: str) -> dict[tuple[str, str], str]:
+    """The paper's numbers for those of our cells that are like its own, by task and name."""
+    if paper not in _PAPER:
+        raise UserError(f"--paper {paper}: known are {', '.join(_PAPER)}")
+    columns, *rows = (line.split() for line in _PAPER[paper].splitlines())
+    numbers = {(row[0], column): text for row in rows for column, text in zip(columns, row[1:], strict=True)}
+    found = {}
+    for cell in cells:
+        if cell.config is None:
+            continue
+        task = next((outcome.result.get("task") for outcome in cell.finished), None) or cell.group.task
+        for column in _paper_columns(cell.config):
+            if text := numbers.get((task, column)):
+                found[cell.group.task, cell.group.name] = text.replace("±", " ±").replace(";", "; ")
+    return found
+
+
+def _paper_columns(config: RunConfig) -> list[str]:
+    """What the paper may call this method."""
+    if not config.trains_lora:
+        return [config.method]
+    ranks = config.lora_ranks
+    if len(ranks) == 1:
+        return ["lora"] if ranks == [8] else []
+    return [f"({','.join(map(str, ranks))})", *(["cola", f"cola-{len(ranks)}"] if set(ranks) == {8} else [])]
+
+
+# -- finding runs ------------------------------------------------------------------------------------------------------
+
+
+def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[Path]]:
+    """Cells of tasks and sweeps; runs without a task, by the names to show them under; and those that have not finished."""
+    groups: list[Group] = []
+    loose: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if (path / "run.yaml").is_file() or (path / "result.json").is_file():
+            if not (path / "result.json").is_file():
+                RunFolder(path).result()  # says so
+            loose[path.name if path.name not in loose else str(path)] = path
+            continue
+        sweeps = [found.parent for found in sorted(path.rglob("sweep.json"))]
+        groups += [group for sweep in sweeps for group in read_groups(sweep)]
+        marks = sorted({found.parent for name in ("environment.json", "result.json") for found in path.rglob(name)})
+        runs = [run for run in marks if not any(sweep in run.parents for sweep in sweeps)]
+        if not sweeps and not runs:
+            raise UserError(f"{path} holds no run")
+        loose |= {str(run.relative_to(path)): run for run in runs}
+    configs = {name: RunFolder(path).config() for name, path in loose.items()}
+    outcomes = {name: read_outcome(path, configs[name].run.seed) for name, path in loose.items()}
+    tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
+    groups += _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
+    plain = {name: outcome for name, outcome in outcomes.items() if not tasks[name]}
+    cells = [read_cell(group) for group in groups]
+    unfinished = [outcome.folder for outcome in plain.values() if not outcome.result]
+    return cells, {name: outcome for name, outcome in plain.items() if outcome.result}, unfinished
+
+
+def _task_of(outcome: Outcome, config: RunConfig) -> str | None:
+    named = outcome.result.get("task") or getattr(config.data, "task", None)
+    return Path(named).stem if named and named.endswith((".yaml", ".yml")) else named
+
+
+def _group(runs: list[tuple[str, RunConfig, Path]]) -> list[Group]:
+    """Runs that no sweep has made, as groups: those of a task that differ by their seeds alone. What else they differ by is part
+    of the method's name."""
+    values: dict[tuple[str, str, str], set[str]] = {}
+    for task, config, _ in runs:
+        for key, value in _facts(config).items():
+            values.setdefault((task, _method_name(config), key), set()).add(value)
+    varying = {(method, key) for (_, method, key), found in values.items() if len(found) > 1}
+    groups: dict[tuple[str, str], dict[int, Path]] = {}
+    for task, config, path in runs:
+        method = _method_name(config)
+        parts = [f"{key.rpartition('.')[2]}={text}" for key, text in _facts(config).items() if (method, key) in varying]
+        seeds = groups.setdefault((task, " ".join([method, *parts])), {})
+        if config.run.seed in seeds:
+            raise UserError(f"{seeds[config.run.seed]} and {path} are the same run twice: name one of them")
+        seeds[config.run.seed] = path
+    every = tuple(sorted({config.run.seed for _, config, _ in runs}))
+    return [
+        Group(task, name, {("", s): seeds.get(s, Path(f"{task}/{name}/seed={s}")) for s in every}, ("",), every, every)
+        for (task, name), seeds in groups.items()
+    ]
+
+
+def _alone(name: str, outcome: Outcome) -> Group:
+    """A run without a task, as a group of itself."""
+    return Group("", name, {("", outcome.seed): outcome.folder}, ("",), (outcome.seed,), (outcome.seed,))
+
+
+def _method_name(config: RunConfig) -> str:
+    return f"cola-{config.chain.length}" if config.method == "cola" else config.method
+
+
+def _facts(config: RunConfig) -> dict[str, str]:
+    """What tells runs of a task and a method apart, besides their seeds."""
+    sections = config.model_dump(exclude={"run", "checkpoint", "deepspeed", "method"}, mode="json")
+    flat = {f"{section}.{key}": str(value) for section, values in sections.items() for key, value in values.items()}
+    return {key: text for key, text in flat.items() if key not in ("data.task", "data.dir", "chain.length")}
+
+
+# -- tables and pictures -----------------------------------------------------------------------------------------------
 
 
 def _row(name: str, result: dict[str, Any]) -> list[str]:
@@ -35,48 +238,155 @@ def _row(name: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _plot(folders: list[RunFolder], path: Path) -> None:
+def _rank_table(cells: Sequence[Cell]) -> str | None:
+    """Chains whose LoRA rank changes, and those of as many links that keep its first: score, and the training FLOPs saved against
+    the latter, over the seeds that both have. None without such a pair.
+    """
+    chains = [(cell, c) for cell in cells if (c := cell.config) and c.trains_lora and cell.scores]
+    stepped = {(cell.group.task, _family(c)) for cell, c in chains if len(set(c.lora_ranks)) > 1}
+    whole = {(cell.group.task, _family(c)): cell for cell, c in chains if len(set(c.lora_ranks)) == 1}
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for cell, config in chains:
+        if (place := (cell.group.task, _family(config))) not in stepped & whole.keys():
+            continue
+        text, base = f"{statistics.mean(cell.scores.values()):.2f}", whole[place]
+        if base is not cell:
+            flops = {outcome.seed: outcome.result["training_flops"] for outcome in cell.finished}
+            saved = [o.result["training_flops"] - flops[o.seed] for o in base.finished if o.seed in flops]
+            text += f"; {sum(saved):.2e} ({len(saved)})"
+        ranks = f"({', '.join(map(str, config.lora_ranks))})"
+        lines.setdefault((cell.group.name, ranks), {})[cell.group.task] = text
+    tasks = list(dict.fromkeys(task for line in lines.values() for task in line))
+    rows = [[*names, *(line.get(task, "-") for task in tasks)] for names, line in lines.items()]
+    return markdown(["method", "LoRA ranks", *tasks], rows) if rows else None
+
+
+def _family(config: RunConfig) -> tuple[Any, ...]:
+    return config.chain.length, config.optim.name, config.lora_ranks[0]
+
+
+def _write_csv(path: Path, cells: Sequence[Cell]) -> None:
+    """A line for every run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, _CSV_COLUMNS)
+        writer.writeheader()
+        for cell in cells:
+            writer.writerows(_csv_row(cell, outcome) for outcome in cell.all)
+
+
+def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": cell.group.task, "name": cell.group.name, "state": outcome.state}
+    row |= {"chosen": "yes" if outcome in cell.chosen else "no", "seed": outcome.seed, "folder": str(outcome.folder)}
+    if config := outcome.config:
+        row |= {"method": config.method, "lr": config.optim.lr, "optimizer": config.optim.name}
+        row |= {"lora_ranks": " ".join(map(str, config.lora_ranks)) if config.trains_lora else ""}
+        row |= {"num_train": getattr(config.data, "num_train", None)}
+    if result := outcome.result:
+        row |= {"dev": outcome.dev, "test": outcome.test if outcome.is_task else None}
+        row |= {"metric": result["scores"].get("metric", "loss"), "links": result["links"], "steps": result["steps"]}
+        row |= {"flops": result["training_flops"], "seconds": result["wall_time_s"]}
+    return row
+
+
+def _pyplot(option: str) -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'cola_ds[report]'") from None
+        raise UserError(f"{option} needs matplotlib: pip install 'cola_ds[report]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (train, held_out) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for folder in folders:
-        metrics, evaluations = folder.rows("metrics.jsonl"), folder.rows("evals.jsonl")
-        knots = [row["step"] for row in folder.rows("knots.jsonl")][:-1]  # the last is the end of the run
-        if not metrics:  # no training: a level to compare with
-            held_out.axhline(evaluations[-1]["loss"], label=folder.path.name, color="gray", linestyle=":")
-            continue
-        (line,) = train.plot(
-            [r["step"] for r in metrics], _smoothed([r["loss"] for r in metrics]), label=folder.path.name
-        )
-        held_out.plot(
-            [r["step"] for r in evaluations],
-            [r["loss"] for r in evaluations],
-            "o-",
-            label=folder.path.name,
-            color=line.get_color(),
-        )
-        for axes in (train, held_out):
-            for knot in knots:
-                axes.axvline(knot, color=line.get_color(), linestyle="--", linewidth=0.8)
-    for axes, title in (
-        (train, "training loss (mean of 5 rows); dashed: knots"),
-        (held_out, "held-out loss; dashed: knots"),
-    ):
-        axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _finish(axes: Any, **labels: str) -> None:
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+    if 0 < len(axes.get_legend_handles_labels()[0]) <= _NAMED:
+        axes.legend()
+
+
+def _plot(runs: Mapping[str, Path], path: Path) -> None:
+    pyplot = _pyplot("--plot")
+    figure, (train, held_out) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, run in runs.items():
+        folder = RunFolder(run)
+        metrics = folder.rows("metrics.jsonl")
+        evaluations = [row for row in folder.rows("evals.jsonl") if row.get("loss") is not None]
+        knots = [row["step"] for row in folder.rows("knots.jsonl")][:-1]  # the last is the end of the run
+        if not metrics:  # no training: a level to compare with
+            if evaluations:
+                held_out.axhline(evaluations[-1]["loss"], label=name, color="gray", linestyle=":")
+            continue
+        (line,) = train.plot([r["step"] for r in metrics], _smoothed([r["loss"] for r in metrics]), label=name)
+        color = line.get_color()
+        steps, losses = [r["step"] for r in evaluations], [r["loss"] for r in evaluations]
+        held_out.plot(steps, losses, "o-", label=name, color=color)
+        for axes in (train, held_out):
+            for knot in knots:
+                axes.axvline(knot, color=color, linestyle="--", linewidth=0.8)
+    for axes, what in ((train, "training loss (mean of 5 rows)"), (held_out, "held-out loss")):
+        _finish(axes, title=f"{what}; dashed: knots", xlabel="step", ylabel="loss (nats per token)")
+    _save(pyplot, figure, path)
 
 
 def _smoothed(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
     windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
+
+
+def _draw_figures(cells: Sequence[Cell], folder: Path) -> None:
+    """loss-TASK.png: training loss by method, the mean of its seeds. score-by-length.png, score-by-rank.png: test scores, where
+    chains differ in that."""
+    pyplot = _pyplot("--figures")
+    for task in dict.fromkeys(cell.group.task for cell in cells):
+        figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+        for cell in cells:
+            curve = _mean_losses(cell) if cell.group.task == task else {}
+            if curve:
+                axes.plot(list(curve), _smoothed(list(curve.values())), label=cell.group.name)
+        _finish(axes, title=f"{task}: training loss", xlabel="step", ylabel="loss (mean of seeds and 5 rows)")
+        _save(pyplot, figure, folder / f"loss-{task}.png")
+    for by in ("length", "rank"):
+        lines = _score_lines(cells, by)
+        if not lines:
+            continue
+        figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+        for line, points in lines.items():
+            xs = sorted(points)
+            spread = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
+            axes.errorbar(xs, [statistics.mean(points[x]) for x in xs], spread, fmt="o-", capsize=3, label=line)
+        axes.set_xticks(sorted({x for points in lines.values() for x in points}))
+        label = {"length": "chain length", "rank": "LoRA rank"}[by]
+        _finish(axes, title=f"test score by {label}", xlabel=label, ylabel="test score (mean ± standard deviation)")
+        _save(pyplot, figure, folder / f"score-by-{by}.png")
+
+
+def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[float]]]:
+    """Scores by chain length or LoRA rank, in lines of what else is the same. Chains whose rank changes are left out."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    for cell in cells:
+        config = cell.config
+        if config and config.trains_lora and len(set(config.lora_ranks)) == 1 and cell.scores:
+            length, lora_rank = config.chain.length, config.lora_ranks[0]
+            x, rest = (length, f"rank {lora_rank}") if by == "length" else (lora_rank, f"length {length}")
+            lines.setdefault(f"{cell.group.task}, {rest}, {config.optim.name}", {})[x] = list(cell.scores.values())
+    return {line: points for line, points in lines.items() if len(points) > 1}
+
+
+def _mean_losses(cell: Cell) -> dict[int, float]:
+    """Training loss by step, over the seeds that logged it."""
+    losses: dict[int, list[float]] = {}
+    for outcome in cell.finished:
+        for row in RunFolder(outcome.folder).rows("metrics.jsonl"):
+            if row["loss"] is not None:
+                losses.setdefault(row["step"], []).append(row["loss"])
+    return {step: statistics.mean(values) for step, values in sorted(losses.items())}

@@ -132,7 +132,7 @@ def counters(state: ChainState) -> dict[str, Any]:
 def from_counters(found: Counters) -> ChainState:
     """What `counters` was given."""
     known = found.model_dump()
-    return ChainState(**{**known, "best_loss": math.inf if found.best_loss is None else found.best_loss})
+    return ChainState(**{**known, "best": math.inf if found.best is None else found.best})
 
 
 def space_needed(config: RunConfig, trained: list[int]) -> int:

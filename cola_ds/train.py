@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,10 @@ from cola_ds.chain import Chain, ChainState, evaluate, run_chain
 from cola_ds.checkpoint import Checkpoint, CheckpointFolder, SavedState
 from cola_ds.config import RunConfig
 from cola_ds.data.batching import Batcher
+from cola_ds.data.taskdata import TaskData
 from cola_ds.engine_config import complete
 from cola_ds.errors import UserError
+from cola_ds.evaluate import TaskScore, task_score
 from cola_ds.fingerprint import data_fingerprint, model_fingerprint
 from cola_ds.journal import Journal
 from cola_ds.launcher import Process
@@ -60,13 +63,13 @@ def build_chain(
     elif config.trains_lora:
         start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, processes.device())
     engine = zero.build_engine(model, engine_config, partial(make_optimizer, config.optim))
-    engine.train(config.method != "zero-shot")
+    engine.train(config.trains)
 
     train = Batcher(prepared.train, process.rank, process.world_size)
     held_out = None
     if prepared.held_out is not None:
         held_out = Batcher(prepared.held_out, process.rank, process.world_size)
-    steps = prepared.timetable.total_steps if config.method != "zero-shot" else 0
+    steps = prepared.timetable.total_steps if config.trains else 0
     journal = Journal(folder, zero.Monitor(prepared.engine_json), steps, config.run.log_every_steps)
     return Chain(
         config,
@@ -77,10 +80,25 @@ def build_chain(
         process.world_size,
         train,
         held_out,
+        _scorer(prepared),
         journal,
         folder,
         state,
     )
+
+
+def _scorer(prepared: Prepared) -> Callable[[zero.Engine, str, Callable[[], bool]], TaskScore | None] | None:
+    splits = {"dev": prepared.held_out, "test": prepared.test}
+    if prepared.test is None or prepared.test.task.metric is None:
+        return None
+    batch_size = prepared.config.eval.batch_size or prepared.config.optim.micro_batch_size
+
+    def score(engine: zero.Engine, split: str, stop: Callable[[], bool]) -> TaskScore | None:
+        data = splits[split]
+        assert isinstance(data, TaskData)
+        return task_score(engine, data, split, prepared.tokenizer, batch_size, stop)
+
+    return score
 
 
 def train(prepared: Prepared, process: Process, wish: Wish) -> bool:
@@ -101,7 +119,7 @@ def train(prepared: Prepared, process: Process, wish: Wish) -> bool:
         chain = _begin(prepared, process, folder, start, since)
         loading_s = time.perf_counter() - since
         signals.steps_begin()
-        if prepared.config.method == "zero-shot":
+        if not prepared.config.trains:
             evaluate(chain)
         else:
             run_chain(chain)
@@ -132,7 +150,7 @@ def _choose_start(prepared: Prepared, folder: RunFolder | None, lock: RunLock | 
         assert folder is not None and lock is not None
         lock.take()
         chosen = choose_start(folder, config, _identity(prepared), wish)
-        if config.method != "zero-shot" and chosen != "finished":
+        if config.trains and chosen != "finished":
             trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
             folder.check_space(space_needed(config, trained))
         return chosen if isinstance(chosen, str) else chosen.state.model_dump()
@@ -174,7 +192,7 @@ def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start
         versions = {**environment["packages"], "cola_ds": environment["cola_ds"]}
         elapsed_s = saved.elapsed_s if saved else 0.0
         constant = Constant(config, _identity(prepared), chain.base, versions, elapsed_s, since)
-    if config.method != "zero-shot":
+    if config.trains:
         chain.save = partial(save_chain, constant=constant)
     return chain
 
@@ -199,7 +217,10 @@ def _finish(chain: Chain, prepared: Prepared, loading_s: float, since: float, el
 def _identity(prepared: Prepared) -> Identity:
     train = data_fingerprint(prepared.train)
     assert train is not None
-    return Identity(engine_facts(prepared.engine_json), train, data_fingerprint(prepared.held_out))
+    held_out = data_fingerprint(prepared.held_out)
+    if prepared.test is not None:
+        held_out = f"{held_out} {data_fingerprint(prepared.test)}"
+    return Identity(engine_facts(prepared.engine_json), train, held_out)
 
 
 def _checked_model(config: RunConfig, found: Checkpoint | None) -> str:
@@ -246,9 +267,9 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
     config = prepared.config
     return {
         "method": config.method,
-        "task": None,
+        "task": prepared.test.task.name if prepared.test else None,
         "seed": config.run.seed,
-        "scores": _scores(folder),
+        "scores": _task_scores(folder, chain.state.best_step) if chain.score else _scores(folder),
         "steps": chain.state.step,
         "examples": chain.state.examples_seen,
         "links": config.chain.length if config.trains_lora else 0,
@@ -263,6 +284,15 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
 def _scores(folder: RunFolder) -> dict[str, Any]:
     evaluations = folder.rows("evals.jsonl")
     return {key: evaluations[-1][key] for key in ("loss", "perplexity", "examples")} if evaluations else {}
+
+
+def _task_scores(folder: RunFolder, best_step: int) -> dict[str, Any]:
+    """Of the best step by dev. The rows of a step are written together."""
+    rows = {row["split"]: row for row in folder.rows("evals.jsonl") if row["step"] == best_step}
+    scores = {"metric": rows["dev"]["metric"], "best_step": best_step}
+    for split, row in rows.items():
+        scores |= {split: row["score"], f"{split}_examples": row["examples"]}
+    return scores
 
 
 def _save_whole_model(chain: Chain, prepared: Prepared, folder: RunFolder | None) -> None:

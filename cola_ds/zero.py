@@ -197,7 +197,7 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
 @contextmanager
 def evaluating(engine: Engine) -> Iterator[None]:
     """Forward passes without dropout and gradients inside the block; the engine is as before after it. Collective."""
-    was_training = engine.training
+    was_training = engine.module.training  # the engine itself does not keep count
     engine.eval()
     try:
         with torch.no_grad():

@@ -83,7 +83,7 @@ def test_later_override_wins_and_several_apply_together(load):
         ("optim.micro_batch_size=2.5", "optim.micro_batch_size must be an integer; it is 2.5"),
         ("optim.name=lion", "optim.name must be 'adamw', 'sgd' or 'adagrad'; it is 'lion'"),
         ("optim.epochs=null", "optim.epochs or optim.max_steps must say how long to train"),
-        ("method=icl", "method must be 'cola', 'lora', 'full' or 'zero-shot'; it is 'icl'"),
+        ("method=prefix", "method must be 'cola', 'lora', 'full', 'icl' or 'zero-shot'; it is 'prefix'"),
         ("method=zero-shot", "method zero-shot only evaluates: name data.eval"),
         ("lora.targets=q_proj", "lora.targets must be all-linear or a list"),
         ("lora.dropout=1", "lora.dropout must be less than 1; it is 1"),

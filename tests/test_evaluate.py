@@ -11,9 +11,10 @@ from tests.toys import run_config, save_model, save_run, save_sums
 
 
 def evaluate_here(process, path):
-    from cola_ds.chain import evaluate
+    from cola_ds.evaluate import held_out_loss
 
-    found = evaluate(make_chain(process, path))
+    chain = make_chain(process, path)
+    found = held_out_loss(chain.engine, chain.held_out, chain.config.eval.batch_size, lambda: False)
     return {"loss": found.loss, "perplexity": found.perplexity, "examples": found.examples, "tokens": found.loss_tokens}
 
 

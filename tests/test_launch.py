@@ -156,7 +156,7 @@ def test_readme_commands_run(copy):
     save_sums(copy / "data/dev.jsonl", 12, seed=1)
     for row in blocks("json"):
         assert {"prompt", "completion"} <= set(json.loads(row))
-    (run_yaml,) = [block for block in blocks("yaml") if "method:" in block]
+    (run_yaml,) = [block for block in blocks("yaml") if "model:" in block]
     (copy / "my_run.yaml").write_text(run_yaml, encoding="utf-8")
     elsewhere = ("./launch/quickstart.sh", "./launch/test.sh", "source ")  # below; what runs this; done by in_copy
     mine = [command for command in commands() if not command.startswith(elsewhere)]

@@ -142,7 +142,7 @@ def test_the_best_checkpoint_is_kept(toy, tmp_path):
     assert (checkpoints / "best").read_text(encoding="utf-8") == f"step-{best:08d}\n"
     assert {path.name for path in checkpoints.glob("*-*")} == {f"step-{best:08d}", "step-00000020"}
     state = json.loads((checkpoints / "step-00000020/state.json").read_text(encoding="utf-8"))["chain"]
-    assert (state["best_step"], state["best_loss"]) == (best, min(row["loss"] for row in evaluations))
+    assert (state["best_step"], state["best"]) == (best, min(row["loss"] for row in evaluations))
 
 
 def test_a_checkpoint_holds_no_more_than_it_needs(toy, tmp_path):

@@ -6,13 +6,17 @@ A step's examples follow from (seed, step) alone: every process knows them all, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cola_ds.data.sources import TokenizedData
+if TYPE_CHECKING:
+    from cola_ds.data.packing import PackedBatch
+    from cola_ds.data.sources import TokenizedData
+    from cola_ds.data.taskdata import TaskData
 
 IGNORED = -100  # the label that cross-entropy leaves out
 PADDING = 0  # any id that every vocabulary has: padding is masked, and never a label
@@ -38,17 +42,21 @@ class Batch:
         """Its first example alone."""
         return Batch(self.input_ids[:1], self.attention_mask[:1], self.positions, self.labels[:1])
 
+    def counted(self) -> Tensor:  # ()
+        """How much the loss is a sum over: labelled tokens."""
+        return (self.labels != IGNORED).sum()
+
 
 @dataclass(frozen=True)
 class StepExamples:
     """The examples of one step, or of one evaluation batch, over all processes."""
 
-    micro_batches: list[Batch]
+    micro_batches: Sequence[Batch | PackedBatch]
     """This process's share; a process that runs out of examples gets a batch that counts nothing."""
     examples: int
     tokens: int
     loss_tokens: int
-    """All three over all processes."""
+    """All three over all processes. The loss is the mean over labelled tokens, or over examples where candidates are compared."""
     indices: list[int]
     """The examples' 0-based places in the data, of all processes."""
 
@@ -56,7 +64,7 @@ class StepExamples:
 class Batcher:
     """Batches of a dataset for one process among `world_size`."""
 
-    def __init__(self, data: TokenizedData, rank: int, world_size: int):
+    def __init__(self, data: TokenizedData | TaskData, rank: int, world_size: int):
         self.data, self.rank, self.world_size = data, rank, world_size
         self._order: tuple[tuple[int, int], list[int]] | None = None
 
@@ -85,18 +93,12 @@ class Batcher:
         width = micro_batch_size * self.world_size
         mine = [chosen[m * width : (m + 1) * width][self.rank :: self.world_size] for m in range(micro_steps)]
         return StepExamples(
-            micro_batches=[self._collate(indices) for indices in mine],
+            micro_batches=[self.data.collate(indices) for indices in mine],
             examples=len(chosen),
             tokens=sum(self.data.lengths[i] for i in chosen),
             loss_tokens=sum(self.data.loss_tokens[i] for i in chosen),
             indices=chosen,
         )
-
-    def _collate(self, indices: list[int]) -> Batch:
-        if not indices:
-            return collate([([PADDING], 1)])
-        rows = self.data.rows[indices]
-        return collate(list(zip(rows["input_ids"], rows["prompt_length"], strict=True)))
 
 
 def collate(examples: list[tuple[list[int], int]]) -> Batch:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 
 from cola_ds.config import DataConfig
+from cola_ds.data.batching import PADDING, Batch, collate
 from cola_ds.errors import UserError, first_line
 
 _FEATURES = datasets.Features(
@@ -38,6 +41,21 @@ class TokenizedData:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def collate(self, indices: list[int]) -> Batch:
+        """A micro batch of these examples; without any, one that counts nothing."""
+        if not indices:
+            return collate([([PADDING], 1)])
+        rows = self.rows[indices]
+        return collate(list(zip(rows["input_ids"], rows["prompt_length"], strict=True)))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids and of where each example's loss begins, in order."""
+        digest = hashlib.sha256(numpy.array(self.lengths, dtype=numpy.int64).tobytes())
+        for batch in self.rows.with_format("arrow").iter(batch_size=1000):
+            for column in (batch["input_ids"].combine_chunks().flatten(), batch["prompt_length"].combine_chunks()):
+                digest.update(column.to_numpy(zero_copy_only=False).astype(numpy.int32).tobytes())
+        return digest.hexdigest()
+
 
 def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
     """Read and tokenize `split`, "train" or "eval".
@@ -45,6 +63,7 @@ def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
     Raises UserError for a file that is missing, empty or cannot be parsed, a missing column, and a row without a completion.
     """
     name = getattr(config, split)
+    assert name is not None
     rows = _read(config, name, f"data.{split}")
     columns = [config.text] if config.text is not None else [config.prompt, config.completion]
     for column in columns:

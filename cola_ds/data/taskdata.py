@@ -1,0 +1,113 @@
+"""A task's examples as token ids: to train on, and to score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cola_ds.config import RunConfig
+from cola_ds.data.batching import PADDING, Batch, collate
+from cola_ds.data.packing import PackedBatch, pack, packed_length
+from cola_ds.data.task_table import Example, Task, task_named
+from cola_ds.data.tasks import Encoded, encode, read_rows, sample, task_from_yaml, with_demonstrations
+from cola_ds.errors import UserError, first_line
+
+NEW_TOKENS = 50  # at most, of a generated answer (protocol of MeZO, as COLA follows it)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples of one split. Its members are those of TokenizedData that training reads."""
+
+    task: Task
+    examples: list[Example]
+    encoded: list[Encoded]
+    lengths: list[int]
+    """Positions of each example in a batch."""
+    loss_tokens: list[int]
+    """What the training loss's mean counts: each example once where candidates are compared, else the answer's tokens."""
+    shortened: int
+    largest_id: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def collate(self, indices: list[int]) -> Batch | PackedBatch:
+        """A micro batch of these examples, to train on; without any, one that counts nothing."""
+        if self.task.objective == "classification":
+            return pack([self.encoded[i] for i in indices], [self.examples[i].correct[0] for i in indices])
+        return collate([_taught(self.examples[i], self.encoded[i]) for i in indices] or [([PADDING], 1)])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids, right answers and lengths of answers, in order."""
+        digest = hashlib.sha256(self.task.objective.encode())
+        for example, encoded in zip(self.examples, self.encoded, strict=True):
+            facts = [
+                encoded.candidate_ids,
+                encoded.answer_lengths,
+                encoded.prompt_ids,
+                example.correct,
+                example.answers,
+            ]
+            digest.update(json.dumps(facts).encode())
+        return digest.hexdigest()
+
+
+def _taught(example: Example, encoded: Encoded) -> tuple[list[int], int]:
+    """The ids of the prompt with the answer that training teaches, and how many of them are the prompt's."""
+    place = example.correct[0] if example.correct else 0
+    ids = encoded.candidate_ids[place]
+    return ids, len(ids) - encoded.answer_lengths[place]
+
+
+def load_task(config: RunConfig, tokenizer: Any, max_length: int) -> tuple[TaskData, TaskData, TaskData, str]:
+    """The train, dev and test examples of the run's task, drawn with its seed, and their sizes in one line.
+
+    With method icl, dev and test prompts have the first examples of train in front of them. Raises UserError.
+    """
+    data = config.data
+    assert data.task is not None
+    task = find_task(data.task)
+    train, validation = (read_rows(task, data.dir, split, data.revision) for split in ("train", "validation"))
+    splits = sample(task, train, validation, config.run.seed, data.num_train, data.num_dev, data.num_test)
+    if config.method == "icl":
+        reserve = NEW_TOKENS if task.generates else 0
+        shown = splits.train[: data.demonstrations]
+        dev, test = (
+            [with_demonstrations(example, shown, tokenizer, max_length, reserve) for example in split]
+            for split in (splits.dev, splits.test)
+        )
+    else:
+        dev, test = splits.dev, splits.test
+    made = [_encode_all(task, split, tokenizer, max_length) for split in (splits.train, dev, test)]
+    return made[0], made[1], made[2], splits.report()
+
+
+def find_task(name: str) -> Task:
+    """The task of that name, or the one that a YAML file describes. Raises UserError."""
+    if not name.endswith((".yaml", ".yml")):
+        return task_named(name)
+    try:
+        raw = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.task {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"data.task {name} is not valid YAML: {first_line(error)}") from None
+    return task_from_yaml(raw, name)
+
+
+def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length: int) -> TaskData:
+    reserve = NEW_TOKENS if task.generates else 0
+    encoded = [encode(example, tokenizer, max_length, reserve) for example in examples]
+    if task.objective == "classification":
+        lengths, counted = [packed_length(each) for each in encoded], [1] * len(encoded)
+    else:
+        taught = [_taught(example, each) for example, each in zip(examples, encoded, strict=True)]
+        lengths, counted = [len(ids) for ids, _ in taught], [len(ids) - start for ids, start in taught]
+    largest = max((max(ids) for each in encoded for ids in each.candidate_ids), default=0)
+    return TaskData(task, examples, encoded, lengths, counted, sum(each.truncated for each in encoded), largest)
