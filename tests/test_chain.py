@@ -324,8 +324,10 @@ def count_through_knots(process, path):
         counts.append((tensors, hooks, engines, resident_kib))
 
 
-@pytest.mark.parametrize(("dtype", "ranks"), [("fp32", 512), ("bf16", 512), ("fp32", [512, 256] * 25 + [512])])
-@pytest.mark.parametrize("engine", ["zero3", "zero2"])
+@pytest.mark.parametrize(
+    ("engine", "dtype", "ranks"),
+    [("zero3", "bf16", 512), ("zero3", "fp32", [512, 256] * 25 + [512]), ("zero2", "fp32", 512)],
+)
 def test_nothing_grows_over_fifty_knots(toy, tmp_path, engine, dtype, ranks):
     config = run_config(
         *toy, tmp_path / "run", model={"dtype": dtype}, chain={"length": 51}, lora={"rank": ranks},

@@ -363,6 +363,16 @@ def test_training_without_a_process(run_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_training_when_a_process_dies_before_the_group_begins(run_file, tmp_path):
+    """After all have arrived: the watch is there already."""
+    arguments = ((1,), "deepspeed", "init_distributed", 1, signal.SIGKILL)
+    begin = time.monotonic()
+    statuses, said = run_job(tmp_path / "job", ["train", run_file], sabotage=at_call, arguments=arguments)
+    assert statuses == [3, -signal.SIGKILL], said
+    assert time.monotonic() - begin < 30
+    assert re.search(r"cola-ds: process 1 on .* died; it was at starting", said)
+
+
 # -- in the middle -----------------------------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ def test_a_job_that_comes_back_for_ever_gives_up(cluster, toy, tmp_path, options
 
 def test_a_second_job_in_one_run_folder(cluster, toy, tmp_path):
     """The first is not disturbed; the second ends at once with status 2, and does not queue again."""
-    path = run_file(toy, tmp_path)
+    path = run_file(toy, tmp_path, optim={"max_steps": 20 * STEPS})  # it outlasts the second, and is cancelled
     first, _ = cluster.submit(clean_environment(), "--tasks", "1", "--local-model", tmp_path / "node-disk", path)
     wait_for_step(tmp_path, 3)
     second, frozen = cluster.submit(clean_environment(), "--tasks", "1", path)

@@ -123,7 +123,7 @@ def tie_in_all_ways(process, paths):
     return {way: tie_three_links(process, path) for way, path in paths.items()}
 
 
-WORLDS = [*((w, e) for e in ENGINES for w in (1, 2)), (4, "sharded"), (4, "persistent")]
+WORLDS = [*((w, e) for e in ENGINES for w in (1, 2)), (4, "sharded")]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids="{0[1]}-{0[0]}".format)
