@@ -23,7 +23,7 @@ def copy(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs", "slurm", "tests"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    if not (REPOSITORY / ".venv/bin/python").exists():
+    if not (REPOSITORY / ".venv/.installed-quickstart").exists():
         pytest.skip("there is no .venv: run the tests with ./launch/test.sh")
     (folder / ".venv").symlink_to(REPOSITORY / ".venv")
     return folder
@@ -205,6 +205,8 @@ def test_quickstart_runs(copy):
     )
     assert "installing" not in second  # it neither installs nor converts again
     assert stamp.stat().st_mtime_ns == installed
+    # The copy was not installed in the place of this repository, whose environment it shares.
+    assert in_copy(copy, "cd / && python -c 'import cola_ds; print(cola_ds.__file__)'").startswith(str(REPOSITORY))
     assert (copy / "build/SmolLM2-135M-Instruct/model.safetensors").stat().st_mtime_ns == model
 
 
