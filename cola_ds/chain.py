@@ -44,7 +44,8 @@ class ChainState:
     step: int = 0
     step_in_link: int = 0
     examples_seen: int = 0
-    tokens_seen: int = 0
+    link_tokens: list[int] = field(default_factory=lambda: [0])
+    """Tokens that each link was trained on so far."""
     skipped_steps: int = 0
     """Updates that were left out because the loss or a gradient was not finite."""
     skipped_in_link: int = 0
@@ -54,6 +55,10 @@ class ChainState:
     best_step: int = 0
     best: float = math.inf
     """The lowest held-out loss or, of a task, the highest dev score with its sign turned; and the step it was found after."""
+    no_better: int = 0
+    """Evaluations since then."""
+    ended_step: int | None = None
+    """Where eval.patience has ended the run."""
     change_square: float = 0.0
     """Squared norm of all links' sum: of the change of the base weights that was wanted. On process 0 alone."""
     link_hashes: list[str] = field(default_factory=list)
@@ -84,6 +89,11 @@ class Chain:
     save: Callable[[Chain], str | None] = lambda chain: None
     """Writes a checkpoint (collective), and returns what was wrong if it could not."""
 
+    @property
+    def links(self) -> int:
+        """Its length: chain.length, unless eval.patience has ended it before."""
+        return len(self.timetable.knots)
+
 
 def run_chain(chain: Chain) -> None:
     """Tune, tie, extend, until the last link is tied. Collective, as is all below.
@@ -93,20 +103,20 @@ def run_chain(chain: Chain) -> None:
     """
     chain.journal.restart_clock()
     evaluate_if_due(chain)
-    while chain.state.link <= chain.config.chain.length:
+    while chain.state.link <= chain.links:
         tune_lora(chain)
         if chain.config.trains_lora:
             pass_knot(chain)
         chain.state.link += 1
         chain.state.step_in_link = chain.state.skipped_in_link = 0
+        chain.state.link_tokens.append(0)
         evaluate_if_due(chain)  # of the merged weights: what an export holds
 
 
 def tune_lora(chain: Chain) -> None:
     """Train the current link up to its knot."""
     state, optim = chain.state, chain.config.optim
-    knot = chain.timetable.knots[state.link - 1]
-    while state.step < knot:
+    while state.step < chain.timetable.knots[state.link - 1]:
         watch.beat("examples", step=state.step + 1)
         examples = step_examples(chain, state.step)
         lr = learning_rate(optim, chain.timetable, state.link, state.step_in_link)
@@ -115,10 +125,10 @@ def tune_lora(chain: Chain) -> None:
         state.step += 1
         state.step_in_link += 1
         state.examples_seen += examples.examples
-        state.tokens_seen += examples.tokens
+        state.link_tokens[-1] += examples.tokens
         take_note_of_skips(chain, examples, bool(loss_is_bad))
         chain.journal.step(
-            position(chain), None if loss_is_bad else loss, examples, now=state.step == knot,
+            position(chain), None if loss_is_bad else loss, examples, now=state.step in chain.timetable.knots,
             lr=lr, grad_norm=chain.engine.get_global_grad_norm(), skipped_steps=state.skipped_steps,
         )  # fmt: skip
         check_skips(chain)
@@ -137,7 +147,7 @@ def pass_knot(chain: Chain) -> None:
     loss_before = batch_loss(chain, batch)
     knot = tie_knot(chain)
     losses = {"loss_before": loss_before, "loss_after": batch_loss(chain, batch)}
-    rebuild_s = extend_chain(chain) if state.link < chain.config.chain.length else None
+    rebuild_s = extend_chain(chain) if state.link < chain.links else None
     chain.journal.knot({**knot, **losses, "rebuild_s": rebuild_s})
 
 
@@ -186,7 +196,7 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
         )
     tied = tie_link(
         chain.engine.module, state.remainders, local=config.chain.tie == "local", exact=config.chain.merge == "exact",
-        last=state.link == config.chain.length, keep_tensors=folder is not None,
+        last=state.link == chain.links, keep_tensors=folder is not None,
     )  # fmt: skip
     if not math.isfinite(tied.delta_square + tied.remainder_square):
         raise TrainingFailedError(
@@ -310,9 +320,7 @@ def stop_here(chain: Chain, signum: int) -> None:
     name, step = signal.Signals(signum).name, chain.state.step
     if not chain.config.trains:
         raise StoppedError(f"stopped on {name}")
-    if (
-        chain.state.link > chain.config.chain.length
-    ):  # nothing is left to tie: the checkpoint before the last knot stands
+    if chain.state.link > chain.links:  # nothing is left to tie: the checkpoint before the last knot stands
         written = processes.from_process_0(
             chain.folder is not None and CheckpointFolder(chain.folder).at(step).exists()
         )
@@ -346,18 +354,33 @@ def evaluation_is_due(chain: Chain) -> bool:
 
 
 def evaluate_if_due(chain: Chain) -> None:
-    """Evaluate if it is time to, and keep a checkpoint of the best."""
+    """Evaluate if it is time to, keep a checkpoint of the best, and end the run that has become no better for too long."""
     if not evaluation_is_due(chain):
         return
-    found, state = evaluate(chain), chain.state
+    found, state, patience = evaluate(chain), chain.state, chain.config.eval.patience
     state.evaluated_step = state.step
     if found < state.best:
-        state.best, state.best_step = found, state.step
+        state.best, state.best_step, state.no_better = found, state.step, 0
         # After the last knot there is nothing to save: the checkpoint before it gives the same outputs.
-        if chain.config.checkpoint.best and state.link <= chain.config.chain.length:
+        if chain.config.checkpoint.best and state.link <= chain.links:
             save_checkpoint(chain)
         if chain.config.checkpoint.best and chain.folder:
             CheckpointFolder(chain.folder).mark_best(state.step)
+        return
+    state.no_better += 1
+    if patience is not None and state.no_better >= patience and state.step < chain.timetable.total_steps:
+        end_here(chain)
+
+
+def end_here(chain: Chain) -> None:
+    """Make the step that was evaluated the last: its link is tied, and none follows."""
+    state = chain.state
+    state.ended_step = state.step
+    chain.timetable = chain.timetable.ending_at(state.step)
+    chain.journal.say(f"ends at step {state.step}: no better than at step {state.best_step} (eval.patience)")
+    chain.journal.event("ended early", **position(chain), best_step=state.best_step)
+    if state.link <= chain.links:  # as before any last knot
+        save_checkpoint(chain)
 
 
 def evaluate(chain: Chain) -> float:

@@ -52,13 +52,15 @@ class Counters(_Saved):
     step: int = Field(ge=0)
     step_in_link: int = Field(ge=0)
     examples_seen: int
-    tokens_seen: int
+    link_tokens: list[int]
     skipped_steps: int
     skipped_in_link: int
     skipped_in_a_row: int
     evaluated_step: int
     best_step: int
     best: float | None
+    no_better: int
+    ended_step: int | None
     change_square: float
     link_hashes: list[str]
 

@@ -7,6 +7,7 @@ depends on the number of processes and of training examples. No other module rea
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import difflib
 import itertools
 import re
@@ -166,6 +167,8 @@ class OptimConfig(_Section):
 class EvalConfig(_Section):
     every: Annotated[str | int, BeforeValidator(_eval_every)] = "epoch"
     """epoch, link, end, or a number of steps. The end of the run is always evaluated."""
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations in a row without a new best after which the run ends; null: it goes on."""
     batch_size: int | None = Field(default=None, ge=1)
     """Examples per forward pass and process; null: as in training."""
 
@@ -220,6 +223,12 @@ class RunConfig(_Section):
                 )
         if self.method == "zero-shot" and self.data.eval is None and self.data.task is None:
             raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
+        if self.eval.patience is not None and (
+            self.eval.every == "end" or (self.data.eval is None and self.data.task is None)
+        ):
+            raise ValueError(
+                "eval.patience goes by evaluations under way: name data.eval or data.task, and another eval.every"
+            )
         if self.method == "icl" and self.data.task is None:
             raise ValueError("method icl shows solved examples of a task: name data.task")
         return self
@@ -355,6 +364,11 @@ class Timetable:
     def link_steps(self, link: int) -> int:
         """Steps in a link, counted from 1."""
         return self.knots[link - 1] - (self.knots[link - 2] if link > 1 else 0)
+
+    def ending_at(self, step: int) -> Timetable:
+        """The same, but over after `step`."""
+        knots = (*(knot for knot in self.knots if knot < step), step)
+        return dataclasses.replace(self, total_steps=step, knots=knots)
 
     def link_of(self, step: int) -> int:
         """The link that a step (counted from 1) belongs to; 1 before any step."""

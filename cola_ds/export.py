@@ -42,7 +42,8 @@ def export_hf(run: str | Path, out: str | Path) -> Path:
 def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    links = [folder.link_path(link) for link in range(1, config.chain.length + 1)] if config.trains_lora else []
+    hashes = folder.result()["link_sha256"]
+    links = [folder.link_path(link) for link in range(1, len(hashes) + 1)]
     for path in links:
         if not path.is_dir():
             raise UserError(f"{folder.path} lacks {path.relative_to(folder.path)}: a link of the chain is missing")
@@ -54,7 +55,7 @@ def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {config.model.path} cannot be loaded: {first_line(error)}") from None
-    for path, digest in zip(links, folder.result()["link_sha256"], strict=True):
+    for path, digest in zip(links, hashes, strict=True):
         if sha256_of(path / "adapter_model.safetensors") != digest:
             raise UserError(f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy")
     tie_saved_links(model, config, [folder.read_link(link) for link in range(1, len(links) + 1)])
@@ -71,7 +72,9 @@ def tie_saved_links(model: torch.nn.Module, config: RunConfig, links: list[dict[
     for layer in layers:
         weight = model.get_parameter(f"{layer}.weight")
         merged = weight.float()
-        for tensors, lora_rank in zip(links, config.lora_ranks, strict=True):
+        for tensors, lora_rank in zip(
+            links, config.lora_ranks, strict=False
+        ):  # eval.patience may have ended it earlier
             factors = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
             merged = merged + delta_weight(*factors, config.lora.alpha / lora_rank)
             if config.chain.merge == "plain":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cola_ds.config import RunConfig, Timetable, resolve
 from cola_ds.data.sources import TokenizedData, load_split
@@ -149,14 +148,17 @@ def count_trainable(prepared: Prepared, link: int) -> int:
     config = prepared.config
     if config.method == "full":
         return sum(p.numel() for p in prepared.skeleton.parameters())
-    count = 0
-    for name in prepared.targets:
-        layer = prepared.skeleton.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        count += config.lora_ranks[link - 1] * (layer.in_features + layer.out_features)
-        if config.lora.bias == "lora_only" and layer.bias is not None:
-            count += layer.bias.numel()
-    return count
+    biases = 0
+    if config.lora.bias == "lora_only":
+        layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
+        biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
+    return count_adapters(prepared, link) + biases
+
+
+def count_adapters(prepared: Prepared, link: int) -> int:
+    """Elements of A and B of all layers in `link`."""
+    layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
+    return prepared.config.lora_ranks[link - 1] * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def remainder_bytes(prepared: Prepared, world_size: int) -> int:
@@ -166,25 +168,3 @@ def remainder_bytes(prepared: Prepared, world_size: int) -> int:
     elements = sum(prepared.skeleton.get_submodule(name).weight.numel() for name in prepared.targets)
     copies = 1 if prepared.engine_json["zero_optimization"]["stage"] == 3 else world_size
     return 4 * elements * copies
-
-
-def training_flops(prepared: Prepared, tokens: int) -> float:
-    """Floating-point operations of training on `tokens`, spread evenly over the steps: matrix products of the weights alone.
-
-    Per token and weight: 2 forward and 2 for the gradient of its input; 2 more for the gradient of the weight where it is
-    trained. Attention scores and recomputed activations are left out.
-    """
-    config, timetable = prepared.config, prepared.timetable
-    if not config.trains:
-        return 0.0
-    embedding = prepared.skeleton.get_input_embeddings().weight.numel()
-    weights = sum(p.numel() for p in prepared.skeleton.parameters())
-    if not prepared.skeleton.config.tie_word_embeddings:
-        weights -= embedding  # a table that is looked up, not multiplied
-    if config.method == "full":
-        return 6.0 * weights * tokens
-    per_step = tokens / timetable.total_steps
-    adapters = sum(
-        count_trainable(prepared, link) * timetable.link_steps(link) for link in range(1, config.chain.length + 1)
-    )
-    return 4.0 * weights * tokens + 6.0 * adapters * per_step

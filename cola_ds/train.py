@@ -24,12 +24,13 @@ from cola_ds.engine_config import complete
 from cola_ds.errors import UserError
 from cola_ds.evaluate import TaskScore, task_score
 from cola_ds.fingerprint import data_fingerprint, model_fingerprint
+from cola_ds.flops import profiled_flops, training_flops
 from cola_ds.journal import Journal
 from cola_ds.launcher import Process
 from cola_ds.lock import RunLock
 from cola_ds.lora import inject, start_link
 from cola_ds.optim import make_optimizer
-from cola_ds.prepare import Prepared, count_trainable, training_flops
+from cola_ds.prepare import Prepared, count_trainable
 from cola_ds.resume import Identity, Wish, check_fits, choose_start, engine_facts, restore_model, restore_optimizer
 from cola_ds.rundir import RunFolder, describe_environment, read_link
 from cola_ds.saving import Constant, from_counters, save_chain, space_needed
@@ -48,6 +49,7 @@ def build_chain(
     """
     config, restored = prepared.config, state is not None
     state = state or ChainState()
+    timetable = prepared.timetable if state.ended_step is None else prepared.timetable.ending_at(state.ended_step)
     engine_config = complete(prepared.engine_json, config, prepared.timetable)
     zero.check_engine_config({**prepared.engine_json, **engine_config})
     # Dropout alone draws from it, and differs by process.
@@ -69,12 +71,12 @@ def build_chain(
     held_out = None
     if prepared.held_out is not None:
         held_out = Batcher(prepared.held_out, process.rank, process.world_size)
-    steps = prepared.timetable.total_steps if config.trains else 0
+    steps = timetable.total_steps if config.trains else 0
     journal = Journal(folder, zero.Monitor(prepared.engine_json), steps, config.run.log_every_steps)
     return Chain(
         config,
         base,
-        prepared.timetable,
+        timetable,
         engine,
         engine_config,
         process.world_size,
@@ -272,11 +274,13 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
         "scores": _task_scores(folder, chain.state.best_step) if chain.score else _scores(folder),
         "steps": chain.state.step,
         "examples": chain.state.examples_seen,
-        "links": config.chain.length if config.trains_lora else 0,
-        "tokens": chain.state.tokens_seen,
+        "ended_early": chain.state.ended_step is not None,
+        "links": chain.links if config.trains_lora else 0,
+        "tokens": sum(chain.state.link_tokens),
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
-        "training_flops": training_flops(prepared, chain.state.tokens_seen),
+        "training_flops": training_flops(prepared, chain.state.link_tokens),
+        "profiled_flops": profiled_flops(prepared, chain.state.link_tokens),
         "link_sha256": chain.state.link_hashes,
     }
 

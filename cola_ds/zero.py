@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.profiling.flops_profiler import FlopsProfiler
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from pydantic import ValidationError
@@ -432,3 +434,21 @@ class Monitor:
         """Write named numbers at a step; process 0 alone does so."""
         if self._master.enabled:
             self._master.write_events([(name, value, step) for name, value in values.items()])
+
+
+def forward_flops(model: Any, input_ids: Tensor, positions: Tensor) -> int:
+    """What DeepSpeed's profiler counts for one forward pass of a causal LM on the meta device, with ids (B, T) and logits at
+    `positions` (K,) only, where the architecture offers that."""
+    # With a mask of this shape, transformers asks for no values, and the meta device has none.
+    mask = torch.empty(input_ids.shape[0], 1, input_ids.shape[1], input_ids.shape[1], device="meta", dtype=model.dtype)
+    inputs: dict[str, Any] = {"input_ids": input_ids.to("meta"), "attention_mask": mask, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = positions.to("meta")
+    profiler = FlopsProfiler(model)
+    profiler.start_profile()
+    try:
+        with torch.no_grad():
+            model(**inputs)
+        return int(profiler.get_total_flops())
+    finally:
+        profiler.end_profile()

@@ -38,14 +38,16 @@ class Rows:
 
 
 def read_rows(task: Task, folder: str | Path | None, split: str, revision: str | None = None) -> Rows:
-    """Every example of `split`, train or validation, from a folder's .jsonl file, or from the hub where `folder` is None.
+    """Every example of `split`, train or validation, from a .jsonl file of the folder, or of its folder of the task's name; from
+    the hub where `folder` is None.
 
     Raises UserError for a set that cannot be loaded, for a split without an example, and, with file and line, for a bad row.
     """
     if folder is None:
         source, rows = _hub_rows(task, split, revision)
     else:
-        source, rows = _file_rows(Path(folder), split)
+        own = Path(folder, task.name)
+        source, rows = _file_rows(own if own.is_dir() else Path(folder), split)
     return examples_of(task, rows, source)
 
 
