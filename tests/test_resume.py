@@ -157,3 +157,43 @@ def test_a_checkpoint_holds_no_more_than_it_needs(toy, tmp_path):
         "manifest.json", "state.json", "random.safetensors", "trained-00001.safetensors", "link-0001.safetensors",
         "link-0002.safetensors",
     }  # fmt: skip
+
+
+# A learning rate of nothing: the second evaluation, after a link has been tied and the next begun, is no better than the first.
+ENDS_EARLY = {"optim": {"lr": 1e-30}, "eval": {"every": 3, "patience": 1}}
+
+
+@pytest.mark.parametrize(("every", "step", "world_size"), [(3, 6, 2), (4, 8, 1)])
+def test_a_run_that_becomes_no_better_ends_early(toy, tmp_path, every, step, world_size):
+    """In the middle of a link, which is tied; and after a knot, which begins no link. What is left is a whole run."""
+    from cola_ds.export import export_hf
+
+    config = three_links(toy, **{**ENDS_EARLY, "eval": {"every": every, "patience": 1}})
+    weights = train_in(tmp_path, config, world_size)
+    assert [row["step"] for row in rows(tmp_path / "run/evals.jsonl")] == [every, step]
+    assert [row["step"] for row in rows(tmp_path / "run/knots.jsonl")] == [4, step]
+    result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
+    assert (result["ended_early"], result["steps"], result["links"]) == (True, step, 2)
+    assert len(result["link_sha256"]) == 2 == len(list((tmp_path / "run/chain").iterdir()))
+    assert exported_hash(export_hf(tmp_path / "run", tmp_path / "model")) == exported_hash(toy[0])  # nothing was learnt
+    # Killed just before its end, it ends where it did.
+    before = record(tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    assert train_in(tmp_path, config, world_size) == weights
+    assert record(tmp_path / "run") == before
+
+
+def exported_hash(folder):
+    from safetensors.torch import load_file
+
+    return {name: tensor.sum().item() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_patience_begins_anew_with_every_best(toy, tmp_path):
+    """Training helps at each evaluation: nothing ends. With a stop in between, the count goes on."""
+    patient = three_links(toy, eval={"every": 2, "patience": 1})
+    train_in(tmp_path / "better", patient, 1)
+    assert not json.loads((tmp_path / "better/run/result.json").read_text(encoding="utf-8"))["ended_early"]
+    never = three_links(toy, **{**ENDS_EARLY, "eval": {"every": 2, "patience": 3}})
+    train_in(tmp_path / "never", never, 1, stops=[("step", 5)])
+    assert [row["step"] for row in rows(tmp_path / "never/run/evals.jsonl")] == [2, 4, 6, 8]
