@@ -139,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a finished run's model in another form")
     export.add_argument("run_dir", metavar="RUN_DIR")
-    export.add_argument("--to", choices=["hf"], required=True, help="hf: the merged model as a Hugging Face folder")
+    export.add_argument(
+        "--to",
+        choices=["hf", "peft", "links"],
+        required=True,
+        help="hf: the merged model; peft: the whole chain as one adapter; links: an adapter for each link",
+    )
     export.add_argument("--out", required=True, metavar="DIR")
     export.set_defaults(run=_export)
 
@@ -243,11 +248,11 @@ def _quiet_libraries(process: Process) -> None:
 
 
 def _export(args: argparse.Namespace, process: Process) -> None:
-    from cola_ds.export import export_hf
+    from cola_ds.export import export
 
     _quiet_libraries(process)
     with _readable(args.run_dir):
-        print(f"wrote {export_hf(args.run_dir, args.out)}")
+        print(f"wrote {export(args.run_dir, args.to, args.out)}")
 
 
 def _doctor(args: argparse.Namespace, process: Process) -> None:

@@ -13,40 +13,77 @@ from cola_ds.config import RunConfig
 from cola_ds.errors import UserError, first_line
 from cola_ds.fingerprint import sha256_of
 from cola_ds.lora import delta_weight
-from cola_ds.rundir import RunFolder
+from cola_ds.rundir import RunFolder, write_adapter
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_hf(run: str | Path, out: str | Path) -> Path:
-    """Write the run's merged model and its tokenizer as the Hugging Face folder `out`.
+def export(run: str | Path, to: str, out: str | Path) -> Path:
+    """Write what a finished run has learnt as the new folder `out`, which appears whole or not at all:
 
-    The base is loaded into this process's memory, and each link is tied to it as the run did: in order, in the run's dtype.
-    Raises UserError when `out` exists, the run has not finished, or its base model is not where it was.
+    hf: the merged model and its tokenizer. The base is loaded into this process's memory, and each link is tied to it as the run
+    did: in order, in the run's dtype.
+    peft: the whole chain as one PEFT adapter, whose LoRA rank is the sum of the links' ranks.
+    links: each link as a PEFT adapter of its own, to be merged in order.
+
+    Raises UserError when `out` exists, the run has not finished or left no adapters, or its base model is not where it was.
     """
     folder, target = RunFolder(run), Path(out)
     config = folder.config()
     if target.exists():
         raise UserError(f"--out {target} already exists; name a new folder")
     folder.result()
+    if to != "hf" and not config.trains_lora:
+        raise UserError(f"--to {to}: method {config.method} leaves no adapters; use --to hf")
+    links = _links(folder)
+    if to == "peft":
+        _write_chain(config, folder, len(links), target)
+        return target
     scratch = target.with_name(target.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     if config.method == "full":
         shutil.copytree(folder.path / "model", scratch)
+    elif to == "links":
+        for path in links:
+            shutil.copytree(path, scratch / path.name)
     else:
-        _merge(config, folder, scratch)
+        _merge(config, folder, len(links), scratch)
     scratch.rename(target)
     return target
 
 
-def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _links(folder: RunFolder) -> list[Path]:
+    """The folders of the tied links, each of which is the one that the run tied."""
     hashes = folder.result()["link_sha256"]
-    links = [folder.link_path(link) for link in range(1, len(hashes) + 1)]
-    for path in links:
+    paths = [folder.link_path(link) for link in range(1, len(hashes) + 1)]
+    for path, digest in zip(paths, hashes, strict=True):
         if not path.is_dir():
             raise UserError(f"{folder.path} lacks {path.relative_to(folder.path)}: a link of the chain is missing")
+        if sha256_of(path / "adapter_model.safetensors") != digest:
+            raise UserError(f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy")
+    return paths
+
+
+def _write_chain(config: RunConfig, folder: RunFolder, length: int, out: Path) -> None:
+    """sum of scaling_i B_i A_i = [scaling_1 B_1, scaling_2 B_2, ..] [A_1; A_2; ..], in fp32, with a scaling of 1."""
+    links = [folder.read_link(link) for link in range(1, length + 1)]
+    ranks = config.lora_ranks[:length]
+    joined: dict[str, Tensor] = {}
+    for name, last in links[-1].items():
+        if name.endswith(".lora_A.weight"):
+            joined[name] = torch.cat([link[name].float() for link in links])
+        elif name.endswith(".lora_B.weight"):
+            scaled = [link[name].float() * (config.lora.alpha / r) for link, r in zip(links, ranks, strict=True)]
+            joined[name] = torch.cat(scaled, dim=1)
+        else:
+            joined[name] = last  # a trained bias
+    layers = [name.removesuffix(".lora_A.weight") for name in joined if name.endswith(".lora_A.weight")]
+    write_adapter(out, config, sum(ranks), sum(ranks), layers, joined)
+
+
+def _merge(config: RunConfig, folder: RunFolder, length: int, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     options = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path, **options)
@@ -55,10 +92,7 @@ def _merge(config: RunConfig, folder: RunFolder, out: Path) -> None:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {config.model.path} cannot be loaded: {first_line(error)}") from None
-    for path, digest in zip(links, hashes, strict=True):
-        if sha256_of(path / "adapter_model.safetensors") != digest:
-            raise UserError(f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy")
-    tie_saved_links(model, config, [folder.read_link(link) for link in range(1, len(links) + 1)])
+    tie_saved_links(model, config, [folder.read_link(link) for link in range(1, length + 1)])
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -202,30 +202,8 @@ class RunFolder:
 
     def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> str:
         """Write a link of the named layers as a PEFT adapter: its folder appears whole or not at all. Returns its SHA-256."""
-        adapter_config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": config.model.path,
-            "revision": config.model.revision,
-            "r": config.lora_ranks[link - 1],
-            "lora_alpha": config.lora.alpha,
-            "lora_dropout": config.lora.dropout,
-            "target_modules": layers,
-            "bias": config.lora.bias,
-            "inference_mode": True,
-        }
-        target = self.link_path(link)
-        scratch = target.with_name(target.name + ".partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-        content = save(named, metadata={"format": "pt"})
-        write_synced(scratch / "adapter_model.safetensors", content)
-        write_synced(scratch / "adapter_config.json", (json.dumps(adapter_config, indent=2) + "\n").encode())
-        sync_folder(scratch)
-        scratch.rename(target)
-        sync_folder(target.parent)
-        return hashlib.sha256(content).hexdigest()
+        lora_rank, alpha = config.lora_ranks[link - 1], config.lora.alpha
+        return write_adapter(self.link_path(link), config, lora_rank, alpha, layers, tensors)
 
     def forget_result(self) -> None:
         """The run is no longer finished: the first thing to be written down when it goes back."""
@@ -243,6 +221,36 @@ class RunFolder:
                 write_atomically(self.path / name, "".join(f"{line}\n" for line in kept).encode())
         for name in ("chain", "model"):
             _remove(self.path / name)
+
+
+def write_adapter(
+    target: Path, config: RunConfig, lora_rank: int, alpha: float, layers: list[str], tensors: dict[str, Tensor]
+) -> str:
+    """Write A and B of the named layers as a PEFT adapter of the run's base model: the folder appears whole or not at all.
+    Returns the SHA-256 of its tensors' file."""
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model.path,
+        "revision": config.model.revision,
+        "r": lora_rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.lora.dropout,
+        "target_modules": layers,
+        "bias": config.lora.bias,
+        "inference_mode": True,
+    }
+    scratch = target.with_name(target.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    content = save(named, metadata={"format": "pt"})
+    write_synced(scratch / "adapter_model.safetensors", content)
+    write_synced(scratch / "adapter_config.json", (json.dumps(adapter_config, indent=2) + "\n").encode())
+    sync_folder(scratch)
+    scratch.rename(target)
+    sync_folder(target.parent)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_link(path: Path) -> dict[str, Tensor]:

@@ -352,7 +352,7 @@ def export_and_compare(process, path, out):
     from transformers import AutoModelForCausalLM
 
     from cola_ds.chain import run_chain
-    from cola_ds.export import export_hf
+    from cola_ds.export import export
 
     chain = make_chain(process, path)
     batch = next_batch(chain)
@@ -362,7 +362,7 @@ def export_and_compare(process, path, out):
     if process.rank:
         return None
     chain.journal.folder.write_json("result.json", {"link_sha256": chain.state.link_hashes})
-    export_hf(chain.config.run.dir, out)
+    export(chain.config.run.dir, "hf", out)
     model = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         exported = model(input_ids=batch.input_ids.cpu(), attention_mask=batch.attention_mask.cpu()).logits.float()
@@ -433,7 +433,7 @@ def full_fine_tuning(process, path):
 def test_full_fine_tuning_moves_everything_and_exports(tmp_path, architecture):
     from transformers import AutoModelForCausalLM
 
-    from cola_ds.export import export_hf
+    from cola_ds.export import export
 
     model = save_model(tmp_path / "model", architecture)
     config = run_config(
@@ -443,6 +443,6 @@ def test_full_fine_tuning_moves_everything_and_exports(tmp_path, architecture):
     assert {"run.yaml", "environment.json", "metrics.jsonl", "result.json", "model"} <= set(files)
     assert "knots.jsonl" not in files
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(export_hf(tmp_path / "run", tmp_path / "out")).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(export(tmp_path / "run", "hf", tmp_path / "out")).state_dict()
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)

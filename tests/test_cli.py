@@ -163,24 +163,28 @@ def test_alone_and_as_the_installed_command(run_file, tmp_path):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_link_opens_in_peft(run_file, tmp_path, toy):
-    """The first link, as PEFT applies it, is what one step of the export adds."""
+def test_every_export_is_the_same_model(run_file, tmp_path, toy):
+    """The merged model; the chain as one adapter, as PEFT applies it; its links, as PEFT merges one after another."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    done = cola_ds("train", run_file, "method=lora", "chain.length=1", "optim.lr=1e-2")
+    done = cola_ds("train", run_file, "chain.length=2", "lora.rank=[8,4]", "optim.lr=1e-2")
     assert done.returncode == 0, done.stderr
-    base = AutoModelForCausalLM.from_pretrained(toy[0])
-    peft_model = PeftModel.from_pretrained(base, tmp_path / "run/chain/link-0001").eval()
-    done = cola_ds("export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "merged")
-    assert done.returncode == 0, done.stderr
+    for form, name in (("hf", "merged"), ("peft", "adapter"), ("links", "links")):
+        done = cola_ds("export", tmp_path / "run", "--to", form, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base, chain = (AutoModelForCausalLM.from_pretrained(toy[0]) for _ in range(2))
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(toy[0]), tmp_path / "adapter").eval()
+    assert adapter.peft_config["default"].r == 8 + 4
+    assert [path.name for path in sorted((tmp_path / "links").iterdir())] == ["link-0001", "link-0002"]
+    for path in sorted((tmp_path / "links").iterdir()):
+        chain = PeftModel.from_pretrained(chain, path).merge_and_unload()
     ids = torch.randint(3, 300, (2, 9))
     with torch.no_grad():
-        torch.testing.assert_close(peft_model(ids).logits, merged(ids).logits, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(
-            merged(ids).logits, AutoModelForCausalLM.from_pretrained(toy[0])(ids).logits, atol=1e-3
-        )
+        for model in (adapter, chain):
+            torch.testing.assert_close(model(ids).logits, merged(ids).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(merged(ids).logits, base(ids).logits, atol=1e-3)
 
     again = cola_ds("export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "merged")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from cola_ds.config import load_config
-from cola_ds.export import export_hf
+from cola_ds.export import export
 from cola_ds.prepare import prepare
 from cola_ds.resume import Wish
 from cola_ds.train import train
@@ -77,7 +77,7 @@ def test_pipeline_follows_reference(toy, references, tmp_path, name, world_size,
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
     assert [row["lora_rank"] for row in rows(tmp_path / "run/knots.jsonl")] == LORA_RANKS
 
-    exported = load_file(export_hf(tmp_path / "run", tmp_path / "merged") / "model.safetensors")
+    exported = load_file(export(tmp_path / "run", "hf", tmp_path / "merged") / "model.safetensors")
     expected = model.state_dict()
     base = load_file(toy[0] / "model.safetensors")
     for tensor_name, tensor in exported.items():

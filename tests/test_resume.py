@@ -166,7 +166,7 @@ ENDS_EARLY = {"optim": {"lr": 1e-30}, "eval": {"every": 3, "patience": 1}}
 @pytest.mark.parametrize(("every", "step", "world_size"), [(3, 6, 2), (4, 8, 1)])
 def test_a_run_that_becomes_no_better_ends_early(toy, tmp_path, every, step, world_size):
     """In the middle of a link, which is tied; and after a knot, which begins no link. What is left is a whole run."""
-    from cola_ds.export import export_hf
+    from cola_ds.export import export
 
     config = three_links(toy, **{**ENDS_EARLY, "eval": {"every": every, "patience": 1}})
     weights = train_in(tmp_path, config, world_size)
@@ -175,7 +175,9 @@ def test_a_run_that_becomes_no_better_ends_early(toy, tmp_path, every, step, wor
     result = json.loads((tmp_path / "run/result.json").read_text(encoding="utf-8"))
     assert (result["ended_early"], result["steps"], result["links"]) == (True, step, 2)
     assert len(result["link_sha256"]) == 2 == len(list((tmp_path / "run/chain").iterdir()))
-    assert exported_hash(export_hf(tmp_path / "run", tmp_path / "model")) == exported_hash(toy[0])  # nothing was learnt
+    assert exported_hash(export(tmp_path / "run", "hf", tmp_path / "model")) == exported_hash(
+        toy[0]
+    )  # nothing was learnt
     # Killed just before its end, it ends where it did.
     before = record(tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
