@@ -14,7 +14,7 @@ import yaml
 from cola_ds.cli import main
 from cola_ds.config import load_config
 from cola_ds.report import report
-from cola_ds.sweep import PAPER_GRIDS, load_plan
+from cola_ds.sweep_plan import PAPER_GRIDS, load_plan
 from tests.launching import Cluster, clean_environment
 from tests.toys import REPOSITORY, rows, run_config, save_run
 
@@ -327,7 +327,7 @@ def test_tasks_by_name(place, monkeypatch):
     def without_task(path, words):
         return load_config(path, [word for word in words if not word.startswith("data.task=")])
 
-    monkeypatch.setattr("cola_ds.sweep.load_config", without_task)
+    monkeypatch.setattr("cola_ds.sweep_plan.load_config", without_task)
     write_sweep(place, tasks=["sst2", "mine/odd.yaml"], methods={"lora": {}})
     first, second = load_plan(str(place / "sweep.yaml"), []).series
     assert first.words == ["data.task=sst2", "method=lora"]
