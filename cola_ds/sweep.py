@@ -17,13 +17,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, apply_override, dump_yaml
 from cola_ds.errors import UserError
 from cola_ds.signals import STOPPING
-from cola_ds.sweep_plan import Plan, Run, override_word, read_yaml
+from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, is_task_file, override_word, read_yaml
 from cola_ds.tables import LOG_MARK, Choice, choose, show_dev, write_groups
 
 # Each run finds its own: those of this process are not theirs.
@@ -48,17 +49,33 @@ def _choice(run: Run) -> Choice:
 
 def freeze(plan: Plan, folder: Path) -> Path:
     """Write the sweep as it is now to a new folder, for jobs that wait in a queue: its YAML, the base's with the command line's
-    overrides, the base's DeepSpeed JSON. Returns the sweep's path. Raises UserError.
+    overrides, and the files that they name, DeepSpeed JSONs and tasks. Returns the sweep's path. Raises UserError.
     """
     base = read_yaml(plan.sweep.base, "the base's YAML")
     for override in plan.common:
         apply_override(base, override)
-    engine = folder.resolve() / "deepspeed.json"
+    copies: dict[str, str] = {}
+
+    def copied(key: str, value: Any) -> Any:
+        if key not in FILES or (key == "data.task" and not is_task_file(value)):
+            return value
+        if value not in copies:
+            there = folder.resolve() / "files" / str(len(copies)) / Path(value).name  # a task's name is its file's
+            there.parent.mkdir(parents=True)
+            shutil.copyfile(value, there)
+            copies[value] = str(there)
+        return copies[value]
+
+    def all_copied(by_name: Mapping[str, Overrides | None]) -> dict[str, Overrides]:
+        return {name: {key: copied(key, value) for key, value in (o or {}).items()} for name, o in by_name.items()}
+
     try:
         folder.mkdir(parents=True)
-        shutil.copyfile(base.get("deepspeed", RunConfig.model_fields["deepspeed"].default), engine)
-        base["deepspeed"] = str(engine)
+        base["deepspeed"] = copied("deepspeed", base.get("deepspeed", RunConfig.model_fields["deepspeed"].default))
+        if (base.get("data") or {}).get("task"):
+            base["data"]["task"] = copied("data.task", base["data"]["task"])
         frozen = {**plan.sweep.model_dump(exclude_unset=True), "base": str(folder / "base.yaml")}
+        frozen |= {"tasks": all_copied(plan.sweep.task_overrides()), "methods": all_copied(plan.sweep.methods)}
         for name, content in (("base.yaml", base), ("sweep.yaml", frozen)):
             (folder / name).write_text(dump_yaml(content), encoding="utf-8")
     except OSError as error:

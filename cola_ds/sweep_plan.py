@@ -25,6 +25,8 @@ PAPER_GRIDS = {
 """The learning rates that COLA's paper searches, by optimizer."""
 _METHODS = get_args(RunConfig.model_fields["method"].annotation)
 _NOT_TRAINED = ("zero-shot", "icl")
+FILES = ("deepspeed", "data.task")
+"""Keys whose values are files that a sweep is frozen with."""
 _OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
 
 Overrides = dict[str, Any]
@@ -74,6 +76,14 @@ class Sweep(BaseModel):
     """What the grid is searched with; null: the first of the seeds."""
     launcher: str | None = None
     """A command that runs a run's YAML, such as ./launch/local.sh {run} 2; {run} stands for that file."""
+
+    def task_overrides(self) -> dict[str, Overrides]:
+        """By name of each task, what differs from the base."""
+        if isinstance(self.tasks, list):
+            return {_task_name(task): {"data.task": task} for task in self.tasks}
+        given = {name: overrides or {} for name, overrides in self.tasks.items()}
+        # A name is the task, unless that says otherwise.
+        return {n: o if {"data.task", "data.train"} & o.keys() else {"data.task": n, **o} for n, o in given.items()}
 
 
 @dataclass(frozen=True)
@@ -137,14 +147,12 @@ def load_plan(path: str, common: list[str]) -> Plan:
     raw = read_yaml(sweep.base, "the base's YAML")
     for override in common:
         apply_override(raw, override)
-    tasks = sweep.tasks if isinstance(sweep.tasks, dict) else {_task_name(t): {"data.task": t} for t in sweep.tasks}
     for names in (sweep.tasks, sweep.methods):
         if len({_file_name(_task_name(name)) for name in names}) < len(names):
             raise UserError(f"{path}: two of {', '.join(names)} have the same folder; name them otherwise")
     series = []
-    for (task, of_task), (name, of_method) in itertools.product(tasks.items(), sweep.methods.items()):
-        here = {} if {"data.task", "data.train"} & (of_task or {}).keys() else {"data.task": task}
-        here |= {**(of_task or {}), **({"method": name} if name in _METHODS else {}), **(of_method or {})}
+    for (task, of_task), (name, of_method) in itertools.product(sweep.task_overrides().items(), sweep.methods.items()):
+        here = {**of_task, **({"method": name} if name in _METHODS else {}), **(of_method or {})}
         _check_keys(path, here, [override.partition("=")[0] for override in common], sweep)
         series.append(_make_series(sweep, raw, common, task, name, here))
     runs: list[Run] = []
@@ -187,7 +195,12 @@ def read_yaml(path: str, what: str) -> dict[str, Any]:
 
 
 def _task_name(task: str) -> str:
-    return Path(task).stem if task.endswith((".yaml", ".yml")) else task
+    return Path(task).stem if is_task_file(task) else task
+
+
+def is_task_file(task: str) -> bool:
+    """Whether data.task is a user's own, in a file."""
+    return task.endswith((".yaml", ".yml"))
 
 
 def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> None:
@@ -195,6 +208,8 @@ def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> 
     for key in (*here, *sweep.grid, *common):
         if key in _OWN_KEYS:
             raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
+        if key in FILES and key in sweep.grid:  # a point is named by its values
+            raise UserError(f"{path}: grid: {key} is nothing to search: make each of its values a task or a method")
     for key in common:
         if key in here or key in sweep.grid:
             raise UserError(f"override {key}: the sweep's tasks, methods or grid set it; change it in {path}")
@@ -223,15 +238,12 @@ def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str
         except UserError as error:
             raise UserError(f"{task} / {name}: {error}") from None
     if len(points) > 1 and not all(map(_has_dev, configs.values())):
-        raise UserError(
-            f"{task} / {name}: nothing is held out by which the grid's best is chosen: data.num_dev, or data.eval"
-        )
+        raise UserError(f"{task} / {name}: nothing is held out by which the grid's best is chosen: name data.eval")
     return Series(group, [*common, *words], points, configs)
 
 
 def _has_dev(config: RunConfig) -> bool:
-    data: Any = config.data
-    return data.num_dev != 0 if getattr(data, "task", None) else data.eval is not None
+    return config.data.task is not None or config.data.eval is not None
 
 
 def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
@@ -239,7 +251,8 @@ def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
     optimizer = (merged.get("optim") or {}).get("name", "adamw")
     if "paper" in grid.values() and "optim.name" in grid:
         raise UserError("grid.optim.lr paper goes by optim.name, which the grid varies: make each optimizer a method")
-    lists = [PAPER_GRIDS.get(optimizer, []) if values == "paper" else values for values in grid.values()]
+    paper = PAPER_GRIDS.get(optimizer, PAPER_GRIDS["adamw"])  # another name is refused with the run's config
+    lists = [paper if values == "paper" else values for values in grid.values()]
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*lists)]
 
 
