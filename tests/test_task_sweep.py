@@ -22,12 +22,12 @@ GRID = ["lr=0.005", "lr=0.02"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A base, and a sweep of two tasks with three methods: 16 runs."""
+    """A base, and a sweep of 14 runs: two tasks with three methods; one task says its own learning rate."""
     place = tmp_path_factory.mktemp("task-sweep")
     model = save_model(place / "model", max_position_embeddings=1024)
     base = run_config(model, "unused", "unused", lora={"rank": 4}, eval={"every": "end", "batch_size": 4})
     base["data"] = {"num_train": 16, "num_dev": 6, "num_test": 6, "max_length": 256}
-    base["optim"] = {"lr": 1e-3, "epochs": 8, "global_batch_size": 8, "micro_batch_size": 4}
+    base["optim"] = {"lr": 1e-3, "epochs": 2, "global_batch_size": 8, "micro_batch_size": 4}
     del base["chain"], base["method"], base["run"]["dir"]
     save_run(place / "base.yaml", base)
     for task, train, validation in (
@@ -36,12 +36,12 @@ def place(tmp_path_factory):
     ):
         write(place / task / "train.jsonl", train)
         write(place / task / "validation.jsonl", validation)
-    few = {"data.num_dev": 2, "data.num_test": 3, "optim.epochs": 1}  # each answer is generated, token by token
+    few = {"data.num_dev": 2, "data.num_test": 2, "optim.epochs": 1, "optim.lr": 5e-3}  # its answers are generated
     sweep = {
         "base": str(place / "base.yaml"),
         "dir": str(place / "runs"),
         "tasks": {"sst2": {"data.dir": str(place / "sst2")}, "squad": {"data.dir": str(place / "squad"), **few}},
-        "methods": {"zero-shot": {}, "lora": {}, "cola": {"chain.length": 2}},
+        "methods": {"zero-shot": {}, "lora": {}, "cola": {"chain.length": 2, "optim.epochs": 8}},
         "grid": {"optim.lr": [5e-3, 2e-2]},
         "seeds": [0, 1],
     }
@@ -85,7 +85,7 @@ def check_table(place, text, table_rows):
     for task, metric in (("sst2", "accuracy"), ("squad", "f1")):
         cells = []
         for method in ("zero-shot", "lora", "cola"):
-            points = GRID if method != "zero-shot" else [""]
+            points = GRID if task == "sst2" and method != "zero-shot" else [""]
             found = place / "runs" / task / method
             dev = {p: json.loads((found / p / "seed=0/result.json").read_text())["scores"]["dev"] for p in points}
             best = max(points, key=lambda point: dev[point])
@@ -95,8 +95,8 @@ def check_table(place, text, table_rows):
             cells.append(f"{statistics.mean(test):.2f} ±{statistics.stdev(test):.2f} (2)")
         line = next(line for line in text.splitlines() if line.startswith(f"| {task} | {metric} |"))
         assert line.replace("*", "") == f"| {task} | {metric} | {' | '.join(cells)} |"
-    assert [row["state"] for row in table_rows] == ["finished"] * 16
-    assert [(r["task"], r["name"]) for r in table_rows].count(("squad", "cola")) == 3
+    assert [row["state"] for row in table_rows] == ["finished"] * 14
+    assert [(r["task"], r["name"]) for r in table_rows].count(("sst2", "cola")) == 3
 
 
 def test_a_sweep_of_tasks_that_was_interrupted_has_the_table_of_one_that_was_not(place, command):
@@ -125,7 +125,7 @@ def test_a_sweep_of_tasks_that_was_interrupted_has_the_table_of_one_that_was_not
     again = start(command)
     said, mistakes = again.communicate(timeout=240)
     assert again.returncode == 0, said + mistakes
-    assert "16 of 16 runs have finished, 5 of them before" in said
+    assert "14 of 14 runs have finished, 5 of them before" in said
     assert shown(place) == (text, table_rows)
     happened = [row["event"] for row in rows(run / "events.jsonl") if row["event"] != "checkpoint"]
     assert happened == ["started", "stopped", "resumed", "finished"]  # the run went on from inside
