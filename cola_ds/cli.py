@@ -299,7 +299,8 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
         raise UserError(
             "a sweep starts its runs itself: start it once, and name the launcher of the runs by --launcher"
         )
-    from cola_ds.sweep import freeze, list_runs, load_plan, run_all, run_one
+    from cola_ds.sweep import freeze, list_runs, run_all, run_one
+    from cola_ds.sweep_plan import load_plan
 
     plan = load_plan(args.config, args.overrides)
     if args.list:

@@ -271,7 +271,7 @@ for _yaml in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -288,18 +288,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the run's YAML {path}: {getattr(error, 'strerror', None) or error}") from None
-    raw = _parse_yaml(text, str(path))
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no keys; a run's YAML has sections such as model, data and optim")
     for override in overrides or []:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(dict(e)) for e in error.errors())) from None
+        raise UserError(f"{path}: " + "; ".join(explain(dict(e)) for e in error.errors())) from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name:
         raise UserError(f"override {override!r} must look like section.key=value, for example optim.lr=5e-4")
@@ -309,10 +309,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
             raise UserError(f"override {name}: {section} is a value, not a section")
-    target[key] = _parse_yaml(text, f"override {name}")
+    target[key] = parse_yaml(text, f"override {name}")
 
 
-def _explain(error: dict[str, Any]) -> str:
+def explain(error: dict[str, Any]) -> str:
     """One pydantic error as a sentence that names the key, the value and the remedy."""
     # Only names of keys stay: pydantic adds the tags of unions and positions in lists.
     names = [str(part) for part in error["loc"]]
@@ -345,7 +345,12 @@ def _keys_of(names: list[str]) -> list[str]:
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
-    return yaml.dump(config.model_dump(exclude_unset=True), Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(config.model_dump(exclude_unset=True))
+
+
+def dump_yaml(content: Any) -> str:
+    """What `parse_yaml` reads back to the same."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[Pa
 
 
 def _task_of(outcome: Outcome, config: RunConfig) -> str | None:
-    named = outcome.result.get("task") or getattr(config.data, "task", None)
+    named = outcome.result.get("task") or config.data.task
     return Path(named).stem if named and named.endswith((".yaml", ".yml")) else named
 
 
@@ -281,7 +281,7 @@ def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
     if config := outcome.config:
         row |= {"method": config.method, "lr": config.optim.lr, "optimizer": config.optim.name}
         row |= {"lora_ranks": " ".join(map(str, config.lora_ranks)) if config.trains_lora else ""}
-        row |= {"num_train": getattr(config.data, "num_train", None)}
+        row |= {"num_train": config.data.num_train if config.data.task else None}
     if result := outcome.result:
         row |= {"dev": outcome.dev, "test": outcome.test if outcome.is_task else None}
         row |= {"metric": result["scores"].get("metric", "loss"), "links": result["links"], "steps": result["steps"]}

@@ -64,7 +64,9 @@ class Outcome:
             return False
         if mine is None or not _same_content(mine.deepspeed, config.deepspeed):
             return False
-        excluded: Any = {"deepspeed": True, "run": {"dir", "seed"}, "model": {"path"}}
+        if not _same_content(mine.data.task, config.data.task):
+            return False
+        excluded: Any = {"deepspeed": True, "run": {"dir", "seed"}, "model": {"path"}, "data": {"task"}}
         models = [Path(c.model.path).resolve() if Path(c.model.path).is_dir() else c.model.path for c in (mine, config)]
         return mine.model_dump(exclude=excluded) == config.model_dump(exclude=excluded) and models[0] == models[1]
 
@@ -75,9 +77,10 @@ class Outcome:
         return load_config(path) if path.is_file() else None
 
 
-def _same_content(one: str, other: str) -> bool:
+def _same_content(one: str | None, other: str | None) -> bool:
+    """Whether these are the same names, or files that say the same."""
     try:
-        return one == other or Path(one).read_bytes() == Path(other).read_bytes()
+        return one == other or bool(one and other and Path(one).read_bytes() == Path(other).read_bytes())
     except OSError:
         return False
 

@@ -71,6 +71,10 @@ if [ -z "$search$rest" ]; then
   echo "all of its runs have finished"
   exit 0
 fi
+# Slurm would refuse the array without a word of why.
+limit=$(scontrol show config 2>/dev/null | sed -n 's/^MaxArraySize *= *//p') || true
+beyond=$(awk -v limit="${limit:-0}" 'limit && $3 != "finished" && $1 != "#" && $1 >= limit { print $1 ", " $4; exit }' <<<"$list")
+[ -z "$beyond" ] || fail "run $beyond, is beyond this cluster's arrays, whose MaxArraySize is $limit: divide the tasks or methods among several sweeps, each with its own dir (cola-ds report takes them all)"
 folder=$(realpath -m "$(sed -n 's/^# folder //p' <<<"$list")")/slurm/$(date +%Y%m%d-%H%M%S)-$$
 if [ -z "$dry_run" ]; then
   python -m cola_ds sweep "$@" --freeze "$folder"

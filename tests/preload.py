@@ -8,6 +8,10 @@ import datasets
 import deepspeed  # noqa: F401
 import torch  # noqa: F401
 import transformers
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama  # with all that transformers imports at first use: seconds a process
+import transformers.models.opt.modeling_opt
+import transformers.models.qwen2.modeling_qwen2
 
 import cola_ds.train  # noqa: F401
 

@@ -132,10 +132,10 @@ class _PairEncoder:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         out: dict[str, list[Any]] = {"input_ids": [], "prompt_length": [], "shortened": []}
         for prompt, completion in zip(prompts, completions, strict=True):
-            prompt = _without_end(prompt, eos)
+            prompt = without_end(prompt, eos)
             answer = completion + ([eos] if eos is not None else [])
             kept_answer = answer[: self.config.max_length - 1]
-            kept_prompt = _keep_end(prompt, self.config.max_length - len(kept_answer), bos)
+            kept_prompt = keep_end(prompt, self.config.max_length - len(kept_answer), bos)
             out["input_ids"].append(kept_prompt + kept_answer)
             out["prompt_length"].append(len(kept_prompt))
             out["shortened"].append(len(kept_prompt) + len(kept_answer) < len(prompt) + len(answer))
@@ -153,18 +153,18 @@ class _TextEncoder:
         windows = []
         texts = [text for text in batch[self.column] if text.strip()]  # empty lines between paragraphs are common
         for ids in self.tokenizer(texts).input_ids if texts else ():
-            ids = _without_end(ids, eos) + ([eos] if eos is not None else [])
+            ids = without_end(ids, eos) + ([eos] if eos is not None else [])
             # Each window begins with the last id of the one before, so that every id is predicted once.
             windows += [ids[at : at + self.width] for at in range(0, max(len(ids) - 1, 1), self.width - 1)]
         return {"input_ids": windows, "prompt_length": [1] * len(windows), "shortened": [False] * len(windows)}
 
 
-def _without_end(ids: list[int], eos: int | None) -> list[int]:
+def without_end(ids: list[int], eos: int | None) -> list[int]:
     """Some tokenizers end every text with EOS themselves."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
 
 
-def _keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:
+def keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:
     """The last `room` ids, with the BOS id kept at the front where there was one."""
     if len(ids) <= room:
         return ids

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import numpy
 
-from cola_ds.data.sources import _keep_end, _without_end
+from cola_ds.data.sources import keep_end, without_end
 from cola_ds.data.task_table import Example, Row, Task, fields_of, list_of, nearest, strip
 from cola_ds.errors import UserError, first_line
 
@@ -195,8 +195,8 @@ def encode(example: Example, tokenizer: Any, max_length: int = 2048, reserve: in
     prompt, *whole = _ids(_texts(example), tokenizer)
     # The same number of ids from all: what remains of the prompt they still share, and it is computed once.
     excess = max(0, max(map(len, whole)) - max_length)
-    kept = [_keep_end(ids, max(len(ids) - excess, min(len(ids), 2)), bos) for ids in whole]
-    kept_prompt = _keep_end(prompt, max_length - reserve, bos)
+    kept = [keep_end(ids, max(len(ids) - excess, min(len(ids), 2)), bos) for ids in whole]
+    kept_prompt = keep_end(prompt, max_length - reserve, bos)
     # By the difference of lengths: a tokenizer may merge the prompt's end with the answer's beginning.
     lengths = [max(1, min(len(w) - len(prompt), len(k) - 1)) for w, k in zip(whole, kept, strict=True)]
     return Encoded(kept, lengths, kept_prompt, [prompt, *whole] != [kept_prompt, *kept])
@@ -208,7 +208,7 @@ def _texts(example: Example) -> list[str]:
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    return [_without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(texts).input_ids]
+    return [without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(texts).input_ids]
 
 
 def common_prefix(encoded: Encoded) -> int:

@@ -1,0 +1,279 @@
+"""What a sweep is: its YAML, and the runs that follow from it, each with its config and its folder."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from cola_ds.config import RunConfig, apply_override, explain, load_config, parse_yaml
+from cola_ds.errors import UserError
+from cola_ds.tables import Group, Outcome
+
+PAPER_GRIDS = {
+    "adamw": [1e-3, 8e-4, 5e-4, 1e-4, 5e-5],
+    "sgd": [2e-3, 5e-3, 1e-2, 2e-2, 5e-2],
+    "adagrad": [1e-3, 8e-4, 5e-4, 1e-4, 5e-5],
+}
+"""The learning rates that COLA's paper searches, by optimizer."""
+_METHODS = get_args(RunConfig.model_fields["method"].annotation)
+_NOT_TRAINED = ("zero-shot", "icl")
+FILES = ("deepspeed", "data.task")
+"""Keys whose values are files that a sweep is frozen with."""
+_OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
+
+Overrides = dict[str, Any]
+
+
+def _tasks(value: Any) -> Any:
+    if value and (
+        isinstance(value, dict) or (isinstance(value, list) and all(isinstance(t, str) and t for t in value))
+    ):
+        return value
+    raise ValueError("must be a list of tasks, or names with what differs for each")
+
+
+def _values(value: Any) -> Any:
+    if value == "paper":
+        return value
+    if not isinstance(value, list) or not value or any(a == b for a, b in itertools.combinations(value, 2)):
+        raise ValueError("must be a list of different values, or paper")
+    return value
+
+
+def _seeds(value: Any) -> Any:
+    if value is None or value == "all":
+        return value
+    numbers = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+    if not value or not numbers or len(set(value)) < len(value):
+        raise ValueError("must be a list of different whole numbers from 0")
+    return value
+
+
+class Sweep(BaseModel):
+    """The sweep's YAML. Paths in it are relative to the working directory."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    base: str = Field(min_length=1)
+    """The YAML of a run: what all runs have in common."""
+    dir: str = Field(min_length=1)
+    tasks: Annotated[list[str] | dict[str, Overrides | None], BeforeValidator(_tasks)]
+    """Values of data.task, or by name what differs from the base; data.task is the name unless that says otherwise."""
+    methods: dict[str, Overrides | None] = Field(min_length=1)
+    """By name, what differs from the base; a name that is a method is the method, unless that says otherwise."""
+    grid: dict[str, Annotated[list[Any] | Literal["paper"], BeforeValidator(_values)]] = {}
+    """By key, the values to search; a key that a task or a method sets is not searched there."""
+    seeds: Annotated[list[int], BeforeValidator(_seeds)]
+    search_seeds: Annotated[list[int] | Literal["all"] | None, BeforeValidator(_seeds)] = None
+    """What the grid is searched with; null: the first of the seeds."""
+    launcher: str | None = None
+    """A command that runs a run's YAML, such as ./launch/local.sh {run} 2; {run} stands for that file."""
+
+    def task_overrides(self) -> dict[str, Overrides]:
+        """By name of each task, what differs from the base."""
+        if isinstance(self.tasks, list):
+            return {_task_name(task): {"data.task": task} for task in self.tasks}
+        given = {name: overrides or {} for name, overrides in self.tasks.items()}
+        # A name is the task, unless that says otherwise.
+        return {n: o if {"data.task", "data.train"} & o.keys() else {"data.task": n, **o} for n, o in given.items()}
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs of one task with one method."""
+
+    group: Group
+    words: list[str]
+    """What differs from the base, as section.key=value; so are the points of the grid."""
+    points: dict[str, list[str]]
+    configs: dict[str, RunConfig]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the list that a sweep is."""
+
+    index: int
+    series: Series
+    point: str | None
+    """None: the one that is chosen, once it is known."""
+    seed: int
+
+    @property
+    def stage(self) -> str:
+        return "seeds" if self.point is None else "search"
+
+    def name(self, point: str | None) -> str:
+        group = self.series.group
+        return "/".join([group.task, group.name, *filter(None, ["?" if point is None else point]), f"seed={self.seed}"])
+
+    def place(self, point: str) -> Path:
+        return self.series.group.paths[point, self.seed]
+
+    def is_done(self, point: str) -> bool:
+        """Whether it has finished, and was of this config."""
+        outcome = self.outcome(point)
+        return outcome.state == "finished" and outcome.is_of(self.series.configs[point])
+
+    def outcome(self, point: str) -> Outcome:
+        return self.series.group.outcome(point, self.seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that has been checked: its runs in order, the search first."""
+
+    sweep: Sweep
+    series: list[Series]
+    runs: list[Run]
+    common: list[str]
+    """The command line's own overrides."""
+
+
+# -- from the YAML to the runs ------------------------------------------------------------------------------------------
+
+
+def load_plan(path: str, common: list[str]) -> Plan:
+    """Read and check a sweep and the config of every run in it. Raises UserError, in one line. Writes nothing."""
+    sweep = _load_sweep(path)
+    raw = read_yaml(sweep.base, "the base's YAML")
+    for override in common:
+        apply_override(raw, override)
+    for names in (sweep.tasks, sweep.methods):
+        if len({_file_name(_task_name(name)) for name in names}) < len(names):
+            raise UserError(f"{path}: two of {', '.join(names)} have the same folder; name them otherwise")
+    series = []
+    for (task, of_task), (name, of_method) in itertools.product(sweep.task_overrides().items(), sweep.methods.items()):
+        here = {**of_task, **({"method": name} if name in _METHODS else {}), **(of_method or {})}
+        _check_keys(path, here, [override.partition("=")[0] for override in common], sweep)
+        series.append(_make_series(sweep, raw, common, task, name, here))
+    runs: list[Run] = []
+    for one in series:
+        group = one.group
+        seeds = group.search_seeds if len(group.points) > 1 else group.seeds
+        runs += [Run(len(runs) + i, one, *at) for i, at in enumerate(itertools.product(group.points, seeds))]
+    for one in series:
+        if len(one.group.points) > 1:
+            rest = [seed for seed in one.group.seeds if seed not in one.group.search_seeds]
+            runs += [Run(len(runs) + i, one, None, seed) for i, seed in enumerate(rest)]
+    return Plan(sweep, series, runs, common)
+
+
+def _load_sweep(path: str) -> Sweep:
+    raw = read_yaml(path, "the sweep's YAML")
+    for key in sorted(map(str, raw.keys() - Sweep.model_fields.keys())):
+        known = list(Sweep.model_fields)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        raise UserError(
+            f"{path}: unknown key {key}; {f'did you mean {nearest[0]}?' if nearest else 'known are ' + ', '.join(known)}"
+        )
+    try:
+        sweep = Sweep.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(dict(error.errors()[0]))}") from None
+    if "paper" in [values for key, values in sweep.grid.items() if key != "optim.lr"]:
+        raise UserError(f"{path}: grid: paper stands for the paper's values of optim.lr, and of nothing else")
+    return sweep
+
+
+def read_yaml(path: str, what: str) -> dict[str, Any]:
+    try:
+        raw = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no keys")
+    return raw
+
+
+def _task_name(task: str) -> str:
+    return Path(task).stem if is_task_file(task) else task
+
+
+def is_task_file(task: str) -> bool:
+    """Whether data.task is a user's own, in a file."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> None:
+    """Refuse keys that the sweep sets by itself, and overrides of the command line that it would set again."""
+    for key in (*here, *sweep.grid, *common):
+        if key in _OWN_KEYS:
+            raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
+        if key in FILES and key in sweep.grid:  # a point is named by its values
+            raise UserError(f"{path}: grid: {key} is nothing to search: make each of its values a task or a method")
+    for key in common:
+        if key in here or key in sweep.grid:
+            raise UserError(f"override {key}: the sweep's tasks, methods or grid set it; change it in {path}")
+
+
+def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str, name: str, here: Overrides) -> Series:
+    words = [override_word(key, value) for key, value in here.items()]
+    merged = copy.deepcopy(raw)
+    for word in words:
+        apply_override(merged, word)
+    grid = {} if merged.get("method") in _NOT_TRAINED else {k: v for k, v in sweep.grid.items() if k not in here}
+    grid_points = _points(grid, merged)
+    points = {_point_name(point): [override_word(*item) for item in point.items()] for point in grid_points}
+    seeds = tuple(sweep.seeds)
+    search = seeds if sweep.search_seeds == "all" else tuple(sweep.search_seeds or seeds[:1])
+    folder = Path(sweep.dir) / _file_name(task) / _file_name(name)
+    paths = {(point, seed): folder / point / f"seed={seed}" for point in points for seed in {*seeds, *search}}
+    if len(points) < len(grid_points):
+        raise UserError(f"{task} / {name}: two points of the grid have the same name: {', '.join(points)}")
+    group = Group(task, name, paths, tuple(points), seeds, search if len(points) > 1 else seeds)
+    configs = {}
+    for point, of_point in points.items():
+        its_own = [override_word("run.seed", seeds[0]), override_word("run.dir", str(paths[point, seeds[0]]))]
+        try:
+            configs[point] = load_config(sweep.base, [*common, *words, *of_point, *its_own])
+        except UserError as error:
+            raise UserError(f"{task} / {name}: {error}") from None
+    if len(points) > 1 and not all(map(_has_dev, configs.values())):
+        raise UserError(f"{task} / {name}: nothing is held out by which the grid's best is chosen: name data.eval")
+    return Series(group, [*common, *words], points, configs)
+
+
+def _has_dev(config: RunConfig) -> bool:
+    return config.data.task is not None or config.data.eval is not None
+
+
+def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
+    """Every point of the grid, in the order in which it is written; one empty point where there is no grid."""
+    optimizer = (merged.get("optim") or {}).get("name", "adamw")
+    if "paper" in grid.values() and "optim.name" in grid:
+        raise UserError("grid.optim.lr paper goes by optim.name, which the grid varies: make each optimizer a method")
+    paper = PAPER_GRIDS.get(optimizer, PAPER_GRIDS["adamw"])  # another name is refused with the run's config
+    lists = [paper if values == "paper" else values for values in grid.values()]
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def override_word(key: str, value: Any) -> str:
+    """An override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./+=,-]+", value) and parse_yaml(value, key) == value:
+        return f"{key}={value}"
+    return f"{key}={json.dumps(value, default=str)}"
+
+
+def _point_name(point: Overrides) -> str:
+    last = [key.rpartition(".")[2] for key in point]
+    return ",".join(
+        f"{name if last.count(name) == 1 else key}={_file_name(_text(value))}"
+        for name, (key, value) in zip(last, point.items(), strict=True)
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"
