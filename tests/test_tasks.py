@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import importlib.util
 import json
-import os
 import random
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from cola_ds.data.tasks import (
     with_demonstrations,
 )
 from cola_ds.errors import UserError
-from tests.toys import REPOSITORY
+from tests.toys import REAL_TASKS
 
 
 def chosen(prompt, candidates, *correct):
@@ -479,7 +478,6 @@ def test_the_hub(tmp_path):
 
 def shared_tasks():
     """Real data, where a machine has it: its cases exist only there."""
-    folder = Path(os.environ.get("COLA_DS_TASKS", REPOSITORY.parent / "shared/tasks"))
     sizes = {
         "sst2": (6920, 872),
         "cb": (250, 56),
@@ -490,7 +488,7 @@ def shared_tasks():
         "multirc": (1002, 603),
         "squad": (1500, 1190),
     }
-    return [(name, folder / name, *size) for name, size in sizes.items() if (folder / name).is_dir()]
+    return [(name, REAL_TASKS / name, *size) for name, size in sizes.items() if (REAL_TASKS / name).is_dir()]
 
 
 if shared_tasks():

@@ -1,6 +1,7 @@
 """Small models, data and runs that tests are made of."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# A folder for each task, with real data, where a machine has it: not part of the project.
+REAL_TASKS = Path(os.environ.get("COLA_DS_TASKS", REPOSITORY.parent / "shared/tasks"))
 
 _SIZES = {
     "vocab_size": 300,
