@@ -15,12 +15,15 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cola_ds import lock, signals, watch
-from cola_ds.config import load_config
+from cola_ds.config import RunConfig, load_config
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
+
+if TYPE_CHECKING:
+    from cola_ds.prepare import Prepared
 
 _PATIENCE_S = 10  # launchers end the other processes of a run within seconds of the first that exits
 _LAST_WORDS_S = 3  # before that, for what they have to say
@@ -137,6 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    evaluate = commands.add_parser("evaluate", help="score a model, or what a run has learnt, on a task")
+    evaluate.add_argument("target", metavar="MODEL|RUN_DIR")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.add_argument("--task", required=True, metavar="NAME", help="one of the eleven, or a task's YAML")
+    evaluate.add_argument("--method", choices=["zero-shot", "icl"], default="zero-shot")
+    evaluate.add_argument("--dir", metavar="FOLDER", help="the task's data; without it, the hub's")
+    evaluate.add_argument("--out", metavar="DIR", help="the evaluation's own run folder (runs/evaluate/...)")
+    evaluate.add_argument("--fresh", action="store_true", help="remove what an earlier one left there")
+    evaluate.set_defaults(run=_evaluate, resume="auto")
+
     export = commands.add_parser("export", help="write a finished run's model in another form")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument(
@@ -188,9 +201,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
         )
     if not args.dry_run:
-        signals.listen(
-            lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), _leave_now
-        )
+        _listen(process)
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
         from cola_ds.engine_config import read_engine_config
@@ -199,15 +210,41 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         read_engine_config(config)
         print(f"wrote {freeze(config, Path(args.freeze))}")
         return
+    if args.dry_run:
+        _prepare(config, process, args.processes or process.world_size)
+        return
+    _start(config, process, args.resume, args.fresh, tuple(args.allow_change))
+
+
+def _evaluate(args: argparse.Namespace, process: Process) -> None:
+    _listen(process)
+    from cola_ds.evaluation import evaluation_config
+
+    config = evaluation_config(
+        args.target, args.method, args.task, args.dir, args.out, process.world_size, args.overrides
+    )
+    _start(config, process, args.resume, args.fresh)
+
+
+def _listen(process: Process) -> None:
+    signals.listen(lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), _leave_now)
+
+
+def _prepare(config: RunConfig, process: Process, world_size: int) -> Prepared:
     from cola_ds.prepare import prepare, summarize  # torch takes seconds to import: not for a misspelt key
 
     _quiet_libraries(process)
-    world_size = args.processes or process.world_size
     prepared = prepare(config, world_size)
     if process.rank == 0:
         print(summarize(prepared, world_size), flush=True)
-    if args.dry_run:
-        return
+    return prepared
+
+
+def _start(
+    config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: tuple[str, ...] = ()
+) -> NoReturn:
+    """Run a config to its end."""
+    prepared = _prepare(config, process, process.world_size)
     from cola_ds import processes  # and deepspeed more
     from cola_ds.resume import Wish
     from cola_ds.rundir import RunFolder
@@ -215,7 +252,8 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 
     if process.rank == 0:  # before the others wait for it
         data = config.data
-        inputs = [config.model.path, *filter(None, (data.dir,) if data.task or data.hub else (data.train, data.eval))]
+        read = (data.dir,) if data.task or data.hub else (data.train, data.eval)
+        inputs = [config.model.path, *filter(None, (config.model.links, *read))]
         RunFolder(config.run.dir).check_inputs(inputs)
     processes.check_dtype(config.model.dtype)
     limit_s = config.run.hang_after_s
@@ -223,7 +261,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         process,
         begin_watch=lambda share: watch.begin(process.rank, process.world_size, limit_s, _exit_now, share),
     )
-    ran = train(prepared, process, Wish(args.resume, args.fresh, tuple(args.allow_change)))
+    ran = train(prepared, process, Wish(resume, fresh, allow_change))
     signals.finished()
     watch.leave(0)
     processes.stop_processes()

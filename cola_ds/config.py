@@ -64,6 +64,8 @@ class ModelConfig(_Section):
     """What the weights are stored in and computed in; DeepSpeed keeps fp32 masters of what is trained."""
     revision: str | None = None
     trust_remote_code: bool = False
+    links: str | None = None
+    """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
@@ -223,6 +225,10 @@ class RunConfig(_Section):
                 )
         if self.method == "zero-shot" and self.data.eval is None and self.data.task is None:
             raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
+        if self.model.links is not None and self.trains:
+            raise ValueError(
+                f"method {self.method} contradicts model.links, which is for evaluation; train a model made by cola-ds export"
+            )
         if self.eval.patience is not None and (
             self.eval.every == "end" or (self.data.eval is None and self.data.task is None)
         ):
@@ -291,12 +297,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no keys; a run's YAML has sections such as model, data and optim")
-    for override in overrides or []:
+    return check_config(raw, overrides or [], str(path))
+
+
+def check_config(raw: dict[str, Any], overrides: list[str], source: str) -> RunConfig:
+    """The config that the keys of `source` and the overrides make. Raises UserError, in one line."""
+    for override in overrides:
         apply_override(raw, override)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(explain(dict(e)) for e in error.errors())) from None
+        raise UserError(f"{source}: " + "; ".join(explain(dict(e)) for e in error.errors())) from None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError, first_line
-from cola_ds.fingerprint import sha256_of
 from cola_ds.lora import delta_weight
 from cola_ds.rundir import RunFolder, write_adapter
 
@@ -35,7 +34,7 @@ def export(run: str | Path, to: str, out: str | Path) -> Path:
     folder.result()
     if to != "hf" and not config.trains_lora:
         raise UserError(f"--to {to}: method {config.method} leaves no adapters; use --to hf")
-    links = _links(folder)
+    links = folder.tied_links()
     if to == "peft":
         _write_chain(config, folder, len(links), target)
         return target
@@ -50,18 +49,6 @@ def export(run: str | Path, to: str, out: str | Path) -> Path:
         _merge(config, folder, len(links), scratch)
     scratch.rename(target)
     return target
-
-
-def _links(folder: RunFolder) -> list[Path]:
-    """The folders of the tied links, each of which is the one that the run tied."""
-    hashes = folder.result()["link_sha256"]
-    paths = [folder.link_path(link) for link in range(1, len(hashes) + 1)]
-    for path, digest in zip(paths, hashes, strict=True):
-        if not path.is_dir():
-            raise UserError(f"{folder.path} lacks {path.relative_to(folder.path)}: a link of the chain is missing")
-        if sha256_of(path / "adapter_model.safetensors") != digest:
-            raise UserError(f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy")
-    return paths
 
 
 def _write_chain(config: RunConfig, folder: RunFolder, length: int, out: Path) -> None:

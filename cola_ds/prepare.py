@@ -127,9 +127,12 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
         f"method      {config.method}{layers}",
         f"data        {data}",
-        f"batch       {optim.global_batch_size} = {batch}",
-        f"steps       {timetable.total_steps} ({timetable.steps_per_epoch} per epoch)",
     ]
+    if config.model.links is not None:
+        lines.insert(1, f"links       those of {config.model.links}")
+    if config.trains:
+        lines.append(f"batch       {optim.global_batch_size} = {batch}")
+        lines.append(f"steps       {timetable.total_steps} ({timetable.steps_per_epoch} per epoch)")
     if config.trains_lora:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""

@@ -26,7 +26,7 @@ from cola_ds.checkpoint import (
 )
 from cola_ds.config import RunConfig, Timetable
 from cola_ds.errors import UserError
-from cola_ds.lora import lora_layers, start_link
+from cola_ds.lora import inject, lora_layers, start_link
 from cola_ds.rundir import RunFolder, read_link
 from cola_ds.tie import tie_link
 
@@ -238,18 +238,7 @@ def restore_model(
     device = processes.device()
     processes.on_process_0(lambda: _check_links(model, config, link, found))
     for past in range(1, link):
-        tensors = read_link(found.link_path(past)) if found else {}
-        for name, layer in lora_layers(model).items():
-            lora_rank = config.lora_ranks[past - 1]
-            lora_A, lora_B = (
-                processes.tensor_from_process_0(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
-                for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
-                for count in [shape[0] * shape[1]]
-            )
-            layer.reset(lora_A, config.lora.alpha / lora_rank, device)
-            layer.lora_B.data.copy_(lora_B)
-        local, exact = config.chain.tie == "local", config.chain.merge == "exact"
-        tie_link(model, remainders, local=local, exact=exact, last=False, keep_tensors=False)
+        _tie_again(model, config, past, read_link(found.link_path(past)) if found else {}, remainders, last=False)
     if config.trains_lora:
         start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
@@ -258,6 +247,65 @@ def restore_model(
         for name, _, whole in _from_process_0(found, params, "master"):
             part, start = zero.own_part(params[name])
             part.copy_(whole[start : start + part.numel()])
+
+
+def _tie_again(
+    model: nn.Module,
+    config: RunConfig,
+    link: int,
+    tensors: dict[str, Tensor],
+    remainders: dict[str, Tensor],
+    last: bool,
+) -> None:
+    """Tie a link that process 0 has read, as the run did. Collective."""
+    for name, layer in lora_layers(model).items():
+        lora_rank = config.lora_ranks[link - 1]
+        lora_A, lora_B = (
+            processes.tensor_from_process_0(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
+            for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
+            for count in [shape[0] * shape[1]]
+        )
+        layer.reset(lora_A, config.lora.alpha / lora_rank, processes.device())
+        layer.lora_B.data.copy_(lora_B)
+    local, exact = config.chain.tie == "local", config.chain.merge == "exact"
+    tie_link(model, remainders, local=local, exact=exact, last=last, keep_tensors=False)
+
+
+def tie_run(model: nn.Module, run: RunFolder, base: str, reads: bool) -> None:
+    """Give a run's base model, whose fingerprint is `base`, all that the run has learnt, and freeze it. Collective; the links are
+    what process 0, which alone `reads`, finds.
+
+    Raises UserError for a run that has not finished, a link that has changed, or another base model.
+    """
+    config = run.config()
+    facts = processes.on_process_0(lambda: _facts_of_run(run, base))
+    inject(model, facts["layers"], dropout=0.0, train_bias=False)
+    remainders: dict[str, Tensor] = {}
+    for link in range(1, facts["links"] + 1):
+        tensors = run.read_link(link) if reads else {}
+        _tie_again(model, config, link, tensors, remainders, last=link == facts["links"])
+    if config.lora.bias == "lora_only":  # the last link's biases are the run's
+        for name, layer in lora_layers(model).items():
+            if layer.bias is not None:
+                bias = processes.tensor_from_process_0(tensors.get(f"{name}.base_layer.bias"), layer.out_features)
+                with zero.gathered([layer.bias], write=True):
+                    part = zero.written_part(layer.bias)
+                    part.copy_(bias[: part.numel()])
+    model.requires_grad_(False)
+
+
+def _facts_of_run(run: RunFolder, base: str) -> dict[str, Any]:
+    links = run.tied_links()
+    if not links:
+        raise UserError(f"model.links {run.path} has no links: its method is {run.config().method}")
+    held = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))["base"]
+    if held != base:
+        raise UserError(
+            f"model.links {run.path} belongs to another base model: its fingerprint is {held[:16]}, model.path's {base[:16]}"
+        )
+    names = run.read_link(1)
+    layers = [name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")]
+    return {"links": len(links), "layers": layers}
 
 
 def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None) -> None:

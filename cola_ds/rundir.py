@@ -196,6 +196,20 @@ class RunFolder:
         """Where a tied link lies."""
         return self.path / "chain" / f"link-{link:04d}"
 
+    def tied_links(self) -> list[Path]:
+        """The folders of a finished run's links. Raises UserError where one is missing, or is not the one that the run tied."""
+        hashes = self.result()["link_sha256"]
+        paths = [self.link_path(link) for link in range(1, len(hashes) + 1)]
+        for path, digest in zip(paths, hashes, strict=True):
+            file = path / "adapter_model.safetensors"
+            if not file.is_file():
+                raise UserError(f"{self.path} lacks {path.relative_to(self.path)}: a link of the chain is missing")
+            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise UserError(
+                    f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy"
+                )
+        return paths
+
     def read_link(self, link: int) -> dict[str, Tensor]:
         """A tied link's tensors, under the names that `write_link` was given."""
         return read_link(self.link_path(link) / "adapter_model.safetensors")

@@ -31,7 +31,16 @@ from cola_ds.lock import RunLock
 from cola_ds.lora import inject, start_link
 from cola_ds.optim import make_optimizer
 from cola_ds.prepare import Prepared, count_trainable
-from cola_ds.resume import Identity, Wish, check_fits, choose_start, engine_facts, restore_model, restore_optimizer
+from cola_ds.resume import (
+    Identity,
+    Wish,
+    check_fits,
+    choose_start,
+    engine_facts,
+    restore_model,
+    restore_optimizer,
+    tie_run,
+)
 from cola_ds.rundir import RunFolder, describe_environment, read_link
 from cola_ds.saving import Constant, from_counters, save_chain, space_needed
 
@@ -60,6 +69,8 @@ def build_chain(
         inject(model, prepared.targets, config.lora.dropout, train_bias=config.lora.bias == "lora_only")
     else:
         model.requires_grad_(config.method == "full")
+    if config.model.links is not None:
+        tie_run(model, RunFolder(config.model.links), base, reads=process.rank == 0)
     if restored:
         restore_model(model, config, state.link, found, state.remainders)
     elif config.trains_lora:
