@@ -137,8 +137,6 @@ def test_evaluate_takes_a_run_and_a_model(toy, tmp_path, task):
     again = cola_ds("evaluate", tmp_path / "run", *task, "--out", tmp_path / "of-run", "model.dtype=fp32")
     assert f"links       those of {tmp_path / 'run'}" in again.stdout
     assert "this run is finished already" in again.stdout
-        cola_ds("evaluate", tmp_path / "run", *task, "--out", tmp_path / "again").stdout
-    )
 
     # What is wrong is said in one line.
     (tmp_path / "unfinished").mkdir()

@@ -1,0 +1,67 @@
+"""The sweeps that come with the project: each task and method resolves, on a small model of that architecture."""
+
+import json
+import re
+
+import pytest
+
+from cola_ds.report import PAPER_TABLES
+from cola_ds.sweep_plan import load_plan
+from tests.test_tasks import BY_HAND
+from tests.toys import REPOSITORY, save_model
+
+SWEEPS = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") if not path.stem.endswith("base"))
+
+FEW = {"num_train": 20, "num_dev": 4, "num_test": 4, "demonstrations": 2}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Rows of every task, enough to draw from."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in {task for task, _, _ in BY_HAND}:
+        rows = [row for task, row, _ in BY_HAND if task == name]
+        (folder / name).mkdir()
+        for split in ("train", "validation"):
+            text = "".join(json.dumps(row) + "\n" for row in rows * 60)
+            (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_model(folder / name, name, max_position_embeddings=4096) for name in ("llama", "opt")}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
+    from cola_ds.prepare import prepare
+
+    monkeypatch.chdir(REPOSITORY)
+    name = str(path.relative_to(REPOSITORY))
+    plan = load_plan(name, [])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith(f"#   cola-ds sweep {name}") for line in lines)
+    report = next(line for line in lines if line.startswith("#   cola-ds report "))
+    assert report.split()[3] == plan.sweep.dir
+    if "--paper" in report:  # every task and method of the paper's table is there
+        assert report.split()[-1] == path.stem
+        assert path.stem in PAPER_TABLES
+    for series in plan.series:
+        config = series.configs[series.group.points[0]]
+        model = models["opt" if re.search("opt-", config.model.path) else "llama"]
+        own = {"path": str(model), "dtype": "fp32"}
+        config = config.model_copy(update={
+            "model": config.model.model_copy(update=own),
+            "data": config.data.model_copy(update={"dir": str(tasks), **FEW}),
+            "deepspeed": "ds_configs/zero3.json",
+        })  # fmt: skip
+        prepared = prepare(config, 1)
+        assert prepared.test.task.name == series.group.task
+        if config.trains_lora:
+            assert len(prepared.timetable.knots) == config.chain.length == len(config.lora_ranks)
+
+
+def test_the_papers_tables_are_all_there():
+    assert {path.stem for path in SWEEPS if path.parent.name == "paper"} == set(PAPER_TABLES)
