@@ -57,7 +57,7 @@ scores = {"metric": "accuracy", "dev": dev, "test": test + seed / 100, "best_ste
 print(" 50%|##   | 1/2", end="")
 result = {
     "method": config["method"],
-    "task": name.split("/")[0],
+    "task": config["data"].get("task", name.split("/")[0]),
     "seed": seed,
     "scores": scores,
     "links": 1,

@@ -50,6 +50,14 @@ def commands():
     return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
 
 
+def save_task(folder):
+    """Rows that are examples of sst2 and of cb."""
+    folder.mkdir(parents=True)
+    for name, count in (("train", 700), ("validation", 10)):
+        rows = ({"sentence": f"a {n}", "premise": f"b {n}", "hypothesis": "c", "label": n % 2} for n in range(count))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_scripts_pass_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
@@ -156,14 +164,30 @@ def test_readme_commands_run(copy):
     save_sums(copy / "data/dev.jsonl", 12, seed=1)
     for row in blocks("json"):
         assert {"prompt", "completion"} <= set(json.loads(row))
-    (run_yaml,) = [block for block in blocks("yaml") if "model:" in block]
-    (copy / "my_run.yaml").write_text(run_yaml, encoding="utf-8")
+    for name in ("my_run", "my_base", "my_sweep"):
+        (text,) = re.findall(rf"this `{name}.yaml`:\n\n```yaml\n(.*?)```", README, flags=re.DOTALL)
+        (copy / f"{name}.yaml").write_text(text, encoding="utf-8")
+    save_task(copy / "tasks/sst2")
+    save_task(copy / "tasks/cb")
+    # One of the 46 runs of the sweep is a real one, with a knot; what the others leave is made up.
+    names = in_copy(copy, "cola-ds sweep my_sweep.yaml --list").splitlines()
+    number = next(line.split()[0] for line in names if line.endswith("cb/cola/lr=0.001/seed=0"))
+    in_copy(copy, f"cola-ds sweep my_sweep.yaml optim.epochs=5 --only {number}")
+    (copy / "told.json").write_text('{"fail": {}, "scores": {}}', encoding="utf-8")
+    with open(copy / "my_sweep.yaml", "a", encoding="utf-8") as out:
+        out.write("launcher: python tests/stand_in.py . {run}\n")
     elsewhere = ("./launch/quickstart.sh", "./launch/test.sh", "source ")  # below; what runs this; done by in_copy
     mine = [command for command in commands() if not command.startswith(elsewhere)]
     assert len(mine) >= 5
     for command in mine:
         in_copy(copy, command)
     assert (copy / "my-merged-model/model.safetensors").is_file()
+    assert len((copy / "starts").read_text(encoding="utf-8").splitlines()) == 45
+    table = in_copy(copy, "cola-ds report runs/low-data --paper low-data").replace("*", "")
+    made_up = re.escape("52.00 ±1.58 (5)")
+    assert re.search(rf"\| cb \| accuracy \| {made_up} \| {made_up} \[72.76\] \| .* \(5\) \[73.21\] \|", table)
+    assert (copy / "runs/low-data/runs.csv").is_file()
+    assert (copy / "runs/low-data/figures/loss-cb.png").is_file()
 
 
 def test_readme_names_what_is_there():

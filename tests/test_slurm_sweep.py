@@ -171,3 +171,15 @@ def test_indices_that_the_cluster_does_not_take(place):
     assert "run 13, easy/lora/?/seed=2, is beyond this cluster's arrays, whose MaxArraySize is 13" in done.stderr
     write_sweep(place, seeds=[0, 1])
     assert subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True).returncode == 0
+
+
+def test_the_commands_of_the_page(place):
+    page = (REPOSITORY / "slurm/README.md").read_text(encoding="utf-8")
+    calls = [line.split() for line in page.splitlines() if line.startswith("./slurm/sweep.sh ")]
+    assert len(calls) == 2
+    for words in calls:
+        assert words[-1] == "my_sweep.yaml"
+        words = [words[0], "--dry-run", *words[1:-1], str(place / "sweep.yaml")]
+        done = subprocess.run(words, cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "--ntasks-per-node=1 " in done.stderr

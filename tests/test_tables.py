@@ -61,6 +61,15 @@ def test_mean_deviation_and_comparison(tmp_path):
     assert "Missing, 8 runs: squad/cola-2/seed=1, squad/cola-2/seed=2," in text
 
 
+def test_seeds_that_both_have_are_compared(tmp_path):
+    """Of LoRA 0, 1 and 2, of COLA 1 and 2: 61 - 60 and 72 - 70, t = 1.5 / (sqrt(0.5) / sqrt(2)) = 3, p = 0.2048."""
+    for seed, score in enumerate((0.5, 0.6, 0.7)):
+        save_result(tmp_path / f"l{seed}", score, seed=seed, **LORA)
+    for seed, score in ((1, 0.61), (2, 0.72)):
+        save_result(tmp_path / f"c{seed}", score, seed=seed, **COLA)
+    assert "| cb | cola-2 - lora | 2 | +1.50 | 0.205 | 0.205 | no significant difference |" in tables(tmp_path)
+
+
 def test_a_difference_that_is_not_significant_is_not_called_so(tmp_path):
     """Differences 1 3 2 5 0.5: t = 2.3 / (sqrt(3.2) / sqrt(5)), p = 0.0452; below 0.05 alone, but not as one of two."""
     for task, jitter in (("cb", (1, 3, 2, 5, 0.5)), ("rte", (1, 4, 2, -1, 1.5))):
