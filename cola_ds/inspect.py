@@ -38,10 +38,14 @@ def inspect(run: str) -> str:
         lines.append(
             f"skipped      {len({row['step'] for row in skipped})} updates, the last at step {skipped[-1]['step']}"
         )
-    evaluations = [row for row in evaluations if row["loss"] is not None]
-    if evaluations:
-        best = min(evaluations, key=lambda row: row["loss"])
+    losses = [row for row in evaluations if row.get("loss") is not None]
+    if losses:
+        best = min(losses, key=lambda row: row["loss"])
         lines.append(f"best         held-out loss {best['loss']:.4f} at step {best['step']}")
+    on_dev = [row for row in evaluations if row.get("split") == "dev"]
+    if on_dev:
+        best = max(on_dev, key=lambda row: row["score"])
+        lines.append(f"best         {best['metric']} {best['score']:.4f} on dev at step {best['step']}")
     if config.trains_lora:
         lines.append(f"links        {_count_links(folder)} of {config.chain.length} tied")
     for row in folder.rows("knots.jsonl"):

@@ -63,6 +63,7 @@ result = {
     "links": 1,
     "steps": 2,
     "training_flops": 1e9,
+    "profiled_flops": 2e9,
     "wall_time_s": 1.0,
     "peak_memory_bytes": 1,
 }

@@ -32,7 +32,13 @@ def save_result(folder, test, task="cb", dev=0.5, seed=0, flops=1e9, losses=(), 
         "scores": scores,
         "links": config["chain"]["length"],
     }
-    result |= {"steps": len(losses), "training_flops": flops, "wall_time_s": 12.5, "peak_memory_bytes": 2**30}
+    result |= {
+        "steps": len(losses),
+        "training_flops": flops,
+        "profiled_flops": 2 * flops,
+        "wall_time_s": 12.5,
+        "peak_memory_bytes": 2**30,
+    }
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     rows = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(losses, 1)]
     (folder / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -172,7 +178,8 @@ def test_csv_and_figures(tmp_path):
     assert next(row for row in rows if row["folder"] == str(tmp_path / "runs/3-1")) == {
         "task": "cb", "name": "cola-3", "state": "finished", "chosen": "yes", "method": "cola", "links": "3",
         "lora_ranks": "8 8 8", "lr": "0.002", "optimizer": "adamw", "num_train": "", "seed": "1", "dev": "0.5", "test": "0.73",
-        "metric": "accuracy", "steps": "3", "flops": "1000000000.0", "seconds": "12.5", "folder": str(tmp_path / "runs/3-1"),
+        "metric": "accuracy", "steps": "3", "flops": "1000000000.0", "profiled_flops": "2000000000.0",
+        "seconds": "12.5", "folder": str(tmp_path / "runs/3-1"),
     }  # fmt: skip
     assert [row["state"] for row in rows].count("missing") == 1
 

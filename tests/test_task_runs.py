@@ -9,6 +9,7 @@ import torch
 from cola_ds.config import load_config
 from cola_ds.data.task_table import TASKS
 from cola_ds.errors import UserError
+from cola_ds.inspect import inspect
 from tests.distributed import process_group, run_distributed
 from tests.runs import record, train_in
 from tests.test_cli import cola_ds
@@ -163,6 +164,9 @@ def test_training_on_a_task_is_the_same_at_every_world_size(model, tmp_path, nam
     assert (scores["best_step"], scores["dev"]) == next((step, score) for step, score in on_dev if score == best)
     tested = {row["step"]: row["score"] for row in evaluations if row["split"] == "test"}
     assert scores["test"] == tested[scores["best_step"]]  # of the best by dev, not the best of test
+    assert f"best         {scores['metric']} {best:.4f} on dev at step {scores['best_step']}" in inspect(
+        str(tmp_path / "in-2/run")
+    )
 
 
 def test_classification_learns_what_language_modelling_of_the_answer_would(model, tmp_path):
