@@ -43,6 +43,7 @@ class Cluster:
 
     def submit(self, env: dict, *words) -> tuple[str, Path]:
         """What slurm/submit.sh does on the head node: the job's number, and the folder that it made."""
+        self.wait_for_nodes()
         command = [*self.head, "./slurm/submit.sh", *map(str, words)]
         done = subprocess.run(
             command, cwd=REPOSITORY, env={**env, **self.own}, capture_output=True, text=True, timeout=90
@@ -51,6 +52,13 @@ class Cluster:
         return re.search(r"Submitted batch job (\d+)", done.stdout)[1], Path(
             re.search(r"^logs: (.*)/logs/latest/", done.stdout, re.MULTILINE)[1]
         )
+
+    def wait_for_nodes(self, timeout_s: float = 300) -> None:
+        """Until every node answers and has heard that its last job is over: one that was just booted has not at once."""
+        deadline = time.monotonic() + timeout_s
+        while found := re.findall(r"\S*(?:down|unk|comp|[*])\S*", self.do("exec", "sinfo", "-h", "-N", "-o", "%N:%t")):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.3)
 
     def show(self, job: str, field: str) -> str:
         """A field of `scontrol show job`."""

@@ -52,11 +52,14 @@ def run_file(toy, folder, **sections):
     return save_run(folder / "run.yaml", config)
 
 
-def wait_for_step(folder, step, timeout_s=120):
+def wait_for_step(cluster, frozen, folder, step, timeout_s=300):
     """Until the run has made that step."""
     path, deadline = folder / "run/metrics.jsonl", time.monotonic() + timeout_s
     while not path.exists() or not (made := rows(path)) or made[-1]["step"] < step:
-        assert time.monotonic() < deadline, f"step {step} was never made"
+        assert time.monotonic() < deadline, (
+            f"step {step} was never made:\n{cluster.do('exec', 'scontrol', 'show', 'job')}"
+            f"{cluster.do('exec', 'sinfo', '-N', '-l')}{log(frozen)}"
+        )
         time.sleep(0.2)
 
 
@@ -95,14 +98,14 @@ def test_requeued_cancelled_and_submitted_again(cluster, toy, whole, tmp_path):
     """By the administrator, under way; the controller dies and comes back; cancelled; another job goes on."""
     path = run_file(toy, tmp_path)
     job, frozen = cluster.submit(clean_environment(), *TWO_NODES, "--time", "10", "--fresh", path)
-    wait_for_step(tmp_path, 60)
+    wait_for_step(cluster, frozen, tmp_path, 60)
     cluster.do("exec", "scontrol", "requeue", job)
     cluster.wait_for(job, "PENDING")
     cluster.wait_for(job, "RUNNING")
-    wait_for_step(tmp_path, 110)
+    wait_for_step(cluster, frozen, tmp_path, 110)
     cluster.do("crash", "head")
     cluster.do("boot", "head")
-    wait_for_step(tmp_path, 130)
+    wait_for_step(cluster, frozen, tmp_path, 130)
     cluster.do("exec", "scancel", job)
     cluster.wait_for(job, "CANCELLED")
     assert "it is queued again" not in log(frozen)
@@ -128,7 +131,7 @@ def test_a_node_is_lost(cluster, toy, whole, tmp_path, nodes):
     job, frozen = cluster.submit(
         clean_environment(), "--nodes", nodes, "--tasks", "1", "--time", "10", run_file(toy, tmp_path)
     )
-    wait_for_step(tmp_path, 60)
+    wait_for_step(cluster, frozen, tmp_path, 60)
     cluster.do("crash", "n2")
     try:
         if nodes == "2":
@@ -137,9 +140,15 @@ def test_a_node_is_lost(cluster, toy, whole, tmp_path, nodes):
         assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", log(frozen)
     finally:
         cluster.do("boot", "n2")
-    assert int(cluster.show(job, "Restarts")) == (1 if nodes == "2" else 0)
-    (resumed,) = [row for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "resumed"]
-    assert resumed["hosts"] == (["n1", "n2"] if nodes == "2" else ["n1"])
+    resumed = [row["hosts"] for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "resumed"]
+    if nodes == "2":
+        # Slurm may repeat, up to a minute later, its order to end the job on the node that was lost: it then hits the second
+        # start, which is a stop and a start more.
+        assert int(cluster.show(job, "Restarts")) == len(resumed) in (1, 2)
+    else:
+        assert int(cluster.show(job, "Restarts")) == 0
+        assert len(resumed) == 1
+    assert all(hosts == (["n1", "n2"] if nodes == "2" else ["n1"]) for hosts in resumed)
     check_close(tmp_path, whole)
     if nodes == "2":
         assert json.dumps(record(tmp_path / "run")) == json.dumps(whole)
@@ -168,7 +177,7 @@ def test_what_failed_stays_failed(cluster, toy, tmp_path):
     assert "1 cola-ds: lora.targets no_such_layer matches no layer" in log(frozen)
 
     job, frozen = cluster.submit(clean_environment(), *TWO_NODES, "--time", "10", run_file(toy, tmp_path))
-    wait_for_step(tmp_path, 20)
+    wait_for_step(cluster, frozen, tmp_path, 20)
     victims = workers(frozen / "run.yaml")
     cluster.do("on", "n2", "pkill", "-KILL", "-f", f"slurmstepd: .{job}.0")
     deadline = time.monotonic() + 60
@@ -198,8 +207,8 @@ def test_a_job_that_comes_back_for_ever_gives_up(cluster, toy, tmp_path, options
 def test_a_second_job_in_one_run_folder(cluster, toy, tmp_path):
     """The first is not disturbed; the second ends at once with status 2, and does not queue again."""
     path = run_file(toy, tmp_path, optim={"max_steps": 20 * STEPS})  # it outlasts the second, and is cancelled
-    first, _ = cluster.submit(clean_environment(), "--tasks", "1", "--local-model", tmp_path / "node-disk", path)
-    wait_for_step(tmp_path, 3)
+    first, its = cluster.submit(clean_environment(), "--tasks", "1", "--local-model", tmp_path / "node-disk", path)
+    wait_for_step(cluster, its, tmp_path, 3)
     second, frozen = cluster.submit(clean_environment(), "--tasks", "1", path)
     assert cluster.wait_for(second, "COMPLETED", "FAILED") == "FAILED"
     assert cluster.show(second, "ExitCode") == "2:0"
