@@ -354,6 +354,11 @@ def _keys_of(names: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
+def is_task_file(task: str) -> bool:
+    """Whether data.task is a user's own, in a file."""
+    return task.endswith((".yaml", ".yml"))
+
+
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
     return dump_yaml(config.model_dump(exclude_unset=True))

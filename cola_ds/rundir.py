@@ -34,7 +34,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cola_ds.config import RunConfig, dump_config, load_config
+from cola_ds.config import RunConfig, dump_config, is_task_file, load_config
 from cola_ds.errors import UserError
 
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
@@ -326,13 +326,18 @@ def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
 
 
 def freeze(config: RunConfig, folder: Path) -> Path:
-    """Write a run's config and its DeepSpeed JSON to a new folder, for a job that waits in a queue or comes back. Returns the
-    config's path. Relative paths in it stay relative to where the command runs. Raises UserError."""
+    """Write a run's config, its DeepSpeed JSON and its own task's YAML to a new folder, for a job that waits in a queue or comes
+    back. Returns the config's path. Relative paths in it stay relative to where the command runs. Raises UserError."""
     try:
         folder.mkdir(parents=True)
         engine = folder.resolve() / "deepspeed.json"
         shutil.copyfile(config.deepspeed, engine)
         frozen = config.model_copy(update={"deepspeed": str(engine)})
+        if config.data.task is not None and is_task_file(config.data.task):
+            task = folder.resolve() / "task" / Path(config.data.task).name  # its name is the task's
+            task.parent.mkdir()
+            shutil.copyfile(config.data.task, task)
+            frozen = frozen.model_copy(update={"data": config.data.model_copy(update={"task": str(task)})})
         write_atomically(folder / "run.yaml", dump_config(frozen).encode())
     except OSError as error:
         raise UserError(f"--freeze {folder}: {error.filename or folder}: {error.strerror}") from None

@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, apply_override, dump_yaml
+from cola_ds.config import RunConfig, apply_override, dump_yaml, is_task_file
 from cola_ds.errors import UserError
 from cola_ds.signals import STOPPING
-from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, is_task_file, override_word, read_yaml
+from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, override_word, read_yaml
 from cola_ds.tables import LOG_MARK, Choice, choose, show_dev, write_groups
 
 # Each run finds its own: those of this process are not theirs.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cola_ds.config import RunConfig, apply_override, explain, load_config, parse_yaml
+from cola_ds.config import RunConfig, apply_override, explain, is_task_file, load_config, parse_yaml
 from cola_ds.errors import UserError
 from cola_ds.tables import Group, Outcome
 
@@ -196,11 +196,6 @@ def read_yaml(path: str, what: str) -> dict[str, Any]:
 
 def _task_name(task: str) -> str:
     return Path(task).stem if is_task_file(task) else task
-
-
-def is_task_file(task: str) -> bool:
-    """Whether data.task is a user's own, in a file."""
-    return task.endswith((".yaml", ".yml"))
 
 
 def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> None:

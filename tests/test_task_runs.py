@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
+import yaml
 
 from cola_ds.config import load_config
 from cola_ds.data.task_table import TASKS
 from cola_ds.errors import UserError
 from cola_ds.inspect import inspect
+from cola_ds.rundir import freeze
 from tests.distributed import process_group, run_distributed
 from tests.runs import record, train_in
 from tests.test_cli import cola_ds
@@ -215,7 +217,9 @@ def test_a_users_own_task(model, tmp_path):
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     config = task_run(model, tmp_path, "rows", reviews(3), reviews(2))
     config["data"]["task"] = str(tmp_path / "mine.yaml")
-    train_in(tmp_path / "in", config)
+    frozen = freeze(load_config(save_run(tmp_path / "run.yaml", config)), tmp_path / "frozen")
+    (tmp_path / "mine.yaml").unlink()  # a job that waited has its own copy
+    train_in(tmp_path / "in", yaml.safe_load(frozen.read_text(encoding="utf-8")))
     result = json.loads((tmp_path / "in/run/result.json").read_text(encoding="utf-8"))
     assert (result["task"], result["scores"]["metric"]) == ("mine", "accuracy")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cola_ds.config import RunConfig
+from cola_ds.config import RunConfig, is_task_file
 from cola_ds.data.batching import PADDING, Batch, collate
 from cola_ds.data.packing import PackedBatch, pack, packed_length
 from cola_ds.data.task_table import Example, Task, task_named
@@ -90,7 +90,7 @@ def load_task(config: RunConfig, tokenizer: Any, max_length: int) -> tuple[TaskD
 
 def find_task(name: str) -> Task:
     """The task of that name, or the one that a YAML file describes. Raises UserError."""
-    if not name.endswith((".yaml", ".yml")):
+    if not is_task_file(name):
         return task_named(name)
     try:
         raw = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
