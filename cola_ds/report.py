@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError
+from cola_ds.figures import draw_figures, draw_losses
 from cola_ds.rundir import RunFolder
 from cola_ds.tables import (
     Cell,
@@ -29,8 +30,6 @@ _CSV_COLUMNS = (
     "task", "name", "state", "chosen", "method", "links", "lora_ranks", "lr", "optimizer", "num_train", "seed", "dev", "test",
     "metric", "steps", "flops", "profiled_flops", "seconds", "folder",
 )  # fmt: skip
-
-_NAMED = 12  # curves: the legend of more would hide them
 
 # The numbers of COLA's paper (arXiv 2401.04151). Columns: a method, a chain's length, or its LoRA ranks.
 _PAPER = {
@@ -91,9 +90,9 @@ def report(paths: Sequence[str], plot: str | None, csv_file: str | None, paper: 
     plain |= {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
     if plot:
         curves = {name: outcome.folder for name, outcome in plain.items()}
-        _plot(curves | {str(o.folder): o.folder for cell in tasks for o in cell.finished}, Path(plot))
+        draw_losses(curves | {str(o.folder): o.folder for cell in tasks for o in cell.finished}, Path(plot))
     if figures:
-        _draw_figures(cells, Path(figures))
+        draw_figures(cells, Path(figures))
     parts = [markdown(_COLUMNS, [_row(name, outcome.result) for name, outcome in plain.items()])] if plain else []
     if tasks:
         parts += _task_tables(tasks, paper)
@@ -107,6 +106,11 @@ def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
         "Mean ± sample standard deviation of the test score x 100 (seeds); bold: the best that have all their seeds."
     )
     parts.append(legend + (f" In brackets: the paper's own, {paper}." if numbers else ""))
+    if flops := _flops_table(cells):
+        parts += [
+            flops,
+            "Training FLOPs of a run x 10^12, the mean over its seeds: Hugging Face's estimate; DeepSpeed's count.",
+        ]
     if compared := comparison_table(cells):
         parts += [
             compared,
@@ -238,6 +242,20 @@ def _row(name: str, result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _flops_table(cells: Sequence[Cell]) -> str | None:
+    """What a run of each task and method has taken to train; None where nothing was trained."""
+    lines: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        if cell.config and cell.config.trains and cell.finished:
+            means = (
+                statistics.mean(o.result[key] for o in cell.finished) for key in ("training_flops", "profiled_flops")
+            )
+            lines.setdefault(cell.group.task, {})[cell.group.name] = "; ".join(f"{mean / 1e12:.4g}" for mean in means)
+    names = list(dict.fromkeys(name for line in lines.values() for name in line))
+    rows = [[task, *(line.get(name, "-") for name in names)] for task, line in lines.items()]
+    return markdown(["task", *names], rows) if rows else None
+
+
 def _rank_table(cells: Sequence[Cell]) -> str | None:
     """Chains whose LoRA rank changes, and those of as many links that keep its first: score, and the training FLOPs saved against
     the latter, over the seeds that both have. None without such a pair.
@@ -291,106 +309,3 @@ def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
             "seconds": result["wall_time_s"],
         }
     return row
-
-
-def _pyplot(option: str) -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(f"{option} needs matplotlib: pip install 'cola_ds[report]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _finish(axes: Any, **labels: str) -> None:
-    axes.set(**labels)
-    axes.grid(alpha=0.3)
-    if 0 < len(axes.get_legend_handles_labels()[0]) <= _NAMED:
-        axes.legend()
-
-
-def _plot(runs: Mapping[str, Path], path: Path) -> None:
-    pyplot = _pyplot("--plot")
-    figure, (train, held_out) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, run in runs.items():
-        folder = RunFolder(run)
-        metrics = folder.rows("metrics.jsonl")
-        evaluations = [row for row in folder.rows("evals.jsonl") if row.get("loss") is not None]
-        knots = [row["step"] for row in folder.rows("knots.jsonl")][:-1]  # the last is the end of the run
-        if not metrics:  # no training: a level to compare with
-            if evaluations:
-                held_out.axhline(evaluations[-1]["loss"], label=name, color="gray", linestyle=":")
-            continue
-        (line,) = train.plot([r["step"] for r in metrics], _smoothed([r["loss"] for r in metrics]), label=name)
-        color = line.get_color()
-        steps, losses = [r["step"] for r in evaluations], [r["loss"] for r in evaluations]
-        held_out.plot(steps, losses, "o-", label=name, color=color)
-        for axes in (train, held_out):
-            for knot in knots:
-                axes.axvline(knot, color=color, linestyle="--", linewidth=0.8)
-    for axes, what in ((train, "training loss (mean of 5 rows)"), (held_out, "held-out loss")):
-        _finish(axes, title=f"{what}; dashed: knots", xlabel="step", ylabel="loss (nats per token)")
-    _save(pyplot, figure, path)
-
-
-def _smoothed(values: list[float], width: int = 5) -> list[float]:
-    """Mean over the last `width` values."""
-    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _draw_figures(cells: Sequence[Cell], folder: Path) -> None:
-    """loss-TASK.png: training loss by method, the mean of its seeds. score-by-length.png, score-by-rank.png: test scores, where
-    chains differ in that."""
-    pyplot = _pyplot("--figures")
-    for task in dict.fromkeys(cell.group.task for cell in cells):
-        figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-        for cell in cells:
-            curve = _mean_losses(cell) if cell.group.task == task else {}
-            if curve:
-                axes.plot(list(curve), _smoothed(list(curve.values())), label=cell.group.name)
-        _finish(axes, title=f"{task}: training loss", xlabel="step", ylabel="loss (mean of seeds and 5 rows)")
-        _save(pyplot, figure, folder / f"loss-{task}.png")
-    for by in ("length", "rank"):
-        lines = _score_lines(cells, by)
-        if not lines:
-            continue
-        figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
-        for line, points in lines.items():
-            xs = sorted(points)
-            spread = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
-            axes.errorbar(xs, [statistics.mean(points[x]) for x in xs], spread, fmt="o-", capsize=3, label=line)
-        axes.set_xticks(sorted({x for points in lines.values() for x in points}))
-        label = {"length": "chain length", "rank": "LoRA rank"}[by]
-        _finish(axes, title=f"test score by {label}", xlabel=label, ylabel="test score (mean ± standard deviation)")
-        _save(pyplot, figure, folder / f"score-by-{by}.png")
-
-
-def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[float]]]:
-    """Scores by chain length or LoRA rank, in lines of what else is the same. Chains whose rank changes are left out."""
-    lines: dict[str, dict[int, list[float]]] = {}
-    for cell in cells:
-        config = cell.config
-        if config and config.trains_lora and len(set(config.lora_ranks)) == 1 and cell.scores:
-            length, lora_rank = config.chain.length, config.lora_ranks[0]
-            x, rest = (length, f"rank {lora_rank}") if by == "length" else (lora_rank, f"length {length}")
-            lines.setdefault(f"{cell.group.task}, {rest}, {config.optim.name}", {})[x] = list(cell.scores.values())
-    return {line: points for line, points in lines.items() if len(points) > 1}
-
-
-def _mean_losses(cell: Cell) -> dict[int, float]:
-    """Training loss by step, over the seeds that logged it."""
-    losses: dict[int, list[float]] = {}
-    for outcome in cell.finished:
-        for row in RunFolder(outcome.folder).rows("metrics.jsonl"):
-            if row["loss"] is not None:
-                losses.setdefault(row["step"], []).append(row["loss"])
-    return {step: statistics.mean(values) for step, values in sorted(losses.items())}

@@ -155,6 +155,8 @@ def run_one(plan: Plan, index: int, launcher: str | None) -> int:
     point = choice.point
     if point is None:
         raise UserError(f"{run.name(None)} waits for the choice of a grid point: {choice.why}")
+    if not (Path(plan.sweep.dir) / "sweep.json").exists():
+        _write_down(plan)
     if run.is_done(point):
         print(f"{run.name(point)}: finished already")
         return 0

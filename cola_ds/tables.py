@@ -387,9 +387,9 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     ]
     if chosen:
         lines.append(f"Chosen on dev: {'; '.join(chosen)}.")
-    lines += [
-        f"Nothing chosen: {c.group.task} / {c.group.name}: {c.choice.why}." for c in cells if c.choice.point is None
-    ]
+    open_still = [f"{c.group.task} / {c.group.name}: {c.choice.why}" for c in cells if c.choice.point is None]
+    if open_still:
+        lines.append(f"Nothing chosen: {'; '.join(open_still)}.")
     outcomes = [outcome for cell in cells for outcome in cell.all]
     lines += [f"Failed: {o.folder}: {o.why}" for o in outcomes if o.state in ("failed", "diverged")]
     for state, word in (("stopped", "Not finished"), ("missing", "Missing")):

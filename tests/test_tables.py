@@ -125,6 +125,17 @@ def test_only_alike_runs_are_compared(tmp_path):
     ]
 
 
+def test_what_training_has_taken(tmp_path):
+    """The estimate and the profiler's count, which save_result doubles: the mean over the seeds; nothing where nothing trains."""
+    for seed in range(2):
+        save_result(tmp_path / f"a{seed}", 0.7, seed=seed, flops=(3 + seed) * 1e12, **COLA)
+    save_result(tmp_path / "b", 0.7, flops=1e12, task="squad", **LORA)
+    none = {"method": "zero-shot", "chain": {"length": 1}, "lora": {"rank": 8}, "data": {"eval": "dev.jsonl"}}
+    save_result(tmp_path / "c", 0.6, flops=0, **none)
+    text = tables(tmp_path)
+    assert "| task | cola-2 | lora |\n| --- | --- | --- |\n| cb | 3.5; 7 | - |\n| squad | - | 1; 2 |" in text
+
+
 def test_ranks_and_the_flops_that_they_save(tmp_path):
     """Over the seeds that both have: 3e9 - 2e9, and 4e9 - 2e9."""
     for seed in range(2):
