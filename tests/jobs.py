@@ -39,7 +39,7 @@ class Job:
             process.kill()
             process.join()
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 240) -> list[int]:
         """The exit statuses, all of them, in time; minus the signal's number where one ended a process."""
         deadline = time.monotonic() + timeout_s
         while any(process.exitcode is None for process in self.processes):
@@ -56,7 +56,7 @@ class Job:
         logs = self.logs if rank is None else [self.logs[rank]]
         return "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs if log.exists())
 
-    def wait_for(self, text: str, timeout_s: float = 60) -> None:
+    def wait_for(self, text: str, timeout_s: float = 180) -> None:
         """Until some process has printed that."""
         deadline = time.monotonic() + timeout_s
         while text not in self.text():

@@ -35,7 +35,7 @@ class Cluster:
     def __exit__(self, *error):
         subprocess.run([MINI_SLURM, "wipe"], env=self.env, capture_output=True, timeout=60)
 
-    def do(self, *words, timeout_s: float = 90) -> str:
+    def do(self, *words, timeout_s: float = 180) -> str:
         """One of the script's verbs: crash n2, boot n2, cut n2, on n1 COMMAND, exec COMMAND."""
         done = subprocess.run([MINI_SLURM, *words], env=self.env, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
@@ -46,7 +46,7 @@ class Cluster:
         self.wait_for_nodes()
         command = [*self.head, "./slurm/submit.sh", *map(str, words)]
         done = subprocess.run(
-            command, cwd=REPOSITORY, env={**env, **self.own}, capture_output=True, text=True, timeout=90
+            command, cwd=REPOSITORY, env={**env, **self.own}, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return re.search(r"Submitted batch job (\d+)", done.stdout)[1], Path(
@@ -64,7 +64,7 @@ class Cluster:
         """A field of `scontrol show job`."""
         return re.search(rf"\b{field}=(\S*)", self.do("exec", "scontrol", "show", "job", job))[1]
 
-    def wait_for(self, job: str, *states: str, timeout_s: float = 150) -> str:
+    def wait_for(self, job: str, *states: str, timeout_s: float = 300) -> str:
         """Until the job is in one of these states."""
         deadline = time.monotonic() + timeout_s
         while (state := self.show(job, "JobState")) not in states:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.toys import rows
 
 
-def train_scored(path: Path, timeout_s: float = 120) -> tuple[list[dict], dict]:
+def train_scored(path: Path, timeout_s: float = 300) -> tuple[list[dict], dict]:
     """Run a config as one process. Returns the test examples in order, with a score for each candidate, and result.json."""
     from tests.test_cli import run
 

@@ -16,7 +16,7 @@ from tests.toys import REPOSITORY, rows, run_config, save_model, save_run, save_
 COMMAND = [sys.executable, "-m", "cola_ds"]
 
 
-def run(*words, timeout_s=120, **environment):
+def run(*words, timeout_s=240, **environment):
     """A command with a hard timeout, in an environment without a launcher's variables."""
     env = {
         k: v
@@ -35,7 +35,7 @@ def cola_ds(*words, **options):
 
 def under_two_processes(*words):
     begin = time.monotonic()
-    done = run("./launch/local.sh", words[0], 2, *words[1:], timeout_s=90)
+    done = run("./launch/local.sh", words[0], 2, *words[1:], timeout_s=180)
     return done, time.monotonic() - begin
 
 

@@ -406,7 +406,7 @@ def test_a_signal(folder, tmp_path):
     words = ["doctor", "--dir", folder]
     arguments = ((1,), "cola_ds.processes", "numbers_of_processes", 1, ("sleep", 300))
     with Job(tmp_path / "job", words, sabotage=at_call, arguments=arguments) as job:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not list(folder.glob(".cola-ds-doctor-*")):
             assert time.monotonic() < deadline, job.text()
             time.sleep(0.05)
@@ -444,7 +444,7 @@ def on_two_nodes(cluster, folder, *words, before="true", meanwhile=None):
     return status, said, table(said)
 
 
-def wait_until(happened, timeout_s=60):
+def wait_until(happened, timeout_s=120):
     deadline = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < deadline

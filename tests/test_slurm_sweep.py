@@ -27,12 +27,12 @@ def submit(cluster, *words):
     """What slurm/sweep.sh says on the head node, and the numbers of the jobs by their stage."""
     command = [*cluster.head, "./slurm/sweep.sh", "--tasks", "1", *map(str, words)]
     env = {**clean_environment(), **cluster.own}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, dict(re.findall(r"^(search|seeds): job (\d+)$", done.stdout, re.MULTILINE))
 
 
-def wait_until_over(cluster, job, timeout_s=180):
+def wait_until_over(cluster, job, timeout_s=300):
     """The states of the tasks of an array, by their indices, once all have ended."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -88,7 +88,7 @@ def test_job_arrays_of_which_one_run_fails(tmp_path):
         write_sweep(tmp_path, grid={"lora.targets": [["q_proj"], ["v_proj"]]}, **keys)
         _, jobs = submit(cluster, *words)
         run = runs / "reviews/lora/targets=v_proj/seed=0"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (run / "metrics.jsonl").exists():
             assert time.monotonic() < deadline, cluster.do("status")
             time.sleep(0.1)

@@ -183,13 +183,13 @@ def test_a_signal_stops_the_sweep_and_the_same_call_goes_on(place):
     words = [sys.executable, "-m", "cola_ds", "sweep", str(place / "sweep.yaml")]
     child = subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     waits = place / "runs/easy/lora/lr=0.0005/seed=0/environment.json"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not waits.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(0.3)  # the stand-in listens
     child.send_signal(signal.SIGTERM)
-    said = child.communicate(timeout=30)[1]
+    said = child.communicate(timeout=90)[1]
     assert child.returncode == 75
     assert said == "cola-ds: stopped at easy/lora/lr=0.0005/seed=0; the same command goes on from there\n"
     assert "Not finished, 1 runs: " + str(waits.parent) in table(place)

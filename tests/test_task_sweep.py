@@ -109,13 +109,13 @@ def test_a_sweep_of_tasks_that_was_interrupted_has_the_table_of_one_that_was_not
     (place / "runs").rename(place / "whole")
     stopped = start(command)
     run = place / "runs/sst2/cola/lr=0.02/seed=0"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (run / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         assert stopped.poll() is None, stopped.communicate()
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
-    said, mistakes = stopped.communicate(timeout=60)
+    said, mistakes = stopped.communicate(timeout=180)
     assert stopped.returncode == 75, said + mistakes
     assert mistakes == "cola-ds: stopped at sst2/cola/lr=0.02/seed=0; the same command goes on from there\n"
     half = shown(place)[0]
