@@ -175,7 +175,8 @@ def test_without_examples_a_batch_counts_nothing():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_and_gradients_are_those_of_whole_texts(models, architecture):
-    from cola_ds.scoring import candidate_scores, check_packable, classification_loss
+    from cola_ds.packable import check_packable
+    from cola_ds.scoring import candidate_scores, classification_loss
 
     model = plain_model(models[architecture])
     check_packable(model)
@@ -264,7 +265,7 @@ def skeleton(kind, attention="sdpa", **options):
 
 
 def test_models_that_cannot_take_packed_rows_are_refused():
-    from cola_ds.scoring import check_packable
+    from cola_ds.packable import check_packable
 
     sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     for model, reason in [
@@ -289,7 +290,8 @@ def test_models_that_cannot_take_packed_rows_are_refused():
 def test_a_window_that_no_text_fills_changes_nothing(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cola_ds.scoring import candidate_scores, check_packable
+    from cola_ds.packable import check_packable
+    from cola_ds.scoring import candidate_scores
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("mistral", vocab_size=300, num_hidden_layers=2, sliding_window=35, **sizes)
