@@ -311,6 +311,7 @@ def check_config(raw: dict[str, Any], overrides: list[str], source: str) -> RunC
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set what `section.key=value` says in a config's keys. Raises UserError for one that does not look like that."""
     name, separator, text = override.partition("=")
     if not separator or not name:
         raise UserError(f"override {override!r} must look like section.key=value, for example optim.lr=5e-4")

@@ -39,6 +39,8 @@ def _finish(axes: Any, **labels: str) -> None:
 
 
 def draw_losses(runs: Mapping[str, Path], path: Path) -> None:
+    """Training and held-out loss of the named runs by step, with a dashed line at each knot, as a PNG. Raises UserError without
+    matplotlib."""
     pyplot = _pyplot("--plot")
     figure, (train, held_out) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, run in runs.items():
