@@ -311,3 +311,17 @@ def test_every_run_file_loads_and_says_how_it_is_started(path):
     assert re.search(rf"#   \./(launch/local|slurm/submit)\.sh .*{name}", text.split("\nmodel:")[0])
     assert (REPOSITORY / config.deepspeed).is_file()
     assert yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.patience=2"], "eval.patience goes by evaluations under way"),
+        (["eval.patience=2", "data.eval=dev.jsonl", "eval.every=end"], "eval.patience goes by evaluations under way"),
+        (["model.links=runs/x"], "method cola contradicts model.links"),
+    ],
+)
+def test_keys_of_evaluation_that_cannot_be_meant(load, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(MINIMAL, *overrides)
+    assert load(MINIMAL, "eval.patience=2", "data.eval=dev.jsonl").eval.patience == 2
