@@ -199,3 +199,25 @@ def test_patience_begins_anew_with_every_best(toy, tmp_path):
     never = three_links(toy, **{**ENDS_EARLY, "eval": {"every": 2, "patience": 3}})
     train_in(tmp_path / "never", never, 1, stops=[("step", 5)])
     assert [row["step"] for row in rows(tmp_path / "never/run/evals.jsonl")] == [2, 4, 6, 8]
+
+
+def test_patience_counts_from_the_last_best(monkeypatch):
+    """Losses 3, 4, 2, 5, 6: two in a row without a best are the last two, not the second and the fourth."""
+    from types import SimpleNamespace as Part
+
+    from cola_ds import chain as module
+    from cola_ds.config import Timetable
+
+    losses = iter([3.0, 4.0, 2.0, 5.0, 6.0])
+    monkeypatch.setattr(module, "evaluate", lambda chain: next(losses))
+    monkeypatch.setattr(module, "save_checkpoint", lambda chain: True)
+    chain = Part(
+        config=Part(eval=Part(patience=2, every=1), checkpoint=Part(best=False)),
+        state=module.ChainState(), timetable=Timetable(9, 1, 9, (9,), 1), links=1, held_out=True, folder=None,
+        journal=Part(say=lambda message: None, event=lambda what, **facts: None),
+    )  # fmt: skip
+    for step in range(1, 6):
+        assert chain.state.ended_step is None
+        chain.state.step = step
+        module.evaluate_if_due(chain)
+    assert (chain.state.ended_step, chain.state.best_step, chain.timetable.knots) == (5, 3, (5,))
