@@ -297,7 +297,8 @@ def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {"task": cell.group.task, "name": cell.group.name, "state": outcome.state}
     row |= {"chosen": "yes" if outcome in cell.chosen else "no", "seed": outcome.seed, "folder": str(outcome.folder)}
     if config := outcome.config:
-        row |= {"method": config.method, "lr": config.optim.lr, "optimizer": config.optim.name}
+        row |= {"method": config.method}
+        row |= {"lr": config.optim.lr, "optimizer": config.optim.name} if config.trains else {}
         row |= {"lora_ranks": " ".join(map(str, config.lora_ranks)) if config.trains_lora else ""}
         row |= {"num_train": config.data.num_train if config.data.task else None}
     if result := outcome.result:

@@ -177,6 +177,7 @@ def test_csv_and_figures(tmp_path):
                 tmp_path / f"runs/{length}-{seed}", 0.7 + length / 100, seed=seed, losses=[3.0, 2.5, 2.25], **options
             )
     save_result(tmp_path / "runs/wide", 0.75, losses=[3.0], **{**COLA, "lora": {"rank": 16}})
+    save_result(tmp_path / "zero", 0.5, method="zero-shot", chain={"length": 1}, data={"eval": "d"})
     figures = tmp_path / "figures"
     tables(tmp_path / "runs", plot=tmp_path / "a/loss.png", csv_file=tmp_path / "b/all.csv", figures=figures)
     assert {path.name for path in figures.iterdir()} == {"loss-cb.png", "score-by-length.png", "score-by-rank.png"}
@@ -193,6 +194,10 @@ def test_csv_and_figures(tmp_path):
         "seconds": "12.5", "folder": str(tmp_path / "runs/3-1"),
     }  # fmt: skip
     assert [row["state"] for row in rows].count("missing") == 1
+    tables(tmp_path / "zero", csv_file=tmp_path / "b/zero.csv")
+    with open(tmp_path / "b/zero.csv", newline="", encoding="utf-8") as held:
+        (row,) = csv.DictReader(held)
+    assert (row["lr"], row["optimizer"], row["lora_ranks"]) == ("", "", "")  # it trains nothing
 
 
 def save_sweep(folder, states):
