@@ -76,6 +76,7 @@ def _facts(prepared: Prepared) -> dict[str, str]:
         **config_hashes(prepared.config, prepared.engine_json),
         "training data": _describe(prepared.train),
         "held-out data": _describe(prepared.held_out),
+        "test data": _describe(prepared.test),
     }
 
 

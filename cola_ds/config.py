@@ -253,6 +253,32 @@ class RunConfig(_Section):
         return self.lora.rank if isinstance(self.lora.rank, list) else [self.lora.rank] * self.chain.length
 
 
+SECTIONS = tuple(
+    name
+    for name, f in RunConfig.model_fields.items()
+    if isinstance(f.annotation, type) and issubclass(f.annotation, _Section)
+)
+# Keys that cannot change a result: where things lie, what is logged and saved.
+_FREE = ("run.dir", "run.log_every_steps", "run.hang_after_s", "optim.max_skips_in_a_row")
+_FREE_SECTIONS = ("checkpoint.",)
+
+
+def is_free(key: str) -> bool:
+    """Whether a key (section.key) cannot change a result."""
+    return key in _FREE or key.startswith(_FREE_SECTIONS)
+
+
+def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A dumped config by section.key."""
+    flat: dict[str, Any] = {}
+    for key, inner in config.items():
+        if isinstance(inner, dict) and f"{prefix}{key}" != "chain.knots":
+            flat |= flat_keys(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
 # YAML as people write it: 5e-4 is a number (YAML 1.2; PyYAML's YAML 1.1 reads it as text), and a key given twice is an error.
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -330,7 +356,7 @@ def explain(error: dict[str, Any]) -> str:
     names = [str(part) for part in error["loc"]]
     key, kind, message = ".".join(names), error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        known = _keys_of(names[:-1])
+        known = keys_of(names[:-1])
         nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*names[:-1], nearest[0]])}?" if nearest else f"known are {', '.join(known)}"
         return f"unknown key {key}; {hint}"
@@ -347,7 +373,7 @@ def explain(error: dict[str, Any]) -> str:
     return f"{key} {message}; it is {value!r}{quoted}"
 
 
-def _keys_of(names: list[str]) -> list[str]:
+def keys_of(names: list[str]) -> list[str]:
     section: Any = RunConfig
     for name in names:
         field = section.model_fields.get(name)

@@ -7,6 +7,10 @@ from typing import Any
 
 from cola_ds.config import RunConfig, check_config
 from cola_ds.rundir import RunFolder
+from cola_ds.tables import file_name
+
+_DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
+"""Keys of data that a run's examples and their ids follow from, with its seed."""
 
 
 def evaluation_config(
@@ -14,6 +18,8 @@ def evaluation_config(
 ) -> RunConfig:
     """The config of a run that evaluates `target`: a model's folder or hub name, or a finished run's folder. Raises UserError."""
     model: dict[str, Any] = {"path": target}
+    data: dict[str, Any] = {}
+    section: dict[str, Any] = {}
     raw: dict[str, Any] = {}
     if (Path(target) / "run.yaml").is_file():
         run = RunFolder(target)
@@ -24,12 +30,23 @@ def evaluation_config(
             model["path"] = str(run.path / "model")
         elif config.trains_lora:
             model["links"] = str(run.path)
+        section["seed"] = config.run.seed
+        if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
+            data = config.data.model_dump(include={*_DRAWN_BY}, exclude_unset=True)
+    data |= {"task": task, "dir": data_dir}
+    section["dir"] = out or f"runs/evaluate/{_words(target)}/{Path(task).stem}-{method}"
     raw |= {
         "model": model,
         "method": method,
-        "data": {"task": task, "dir": data_dir},
+        "data": data,
         "optim": {"lr": 1.0, "epochs": 1, "global_batch_size": world_size, "micro_batch_size": 1},  # not used
         "eval": {"batch_size": 8},
-        "run": {"dir": out or f"runs/evaluate/{Path(target).name}/{Path(task).stem}-{method}"},
+        "run": section,
     }
     return check_config(raw, overrides, "cola-ds evaluate")
+
+
+def _words(target: str) -> str:
+    """A folder's path, or a name on the hub, as one name: the last part of it alone may be seed=0."""
+    path, here = Path(target).resolve() if Path(target).is_dir() else Path(target), Path.cwd()
+    return file_name(str(path.relative_to(here) if here in path.parents else path))

@@ -25,7 +25,8 @@ class Journal:
         """`folder` is None on every process but 0."""
         self.folder, self.monitor, self.log_every_steps = folder, monitor, log_every_steps
         every_s = 0.5 if sys.stderr.isatty() else 30  # a job's log is no place for ten lines a second
-        self.bar = tqdm(total=total_steps, unit="step", disable=folder is None, dynamic_ncols=True, mininterval=every_s)
+        shown = folder is not None and total_steps > 0
+        self.bar = tqdm(total=total_steps, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every_s)
         self._loss = torch.zeros((), device=processes.device())
         self._steps = self._losses = self._tokens = 0
         self._carried_s = 0.0

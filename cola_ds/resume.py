@@ -24,15 +24,15 @@ from cola_ds.checkpoint import (
     open_or_refuse,
     read_checkpoint,
 )
-from cola_ds.config import RunConfig, Timetable
+from cola_ds.config import RunConfig, Timetable, flat_keys, is_free
 from cola_ds.errors import UserError
+from cola_ds.fingerprint import model_fingerprint
 from cola_ds.lora import inject, lora_layers, start_link
 from cola_ds.rundir import RunFolder, read_link
 from cola_ds.tie import tie_link
 
-# Keys that cannot change a result. What data.* and model.path name is compared by fingerprint.
-_FREE = {"run.dir", "run.log_every_steps", "run.hang_after_s", "model.path", "deepspeed", "optim.max_skips_in_a_row"}
-_FREE_SECTIONS = ("checkpoint.",)
+# Compared by what they name, which data.* is as well.
+_BY_CONTENT = ("model.path", "deepspeed")
 # Keys that the tied links and the optimizer's state were made with: not even --allow-change lets them through.
 _FIXED = {
     "method", "model.dtype", "lora.rank", "lora.alpha", "lora.targets", "lora.bias", "chain.merge", "optim.name",
@@ -93,6 +93,7 @@ def choose_start(folder: RunFolder, config: RunConfig, identity: Identity, wish:
     folder.check_is_a_run()
     if (folder.path / "result.json").exists():
         _compare(folder.path, _described(folder), config, identity, wish)
+        _check_base(folder, config)
         return "finished"
     newest = _newest(checkpoints)
     if newest is not None:
@@ -139,19 +140,9 @@ def _warn(message: str) -> None:
     print(f"cola-ds: warning: {message}", file=sys.stderr, flush=True)
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict) and f"{prefix}{key}" != "chain.knots":
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
-
-
 def _differences(saved: dict[str, Any], config: RunConfig) -> dict[str, str]:
     """By key: what the run began with, and what it says now."""
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    before, now = flat_keys(saved), flat_keys(config.model_dump(mode="json"))
     return {
         key: f"{key} {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -184,7 +175,7 @@ def _described(folder: RunFolder) -> _Described:
 
 def _compare(where: Path, saved: Described, config: RunConfig, identity: Identity, wish: Wish) -> None:
     """Raise UserError for a config under which a run would not have come to where it is."""
-    known = _flat(config.model_dump(mode="json")).keys()
+    known = flat_keys(config.model_dump(mode="json")).keys()
     for key in wish.allow_change:
         if key not in known:
             raise UserError(f"--allow-change {key}: there is no such key")
@@ -193,7 +184,7 @@ def _compare(where: Path, saved: Described, config: RunConfig, identity: Identit
     changed = {
         key: text
         for key, text in differences.items()
-        if key not in _FREE and key not in of_data and not key.startswith(_FREE_SECTIONS)
+        if not is_free(key) and key not in _BY_CONTENT and key not in of_data
     }
     for key, before, now in (("data.train", saved.train, identity.train), ("data.eval", saved.eval, identity.eval)):
         mine = {k: text for k, text in of_data.items() if k == key or k not in ("data.train", "data.eval")}
@@ -211,6 +202,30 @@ def _compare(where: Path, saved: Described, config: RunConfig, identity: Identit
             f"the config has changed since {where}: {'; '.join(refused)} "
             f"({remedy}to start anew: another run.dir, or --fresh)"
         )
+
+
+def _check_base(folder: RunFolder, config: RunConfig) -> None:
+    """Raise UserError where a run that has finished was one of another base model, or of other links tied to it. A run that goes
+    on is checked when its model is loaded.
+    """
+    held = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    hub_name = config.model.path == folder.config().model.path and not Path(config.model.path).is_dir()
+    base = held["base"] if hub_name else model_fingerprint(config.model)  # its weights need not be here any more
+    if base != held["base"]:
+        raise UserError(
+            f"model.path {config.model.path} is not the base model of the run that has finished in {folder.path}: its "
+            f"fingerprint is {base[:16]}, that run's {held['base'][:16]} (another run.dir, or --fresh)"
+        )
+    if links_of(config) != held.get("links"):
+        raise UserError(
+            f"model.links {config.model.links} has other links than when the run in {folder.path} was finished "
+            "(another run.dir, or --fresh)"
+        )
+
+
+def links_of(config: RunConfig) -> list[str] | None:
+    """The hashes of the links that are tied to the base before anything else; None where there are none."""
+    return None if config.model.links is None else RunFolder(config.model.links).result()["link_sha256"]
 
 
 def check_fits(saved_knots: list[int], link: int, step: int, timetable: Timetable) -> None:

@@ -37,6 +37,7 @@ from cola_ds.resume import (
     check_fits,
     choose_start,
     engine_facts,
+    links_of,
     restore_model,
     restore_optimizer,
     tie_run,
@@ -184,7 +185,11 @@ def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start
     found = start.found
     environment = describe_environment(hosts, processes.accelerator_name())
     if folder:  # not before all that can be refused has been accepted
-        environment |= {"identity": dataclasses.asdict(_identity(prepared)), "base": chain.base}
+        environment |= {
+            "identity": dataclasses.asdict(_identity(prepared)),
+            "base": chain.base,
+            "links": links_of(config),
+        }
         if found:
             folder.forget_result()
             folder.describe(config, environment)

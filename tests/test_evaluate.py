@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 
+from cola_ds.evaluation import evaluation_config
 from tests.distributed import run_distributed
 from tests.runs import three_links, train_in
 from tests.test_chain import make_chain
 from tests.test_cli import cola_ds
+from tests.test_task_runs import reviews, task_run
 from tests.toys import run_config, save_model, save_run, save_sums
 
 
@@ -151,3 +153,61 @@ def test_evaluate_takes_a_run_and_a_model(toy, tmp_path, task):
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert message in done.stderr
     assert not (tmp_path / "never").exists()
+
+
+def said_by(*words):
+    """The exit status of `cola-ds`, and the line on stderr."""
+    done = cola_ds(*words)
+    assert len(done.stderr.splitlines()) <= 1, done.stderr
+    return done.returncode, done.stderr
+
+
+def test_a_run_is_evaluated_on_its_own_dev_and_test(tmp_path):
+    """Other rows than those that it learnt from, and cut off alike; unless the command says otherwise."""
+    model = save_model(tmp_path / "model")
+    config = task_run(model, tmp_path, "sst2", reviews(6), reviews(2), data={"max_length": 40}, run={"seed": 3})
+    config["data"] |= {"task": "sst2", "dir": str(tmp_path / "sst2"), "num_train": 20, "num_dev": 9, "num_test": 7}
+    config["optim"]["epochs"] = 1
+    train_in(tmp_path, config, 1)
+    words = ["evaluate", tmp_path / "run", "--task", "sst2", "--dir", tmp_path / "sst2"]
+    for name, more in (("same", []), ("other", ["run.seed=4"])):
+        assert said_by(*words, "--out", tmp_path / name, *more) == (0, "")
+    run, same, other = (
+        json.loads((tmp_path / name / "environment.json").read_text(encoding="utf-8"))["identity"]["eval"]
+        for name in ("run", "same", "other")
+    )
+    assert run == same != other
+
+
+def test_a_finished_run_does_not_answer_for_another_model(toy, tmp_path, task):
+    """Of other weights, or of the same folder with other links; wherever the same one lies, it does."""
+    common = [*task, "--out", tmp_path / "out"]
+    first, second = save_model(tmp_path / "a/merged"), save_model(tmp_path / "b/merged", intermediate_size=40)
+    assert said_by("evaluate", first, *common) == (0, "")
+    before = (tmp_path / "out/result.json").read_bytes()
+    status, line = said_by("evaluate", second, *common)
+    assert status == 2
+    assert f"model.path {second} is not the base model of the run that has finished in {tmp_path / 'out'}" in line
+    assert (tmp_path / "out/result.json").read_bytes() == before
+    first.rename(tmp_path / "moved")
+    assert said_by("evaluate", tmp_path / "moved", *common) == (0, "")
+
+    run = three_links(toy)
+    train_in(tmp_path, run, 1)
+    common = ["evaluate", tmp_path / "run", *task, "--out", tmp_path / "of-run"]
+    assert said_by(*common) == (0, "")
+    train_in(tmp_path, {**run, "optim": {**run["optim"], "lr": 2e-2}}, 1, words={"fresh": True})
+    status, line = said_by(*common)
+    assert status == 2
+    assert f"model.links {tmp_path / 'run'} has other links than when the run in {tmp_path / 'of-run'} was" in line
+    assert said_by(*common, "--fresh") == (0, "")
+
+
+def test_the_default_folder_is_of_the_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/seed=0").mkdir(parents=True)
+    names = {"a/seed=0": "a-seed-0", f"{tmp_path}/a/seed=0": "a-seed-0", "org/model": "org-model", ".": tmp_path.name}
+    for target, name in names.items():
+        folder = evaluation_config(target, "icl", "cb", None, None, 1, []).run.dir
+        assert folder.startswith("runs/evaluate/")
+        assert folder.endswith(f"{name}/cb-icl")

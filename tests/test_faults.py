@@ -12,6 +12,7 @@ import pytest
 
 from tests.jobs import Job, at_beat, at_call, at_file_event, fill_the_disk, poison, run_job
 from tests.runs import record, three_links, train_in
+from tests.test_task_runs import reviews, task_run, write
 from tests.toys import rows, save_run, save_sums
 
 
@@ -373,6 +374,23 @@ def test_other_data_on_one_node(two_nodes, tmp_path):
     assert statuses == [2, 2], said
     node = os.uname().nodename
     assert f"process 1 on {node} differs from process 0 on {node}: training data 40 examples (" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_test_rows_on_one_node(toy, tmp_path):
+    """Of a task whose train and dev, from the other file, are the same."""
+    for rank in range(2):
+        write(tmp_path / f"node-{rank}/train.jsonl", reviews(4))
+        write(tmp_path / f"node-{rank}/validation.jsonl", reviews(2)[rank:])
+    config = task_run(toy[0], tmp_path, "sst2", reviews(4), reviews(2), data={"task": "sst2", "dir": "."})
+    statuses, said = run_job(
+        tmp_path,
+        ["train", save_run(tmp_path / "run.yaml", config), "data.num_train=8", "data.num_dev=4", "data.max_length=64"],
+        sabotage=work_elsewhere,
+        arguments=(tmp_path,),
+    )
+    assert statuses == [2, 2], said
+    assert ": test data 9 examples (" in said
     assert not (tmp_path / "run").exists()
 
 
