@@ -9,7 +9,7 @@ from typing import Any
 
 from cola_ds.errors import UserError
 from cola_ds.rundir import RunFolder
-from cola_ds.tables import Cell
+from cola_ds.tables import Cell, file_name
 
 _NAMED = 12  # curves: the legend of more would hide them
 
@@ -81,7 +81,7 @@ def draw_figures(cells: Sequence[Cell], folder: Path) -> None:
             if curve:
                 axes.plot(list(curve), _smoothed(list(curve.values())), label=cell.group.name)
         _finish(axes, title=f"{task}: training loss", xlabel="step", ylabel="loss (mean of seeds and 5 rows)")
-        _save(pyplot, figure, folder / f"loss-{task}.png")
+        _save(pyplot, figure, folder / f"loss-{file_name(task)}.png")
     for by in ("length", "rank"):
         lines = _score_lines(cells, by)
         if not lines:
@@ -105,7 +105,10 @@ def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[flo
         if config and config.trains_lora and len(set(config.lora_ranks)) == 1 and cell.scores:
             length, lora_rank = config.chain.length, config.lora_ranks[0]
             x, rest = (length, f"rank {lora_rank}") if by == "length" else (lora_rank, f"length {length}")
-            lines.setdefault(f"{cell.group.task}, {rest}, {config.optim.name}", {})[x] = list(cell.scores.values())
+            line = f"{cell.group.task}, {rest}, {config.optim.name}"
+            if x in lines.get(line, {}):  # another way to make the same
+                line += f", {cell.group.name}"
+            lines.setdefault(line, {})[x] = list(cell.scores.values())
     return {line: points for line, points in lines.items() if len(points) > 1}
 
 

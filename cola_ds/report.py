@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def report(paths: Sequence[str], plot: str | None, csv_file: str | None, paper: 
     parts = [markdown(_COLUMNS, [_row(name, outcome.result) for name, outcome in plain.items()])] if plain else []
     if tasks:
         parts += _task_tables(tasks, paper)
-    return "\n\n".join([*parts, *notes(cells), *(f"Not finished: {folder}." for folder in unfinished)])
+    return "\n\n".join([*parts, *notes(cells), *unfinished])
 
 
 def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
@@ -135,28 +137,33 @@ def _paper_numbers(cells: Sequence[Cell], paper: str) -> dict[tuple[str, str], s
         if cell.config is None:
             continue
         task = next((outcome.result.get("task") for outcome in cell.finished), None) or cell.group.task
-        for column in _paper_columns(cell.config):
+        for column in _paper_columns(cell.config, paper):
             if text := numbers.get((task, column)):
                 found[cell.group.task, cell.group.name] = text.replace("±", " ±").replace(";", "; ")
     return found
 
 
-def _paper_columns(config: RunConfig) -> list[str]:
-    """What the paper may call this method."""
+def _paper_columns(config: RunConfig, paper: str) -> list[str]:
+    """What that table of the paper calls this method; nothing if it has none of it."""
     if not config.trains_lora:
         return [config.method]
+    optimizer = paper if paper in ("sgd", "adagrad") else "adamw"
+    if config.optim.name != optimizer or (paper == "low-data" and config.data.num_train != 100):
+        return []
     ranks = config.lora_ranks
     if len(ranks) == 1:
         return ["lora"] if ranks == [8] else []
+    # Where the table says cola, the paper does not say how many links.
     return [f"({','.join(map(str, ranks))})", *(["cola", f"cola-{len(ranks)}"] if set(ranks) == {8} else [])]
 
 
 # -- finding runs ------------------------------------------------------------------------------------------------------
 
 
-def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[Path]]:
-    """Cells of tasks and sweeps; runs without a task, by the names to show them under; and those that have not finished."""
-    groups: list[Group] = []
+def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[str]]:
+    """Cells of tasks and sweeps; runs without a task, by the names to show them under; and what to say of those that have not
+    finished."""
+    by_sweep: dict[Path, list[Group]] = {}
     loose: dict[str, Path] = {}
     for path in map(Path, paths):
         if (path / "run.yaml").is_file() or (path / "result.json").is_file():
@@ -165,7 +172,10 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[Pa
             loose[path.name if path.name not in loose else str(path)] = path
             continue
         sweeps = [found.parent for found in sorted(path.rglob("sweep.json"))]
-        groups += [group for sweep in sweeps for group in read_groups(sweep)]
+        if not sweeps and (above := next((p for p in path.absolute().parents if (p / "sweep.json").is_file()), None)):
+            raise UserError(f"{path} is a part of the sweep in {above}: name that, or a run")
+        for sweep in sweeps:
+            by_sweep.setdefault(sweep.resolve(), read_groups(sweep))
         marks = sorted({found.parent for name in ("environment.json", "result.json") for found in path.rglob(name)})
         runs = [run for run in marks if not any(sweep in run.parents for sweep in sweeps)]
         if not sweeps and not runs:
@@ -174,11 +184,29 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[Pa
     configs = {name: RunFolder(path).config() for name, path in loose.items()}
     outcomes = {name: read_outcome(path, configs[name].run.seed) for name, path in loose.items()}
     tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
-    groups += _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
+    groups = _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
+    groups = [*_told_apart(by_sweep, {group.task for group in groups}), *groups]
     plain = {name: outcome for name, outcome in outcomes.items() if not tasks[name]}
     cells = [read_cell(group) for group in groups]
-    unfinished = [outcome.folder for outcome in plain.values() if not outcome.result]
+    unfinished = [
+        f"Failed: {outcome.folder}: {outcome.why}" if outcome.why else f"Not finished: {outcome.folder}"
+        for outcome in plain.values()
+        if not outcome.result
+    ]
     return cells, {name: outcome for name, outcome in plain.items() if outcome.result}, unfinished
+
+
+def _told_apart(by_sweep: Mapping[Path, list[Group]], elsewhere: set[str]) -> list[Group]:
+    """The groups of all sweeps. A task of several of them is named by its sweep as well: its runs there are not those here."""
+    tasks = {folder: {group.task for group in groups} for folder, groups in by_sweep.items()}
+    seen = Counter([*elsewhere, *(task for of_sweep in tasks.values() for task in of_sweep)])
+    folders = Counter(folder.name for folder in by_sweep)
+    names = {folder: folder.name if folders[folder.name] == 1 else str(folder) for folder in by_sweep}
+    return [
+        replace(group, task=f"{group.task} ({names[folder]})") if seen[group.task] > 1 else group
+        for folder, groups in by_sweep.items()
+        for group in groups
+    ]
 
 
 def _task_of(outcome: Outcome, config: RunConfig) -> str | None:
@@ -271,7 +299,7 @@ def _rank_table(cells: Sequence[Cell]) -> str | None:
         if base is not cell:
             flops = {outcome.seed: outcome.result["training_flops"] for outcome in cell.finished}
             saved = [o.result["training_flops"] - flops[o.seed] for o in base.finished if o.seed in flops]
-            text += f"; {sum(saved):.2e} ({len(saved)})"
+            text += f"; {sum(saved):.2e} ({len(saved)})" if saved else "; -"
         ranks = f"({', '.join(map(str, config.lora_ranks))})"
         lines.setdefault((cell.group.name, ranks), {})[cell.group.task] = text
     tasks = list(dict.fromkeys(task for line in lines.values() for task in line))

@@ -24,7 +24,7 @@ from typing import Any
 from cola_ds.config import RunConfig, apply_override, dump_yaml, is_task_file
 from cola_ds.errors import UserError
 from cola_ds.signals import STOPPING
-from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, override_word, read_yaml
+from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, command_words, override_word, read_yaml
 from cola_ds.tables import LOG_MARK, Choice, choose, show_dev, write_groups
 
 # Each run finds its own: those of this process are not theirs.
@@ -57,7 +57,7 @@ def freeze(plan: Plan, folder: Path) -> Path:
     copies: dict[str, str] = {}
 
     def copied(key: str, value: Any) -> Any:
-        if key not in FILES or (key == "data.task" and not is_task_file(value)):
+        if value is None or key not in FILES or (key == "data.task" and not is_task_file(value)):
             return value
         if value not in copies:
             there = folder.resolve() / "files" / str(len(copies)) / Path(value).name  # a task's name is its file's
@@ -93,7 +93,12 @@ class Runner:
 
     def __init__(self, plan: Plan, launcher: str | None):
         words = launcher or plan.sweep.launcher or f"{shlex.quote(sys.executable)} -m cola_ds train {{run}}"
-        self.command = [word.replace("{run}", plan.sweep.base) for word in shlex.split(words)]
+        try:
+            self.command = [word.replace("{run}", plan.sweep.base) for word in command_words(words)]
+        except ValueError as error:
+            raise UserError(f"--launcher {words} {error}") from None
+        if shutil.which(self.command[0]) is None:
+            raise UserError(f"launcher {words}: there is no command {self.command[0]} here")
         if "{run}" not in words:
             self.command.append(plan.sweep.base)
         self.stopped = 0
@@ -101,11 +106,14 @@ class Runner:
         self.child: subprocess.Popen[bytes] | None = None
         for number in STOPPING:
             signal.signal(number, self._stop)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+            signal.signal(signal.SIGHUP, self._stop)
 
     def _stop(self, number: int, frame: Any) -> None:
-        self.stopped = number
+        # A run of its own session would outlive the terminal, unwatched.
+        self.stopped = signal.SIGTERM if number == signal.SIGHUP else number
         if self.child:
-            self.child.send_signal(number)
+            self.child.send_signal(self.stopped)
 
     def run(self, run: Run, point: str) -> int:
         """Start a run and wait for it. Returns its exit status; 75 where it was stopped."""
@@ -155,19 +163,20 @@ def run_one(plan: Plan, index: int, launcher: str | None) -> int:
     point = choice.point
     if point is None:
         raise UserError(f"{run.name(None)} waits for the choice of a grid point: {choice.why}")
-    if not (Path(plan.sweep.dir) / "sweep.json").exists():
+    runner = Runner(plan, launcher)
+    if not (Path(plan.sweep.dir) / "sweep.json").exists():  # an array's task may be of an older sweep than the folder's
         _write_down(plan)
     if run.is_done(point):
         print(f"{run.name(point)}: finished already")
         return 0
-    return _report(run, point, Runner(plan, launcher).run(run, point))
+    return _report(run, point, runner.run(run, point))
 
 
 def run_all(plan: Plan, launcher: str | None) -> int:
     """Run what has not finished: the search, then the rest of the seeds at what it has chosen. Returns the exit status: 0 all
     have finished, 75 stopped on a signal, 1 otherwise. Raises UserError."""
-    _write_down(plan)
     runner = Runner(plan, launcher)
+    _write_down(plan)
     failed, waiting, before = [], [], 0
     for run in plan.runs:
         choice = _choice(run)

@@ -7,15 +7,25 @@ import difflib
 import itertools
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cola_ds.config import RunConfig, apply_override, explain, is_task_file, load_config, parse_yaml
+from cola_ds.config import (
+    SECTIONS,
+    RunConfig,
+    apply_override,
+    explain,
+    is_task_file,
+    keys_of,
+    load_config,
+    parse_yaml,
+)
 from cola_ds.errors import UserError
-from cola_ds.tables import Group, Outcome
+from cola_ds.tables import Group, Outcome, file_name
 
 PAPER_GRIDS = {
     "adamw": [1e-3, 8e-4, 5e-4, 1e-4, 5e-5],
@@ -57,6 +67,20 @@ def _seeds(value: Any) -> Any:
     return value
 
 
+def _launcher(value: Any) -> Any:
+    if isinstance(value, str):
+        command_words(value)
+    return value
+
+
+def command_words(text: str) -> list[str]:
+    """The words of a command as a shell takes them apart. Raises ValueError."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"is no command: {str(error).lower()}") from None
+
+
 class Sweep(BaseModel):
     """The sweep's YAML. Paths in it are relative to the working directory."""
 
@@ -74,7 +98,7 @@ class Sweep(BaseModel):
     seeds: Annotated[list[int], BeforeValidator(_seeds)]
     search_seeds: Annotated[list[int] | Literal["all"] | None, BeforeValidator(_seeds)] = None
     """What the grid is searched with; null: the first of the seeds."""
-    launcher: str | None = None
+    launcher: Annotated[str | None, BeforeValidator(_launcher)] = None
     """A command that runs a run's YAML, such as ./launch/local.sh {run} 2; {run} stands for that file."""
 
     def task_overrides(self) -> dict[str, Overrides]:
@@ -148,7 +172,7 @@ def load_plan(path: str, common: list[str]) -> Plan:
     for override in common:
         apply_override(raw, override)
     for names in (sweep.tasks, sweep.methods):
-        if len({_file_name(_task_name(name)) for name in names}) < len(names):
+        if len({file_name(_task_name(name)) for name in names}) < len(names):
             raise UserError(f"{path}: two of {', '.join(names)} have the same folder; name them otherwise")
     series = []
     for (task, of_task), (name, of_method) in itertools.product(sweep.task_overrides().items(), sweep.methods.items()):
@@ -201,6 +225,10 @@ def _task_name(task: str) -> str:
 def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> None:
     """Refuse keys that the sweep sets by itself, and overrides of the command line that it would set again."""
     for key in (*here, *sweep.grid, *common):
+        if key in SECTIONS:  # it would replace all that the base says there
+            raise UserError(
+                f"{path}: {key} is a section: write its keys as {key}.{next(iter(keys_of([key])))}, with a dot"
+            )
         if key in _OWN_KEYS:
             raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
         if key in FILES and key in sweep.grid:  # a point is named by its values
@@ -220,7 +248,7 @@ def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str
     points = {_point_name(point): [override_word(*item) for item in point.items()] for point in grid_points}
     seeds = tuple(sweep.seeds)
     search = seeds if sweep.search_seeds == "all" else tuple(sweep.search_seeds or seeds[:1])
-    folder = Path(sweep.dir) / _file_name(task) / _file_name(name)
+    folder = Path(sweep.dir) / file_name(task) / file_name(name)
     paths = {(point, seed): folder / point / f"seed={seed}" for point in points for seed in {*seeds, *search}}
     if len(points) < len(grid_points):
         raise UserError(f"{task} / {name}: two points of the grid have the same name: {', '.join(points)}")
@@ -243,10 +271,11 @@ def _has_dev(config: RunConfig) -> bool:
 
 def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
     """Every point of the grid, in the order in which it is written; one empty point where there is no grid."""
-    optimizer = (merged.get("optim") or {}).get("name", "adamw")
+    optim = merged.get("optim")
+    optimizer = optim.get("name", "adamw") if isinstance(optim, dict) else None
     if "paper" in grid.values() and "optim.name" in grid:
         raise UserError("grid.optim.lr paper goes by optim.name, which the grid varies: make each optimizer a method")
-    paper = PAPER_GRIDS.get(optimizer, PAPER_GRIDS["adamw"])  # another name is refused with the run's config
+    paper = PAPER_GRIDS.get(str(optimizer), PAPER_GRIDS["adamw"])  # another name is refused with the run's config
     lists = [paper if values == "paper" else values for values in grid.values()]
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*lists)]
 
@@ -255,20 +284,16 @@ def override_word(key: str, value: Any) -> str:
     """An override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
     if isinstance(value, str) and re.fullmatch(r"[\w./+=,-]+", value) and parse_yaml(value, key) == value:
         return f"{key}={value}"
-    return f"{key}={json.dumps(value, default=str)}"
+    return f"{key}={json.dumps(value, default=str, ensure_ascii=False)}"
 
 
 def _point_name(point: Overrides) -> str:
     last = [key.rpartition(".")[2] for key in point]
     return ",".join(
-        f"{name if last.count(name) == 1 else key}={_file_name(_text(value))}"
+        f"{name if last.count(name) == 1 else key}={file_name(_text(value))}"
         for name, (key, value) in zip(last, point.items(), strict=True)
     )
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"

@@ -6,20 +6,21 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import statistics
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, load_config
+from cola_ds.config import RunConfig, flat_keys, is_free, load_config
 from cola_ds.errors import UserError, some_of
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
 _SIGNIFICANT = 0.05
+_COMPARED_APART = ("deepspeed", "data.task", "model.path", "run.seed")
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
@@ -66,9 +67,12 @@ class Outcome:
             return False
         if not _same_content(mine.data.task, config.data.task):
             return False
-        excluded: Any = {"deepspeed": True, "run": {"dir", "seed"}, "model": {"path"}, "data": {"task"}}
         models = [Path(c.model.path).resolve() if Path(c.model.path).is_dir() else c.model.path for c in (mine, config)]
-        return mine.model_dump(exclude=excluded) == config.model_dump(exclude=excluded) and models[0] == models[1]
+        theirs = [
+            {k: v for k, v in flat_keys(c.model_dump()).items() if not is_free(k) and k not in _COMPARED_APART}
+            for c in (mine, config)
+        ]
+        return models[0] == models[1] and theirs[0] == theirs[1]
 
     @functools.cached_property
     def config(self) -> RunConfig | None:
@@ -92,8 +96,10 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
     if path.is_file() and status in (None, 0, 75):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            return Outcome(folder, seed, "finished", result={**result, "scores": result["scores"]})
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
+                return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
+            return Outcome(folder, seed, "finished", result=result)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             return Outcome(folder, seed, "failed", f"result.json cannot be read: {type(error).__name__}")
     if status in (None, 75):
         return Outcome(folder, seed, "stopped" if (folder / "environment.json").exists() else "missing")
@@ -105,17 +111,20 @@ def _last_start(log: Path) -> tuple[int | None, str]:
     """The exit status of the log's last start, None if it has not ended; and its last line of cola-ds's, or of anybody's."""
     if not log.is_file():
         return None, ""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     marks = [i for i, line in enumerate(lines) if line.startswith(LOG_MARK)]
     ended = re.fullmatch(rf"{LOG_MARK}exit status (\d+)", lines[marks[-1]]) if marks else None
     if ended is None:
         return None, ""
     printed = lines[marks[-2] + 1 if len(marks) > 1 else 0 : marks[-1]]
-    said = [
-        found[1] for line in printed if (found := re.search("cola-ds: (.*)", line))
-    ]  # perhaps behind a progress bar
+    spoken = [re.search("cola-ds: (.*)", line) for line in printed]  # perhaps behind a progress bar
+    said = [found[1] for found in spoken if found]
     failures = [line for line in said if line.startswith("training failed: ")]  # other processes may speak after it
-    return int(ended[1]), (failures or said or [line for line in printed if line.strip()] or ["it said nothing"])[-1]
+    traces = [i for i, line in enumerate(printed) if line.endswith("Traceback (most recent call last):")]
+    if traces and not failures and not any(spoken[traces[-1] :]):
+        raised = (line for line in printed[traces[-1] + 1 :] if line and not line.startswith(" "))
+        said = [next(raised, "a traceback that was cut off")]
+    return int(ended[1]), (failures or said or [line for line in printed if line] or ["it said nothing"])[-1]
 
 
 # -- one task with one method ------------------------------------------------------------------------------------------
@@ -152,7 +161,7 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
         }
         for group in groups
     ]
-    scratch = folder / f"sweep.json.{os.getpid()}"
+    scratch = folder / f"sweep.json.{uuid.uuid4().hex}"  # tasks of an array may be other machines' processes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps({"groups": plain}) + "\n", encoding="utf-8")
@@ -162,19 +171,22 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """What `write_groups` wrote there, wherever the folder lies now."""
-    plain = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["groups"]
-    return [
-        Group(
-            group["task"],
-            group["name"],
-            {(point, seed): folder / path for point, seed, path in group["paths"]},
-            tuple(group["points"]),
-            tuple(group["seeds"]),
-            tuple(group["search_seeds"]),
-        )
-        for group in plain
-    ]
+    """What `write_groups` wrote there, wherever the folder lies now. Raises UserError."""
+    path = folder / "sweep.json"
+    try:
+        return [
+            Group(
+                group["task"],
+                group["name"],
+                {(point, seed): folder / place for point, seed, place in group["paths"]},
+                tuple(group["points"]),
+                tuple(group["seeds"]),
+                tuple(group["search_seeds"]),
+            )
+            for group in json.loads(path.read_text(encoding="utf-8"))["groups"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): cola-ds sweep writes it anew") from None
 
 
 @dataclass(frozen=True)
@@ -228,7 +240,7 @@ class Cell:
     chosen: list[Outcome]
     """One for each seed, at the chosen point."""
     others: list[Outcome]
-    """The rest of the search."""
+    """The rest of the search, and whatever else has been begun."""
 
     @property
     def all(self) -> list[Outcome]:
@@ -252,9 +264,8 @@ def read_cell(group: Group) -> Cell:
     """Look at every run of a group."""
     choice = choose(group)
     chosen = [] if choice.point is None else [group.outcome(choice.point, seed) for seed in group.seeds]
-    others = [
-        group.outcome(point, seed) for point in group.points if point != choice.point for seed in group.search_seeds
-    ]
+    rest = [group.outcome(*at) for at in group.paths if at[0] != choice.point or at[1] not in group.seeds]
+    others = [outcome for outcome in rest if outcome.seed in group.search_seeds or outcome.state != "missing"]
     return Cell(group, choice, chosen, others)
 
 
@@ -298,7 +309,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows))
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def _grid(cells: Sequence[Cell]) -> tuple[list[str], list[str], dict[tuple[str, str], Cell]]:
@@ -387,9 +399,11 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     ]
     if chosen:
         lines.append(f"Chosen on dev: {'; '.join(chosen)}.")
-    open_still = [f"{c.group.task} / {c.group.name}: {c.choice.why}" for c in cells if c.choice.point is None]
+    open_still = [
+        f"{c.group.task} / {c.group.name}: {c.choice.why}{_waiting(c.group)}" for c in cells if c.choice.point is None
+    ]
     if open_still:
-        lines.append(f"Nothing chosen: {'; '.join(open_still)}.")
+        lines.append(f"Nothing chosen: {'. '.join(open_still)}.")
     outcomes = [outcome for cell in cells for outcome in cell.all]
     lines += [f"Failed: {o.folder}: {o.why}" for o in outcomes if o.state in ("failed", "diverged")]
     for state, word in (("stopped", "Not finished"), ("missing", "Missing")):
@@ -397,6 +411,16 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         if found:
             lines.append(f"{word}, {len(found)} runs: {some_of(found)}.")
     return lines
+
+
+def _waiting(group: Group) -> str:
+    count = sum(seed not in group.search_seeds for seed in group.seeds)
+    return f"; {count} seeds wait for it" if count else ""
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file or folder."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"
 
 
 def show_dev(dev: float | None) -> str:

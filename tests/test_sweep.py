@@ -116,7 +116,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(place, capfd):
     ]
     text = table(place)
     assert f"Failed: {failed}: status 2: no such layer" in text
-    assert "Nothing chosen: easy / lora: 1 of 3 runs of its search have not finished." in text
+    assert "Nothing chosen: easy / lora: 1 of 3 runs of its search have not finished; 2 seeds wait for it." in text
     assert "| hard | accuracy | 51.00 ±1.00 (3) | 51.00 ±1.41 (2 of 3 seeds) |" in text
 
     assert sweep(place, "--list") == 0
@@ -174,8 +174,9 @@ def test_only_one_run(place, capfd):
     assert "--only 14: the sweep's runs are 0 to 13" in capfd.readouterr().err
 
 
-def test_a_signal_stops_the_sweep_and_the_same_call_goes_on(place):
-    """With the table that a sweep has that nothing happened to."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_sweep_and_the_same_call_goes_on(place, number):
+    """With the table that a sweep has that nothing happened to. SIGHUP is what a closed terminal sends."""
     assert sweep(place) == 0
     whole = table(place)
     (place / "runs").rename(place / "whole")
@@ -188,7 +189,7 @@ def test_a_signal_stops_the_sweep_and_the_same_call_goes_on(place):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(0.3)  # the stand-in listens
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     said = child.communicate(timeout=90)[1]
     assert child.returncode == 75
     assert said == "cola-ds: stopped at easy/lora/lr=0.0005/seed=0; the same command goes on from there\n"
@@ -248,6 +249,17 @@ def test_frozen(place, capfd):
     capfd.readouterr()
     assert sweep(place, "optim.max_steps=5", "--list") == 0
     assert "changed" in capfd.readouterr().out.splitlines()[1]
+
+
+def test_frozen_without_a_task_of_the_base(place):
+    base = yaml.safe_load((place / "base.yaml").read_text(encoding="utf-8"))
+    save_run(place / "base.yaml", {**base, "data": {"task": "cb"}})
+    own = {"data.task": None, "data.train": "x.jsonl", "data.eval": "y.jsonl"}
+    write_sweep(place, tasks={"own": own, "cb": {}}, methods={"lora": {}})
+    assert sweep(place, "--freeze", str(place / "frozen")) == 0
+    plans = [load_plan(str(path), []) for path in (place / "sweep.yaml", place / "frozen/sweep.yaml")]
+    tasks = [[series.configs["lr=0.001"].data.task for series in plan.series] for plan in plans]
+    assert tasks == [[None, "cb"]] * 2
 
 
 def test_the_papers_grids_and_names(place):
@@ -327,7 +339,17 @@ def test_tasks_by_name(place):
             ["data.eval=null"],
             "easy / lora: nothing is held out by which the grid's best is chosen",
         ),
-        ({"launcher": "./no-such {run}"}, [], "./no-such: No such file or directory"),
+        ({"launcher": "./no-such {run}"}, [], "launcher ./no-such {run}: there is no command ./no-such here"),
+        ({"launcher": "echo '"}, ["--list"], 'launcher is no command: no closing quotation; it is "echo \'"'),
+        ({}, ["--launcher", "it's {run}"], "--launcher it's {run} is no command: no closing quotation"),
+        ({"methods": {"lora": {"optim": {"lr": 1}}}}, [], "optim is a section: write its keys as optim.lr, with a dot"),
+        ({"tasks": {"a": {"run": {"seed": 5}}}}, [], "run is a section: write its keys as run.dir, with a dot"),
+        (
+            {"grid": {"lora": [{"rank": 4}, {"rank": 8}]}},
+            [],
+            "lora is a section: write its keys as lora.rank, with a dot",
+        ),
+        ({}, ["run={seed: 5}"], "run is a section: write its keys as run.dir, with a dot"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(place, capfd, keys, words, message):
@@ -337,6 +359,32 @@ def test_mistakes_are_one_line_before_anything_runs(place, capfd, keys, words, m
     assert len(said) == 1
     assert message.replace("BASE", str(place / "base.yaml")) in said[0]
     assert starts(place) == []
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize("optim", ["x", [1], {"name": ["sgd"]}])
+def test_a_base_that_is_wrong(place, capfd, optim):
+    base = yaml.safe_load((place / "base.yaml").read_text(encoding="utf-8"))
+    save_run(place / "base.yaml", {**base, "optim": optim})
+    write_sweep(place, grid={"optim.lr": "paper"})
+    assert sweep(place, "--list") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_what_cannot_change_a_result_is_no_change(place, capfd):
+    assert sweep(place) == 0
+    starts(place)
+    assert sweep(place, "run.log_every_steps=3", "checkpoint.keep=5", "--list") == 0
+    assert "changed" not in capfd.readouterr().out
+    assert sweep(place, "run.log_every_steps=3", "checkpoint.keep=5") == 0
+    assert starts(place) == []
+
+
+def test_letters_of_any_alphabet(place):
+    """In a folder's name, on the way to the run."""
+    write_sweep(place, dir=str(place / "runs/läufe \U0001f600"), methods={"lora": {}}, grid={}, seeds=[0])
+    assert sweep(place) == 0
+    assert (place / "runs/läufe \U0001f600/easy/lora/seed=0/result.json").is_file()
 
 
 def test_runs_without_a_dev_score_cannot_be_chosen_from(place, capfd):

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 from cola_ds.cli import main
 from cola_ds.errors import UserError
 from cola_ds.report import PAPER_TABLES, report
-from cola_ds.tables import Group, holm, paired_t_test, write_groups
+from cola_ds.tables import Group, holm, paired_t_test, read_groups, write_groups
 from tests.toys import run_config, save_run
 
+TRACE = "Traceback (most recent call last):\n  File 1\nTraceback (most recent call last):\n  File 2\n    x()\nE: no memory\n"
 LORA = {"method": "lora", "chain": {"length": 1}, "lora": {"rank": 8}}
 COLA = {"method": "cola", "chain": {"length": 2}, "lora": {"rank": 8}}
 
@@ -22,6 +25,8 @@ def save_result(folder, test, task="cb", dev=0.5, seed=0, flops=1e9, losses=(), 
     folder.mkdir(parents=True)
     config = run_config(Path("model"), Path("train.jsonl"), folder, **sections)
     config["run"]["seed"] = seed
+    if "task" in config["data"]:
+        del config["data"]["train"]
     save_run(folder / "run.yaml", config)
     (folder / "environment.json").write_text("{}", encoding="utf-8")
     scores = {"metric": "f1" if task == "squad" else "accuracy", "dev": dev, "test": test, "best_step": 3}
@@ -152,7 +157,11 @@ def test_ranks_and_the_flops_that_they_save(tmp_path):
         "| cb | accuracy | 70.00 ±0.00 (2 of 3 seeds) [76.78] | 72.00 ±0.00 (3) [75.35; 7.20e11] | 90.00 (1 of 3 seeds) |"
         in text
     )
-    assert "[70.71] | 72.00 ±0.00 (3) | 90" in tables(tmp_path, paper="sgd")  # whose chains keep their rank
+    (tmp_path / "a1").rename(tmp_path / "b3")
+    for seed in (0, 3):  # no seed that both have
+        shutil.rmtree(tmp_path / f"b{seed}")
+    text = tables(tmp_path / "a0", tmp_path / "b1", paper="ranks")
+    assert "| cola-2 rank=[8, 4] | (8, 4) | 72.00; - |" in text
 
 
 def test_the_papers_numbers(tmp_path):
@@ -161,8 +170,20 @@ def test_the_papers_numbers(tmp_path):
     save_result(tmp_path / "z", 0.5, method="zero-shot", chain={"length": 1}, data={"eval": "dev.jsonl"})
     text = tables(tmp_path, paper="opt-1.3b")
     assert "| cb | accuracy | **71.00 (1)** [76.78 ±6.38] | 70.00 (1) [75.35 ±4.84] | 50.00 (1) |" in text
-    assert "[69.29]" in tables(tmp_path / "l", paper="sgd")
-    assert "[73.21]" in tables(tmp_path / "c", paper="adagrad")
+    # Only what is made as the paper's: by that optimizer, on so many examples.
+    for paper, cola, number in (("sgd", "70.71", "69.29"), ("adagrad", "73.21", "69.29")):
+        other = {"optim": {"name": paper}}
+        assert "[" not in tables(tmp_path, paper=paper)
+        save_result(tmp_path / paper / "l", 0.7, **LORA, **other)
+        save_result(tmp_path / paper / "c", 0.7, **COLA, **other)
+        text = tables(tmp_path / paper, paper=paper)
+        assert f"[{cola}]" in text
+        assert f"[{number}]" in text
+        assert "[" not in tables(tmp_path / paper, paper="opt-1.3b")
+    for number, expected in ((100, True), (1000, False)):
+        data = {"task": "cb", "num_train": number}
+        folder = save_result(tmp_path / f"with-{number}", 0.7, **LORA, data=data)
+        assert ("[72.76]" in tables(folder, paper="low-data")) == expected
     for name in PAPER_TABLES:
         tables(tmp_path, paper=name)
     with pytest.raises(UserError, match=r"--paper 1: known are opt-1.3b, llama-2-7b, ranks, sgd, adagrad, low-data"):
@@ -222,8 +243,8 @@ def test_a_sweep_with_failed_and_missing_runs(tmp_path):
     save_sweep(tmp_path / "runs", {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6, "lr=1/seed=1": log})
     moved = (tmp_path / "runs").rename(tmp_path / "elsewhere")
     save_result(tmp_path / "elsewhere/not/of/the/sweep", 0.9, task="rte", **LORA)
-    text = tables(tmp_path, paper="low-data")
-    assert "| cb-100 | accuracy | 40.00 (1 of 3 seeds) [72.76] |" in text
+    text = tables(tmp_path, paper="opt-1.3b")
+    assert "| cb-100 | accuracy | 40.00 (1 of 3 seeds) [75.35 ±4.84] |" in text
     assert "rte" not in text
     assert "Chosen on dev: cb-100 / lora: lr=1 (dev 60.00)." in text
     assert f"Failed: {moved / 'cb/lora/lr=1/seed=1'}: status 137: step 3" in text
@@ -236,7 +257,16 @@ def test_a_sweep_with_failed_and_missing_runs(tmp_path):
         ("cola-ds sweep: now\nloading", "Not finished, 1 runs"),
         ("cola-ds sweep: now\ncola-ds sweep: exit status 75\n", "Not finished, 1 runs"),
         ("cola-ds sweep: now\ncola-ds sweep: exit status 1\n", "status 1: it said nothing"),
-        ("cola-ds sweep: now\nTraceback\n\ncola-ds sweep: exit status 1\n", "status 1: Traceback"),
+        ("cola-ds sweep: now\nKilled\n\ncola-ds sweep: exit status 1\n", "status 1: Killed"),
+        (
+            f"cola-ds sweep: now\ncola-ds: going on\n{TRACE}bye\ncola-ds sweep: exit status 3\n",
+            "status 3: E: no memory\n",
+        ),
+        (f"cola-ds sweep: now\n{TRACE}cola-ds: 1 is gone\ncola-ds sweep: exit status 3\n", "status 3: 1 is gone\n"),
+        (
+            "cola-ds sweep: now\nTraceback (most recent call last):\ncola-ds sweep: exit status 1\n",
+            "1: a traceback that was",
+        ),
         ("cola-ds sweep: now\ncola-ds sweep: exit status 0\n", "status 0: it said nothing"),
         (
             "cola-ds sweep: now\n 9%| cola-ds: training failed: disk\ncola-ds: bye\ncola-ds sweep: exit status 3\n",
@@ -248,17 +278,83 @@ def test_how_a_run_ended(tmp_path, log, state):
     save_sweep(tmp_path, {"lr=1/seed=0": log, "lr=2/seed=0": 0.6})
     (tmp_path / "cb/lora/lr=1/seed=0").mkdir(parents=True)
     (tmp_path / "cb/lora/lr=1/seed=0/environment.json").write_text("{}", encoding="utf-8")
-    text = tables(tmp_path)
+    text = tables(tmp_path) + "\n"
     assert state in text
-    assert "Nothing chosen: cb-100 / lora: 1 of 2 runs of its search have not finished." in text
+    chosen = "Nothing chosen: cb-100 / lora: 1 of 2 runs of its search have not finished; 2 seeds wait for it."
+    assert chosen in text
+
+
+def test_sweeps_that_have_a_task_in_common(tmp_path):
+    """A row for each, compared within each alone; a folder that is named twice counts once."""
+    for name, better in (("few", 0.0), ("many", 0.2)):
+        paths = {(kind, s): tmp_path / name / f"cb/{kind}/seed={s}" for kind in ("lora", "cola") for s in range(3)}
+        groups = [
+            Group("cb", k, {("", s): paths[k, s] for s in range(3)}, ("",), (0, 1, 2), (0,)) for k in ("lora", "cola")
+        ]
+        write_groups(tmp_path / name, groups)
+        for (kind, seed), path in paths.items():
+            more = better + (0.01 * (seed + 1) if kind == "cola" else 0)
+            save_result(path, 0.5 + more, seed=seed, **(COLA if kind == "cola" else LORA))
+    text = tables(tmp_path, paper="opt-1.3b")
+    assert "| cb (few) | accuracy | 50.00 ±0.00 (3) [75.35 ±4.84] | **52.00 ±1.00 (3)** [76.78 ±6.38] |" in text
+    assert "| cb (many) | accuracy | 70.00 ±0.00 (3) [75.35 ±4.84] | **72.00 ±1.00 (3)** [76.78 ±6.38] |" in text
+    compared = [line for line in text.splitlines() if " - lora |" in line]
+    assert [line.split(" | ")[0] for line in compared] == ["| cb (few)", "| cb (many)"]
+    assert tables(tmp_path / "few", tmp_path / "few/../few") == tables(tmp_path / "few")
+    assert "| cb | accuracy | 50.00" in tables(tmp_path / "few")
+    (tmp_path / "many").rename(tmp_path / "few/few")
+    assert f"| cb ({tmp_path}/few/few) |" in tables(tmp_path / "few")
+    with pytest.raises(UserError, match=r"cb/lora is a part of the sweep in .*few: name that, or a run"):
+        tables(tmp_path / "few/cb/lora")
+
+
+def test_what_was_begun_is_in_the_csv(tmp_path):
+    """Also at a point that was not chosen, and at the chosen one with a seed that only searched."""
+    states = {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6, "lr=1/seed=1": 0.5, "lr=2/seed=2": 0.7}
+    save_sweep(tmp_path / "a", states)
+    groups = read_groups(tmp_path / "a")
+    write_groups(tmp_path / "a", [replace(groups[0], seeds=(1, 2))])
+    tables(tmp_path / "a", csv_file=tmp_path / "a.csv")
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as held:
+        found = {"/".join(row["folder"].split("/")[-2:]): (row["chosen"], row["state"]) for row in csv.DictReader(held)}
+    assert found == {
+        "lr=1/seed=0": ("no", "finished"), "lr=1/seed=1": ("yes", "finished"), "lr=1/seed=2": ("yes", "missing"),
+        "lr=2/seed=0": ("no", "finished"), "lr=2/seed=2": ("no", "finished"),
+    }  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    """JSON has null for it. In a sweep that point is out; alone the run is named."""
+    save_sweep(tmp_path / "a", {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6})
+    run = tmp_path / "a/cb/lora/lr=1/seed=0"
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    lost = {**result, "task": None, "scores": {"loss": None, "perplexity": None, "examples": 3}}
+    (run / "result.json").write_text(json.dumps(lost), encoding="utf-8")
+    text = tables(tmp_path)
+    assert "Chosen on dev: cb-100 / lora: lr=2 (dev 40.00)" in text
+    assert f"Failed: {run}: its held-out loss is not finite" in text
+    alone = shutil.copytree(run, tmp_path / "alone")
+    assert f"Failed: {alone}: its held-out loss is not finite" in tables(alone)
+
+
+def test_names_that_markdown_would_cut(tmp_path):
+    write_groups(tmp_path, [Group("a|b", "x|y", {("", 0): tmp_path / "r"}, ("",), (0,), (0,))])
+    save_result(tmp_path / "r", 0.5, **LORA)
+    assert "| task | metric | x\\|y |" in tables(tmp_path, figures=tmp_path / "f")
+    assert (tmp_path / "f/loss-a-b.png").is_file()
 
 
 def test_what_cannot_be_read(tmp_path, capsys):
     save_sweep(tmp_path / "a", {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6})
     (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text("{", encoding="utf-8")
     assert "lr=1/seed=0: result.json cannot be read: JSONDecodeError" in tables(tmp_path / "a")
+    (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text('{"scores": null}', encoding="utf-8")
+    assert "lr=1/seed=0: result.json cannot be read: AttributeError" in tables(tmp_path / "a", csv_file=tmp_path / "x")
     assert main(["report", str(tmp_path / "a"), "--csv", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "a/sweep.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a/sweep.json cannot be read \(TypeError\): cola-ds sweep writes it anew"):
+        tables(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
         tables(tmp_path / "empty")
@@ -281,6 +377,6 @@ def test_runs_without_a_task_beside_those_with_one(tmp_path):
     assert "| cb | accuracy | 50.00 (1) |" in text
     assert "| two | lora | 1 | 0 | 2.5000" in tables(tmp_path / "x/two")
     (tmp_path / "x/two/result.json").unlink()
-    assert f"Not finished: {tmp_path / 'x/two'}." in tables(tmp_path)
+    assert f"Not finished: {tmp_path / 'x/two'}" in tables(tmp_path)
     with pytest.raises(UserError, match=r"x/two has no result.json: the run has not finished"):
         tables(tmp_path / "x/two")
