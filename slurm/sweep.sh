@@ -88,7 +88,8 @@ if [ -z "$dry_run" ]; then
     echo ')'
   } >"$folder/job.env"
 fi
-common=(sbatch --parsable --nodes="$nodes" --ntasks-per-node="$per_node" --signal="$signal" --chdir="$PWD"
+# A launcher of one's own is no job step: sweep.sbatch passes the signal on to it.
+common=(sbatch --parsable --nodes="$nodes" --ntasks-per-node="$per_node" --signal="${launcher:+B:}$signal" --chdir="$PWD"
   --output="$folder/job-%A_%a.log" "${options[@]}")
 
 # submit INDICES [OPTION]: prints the command on stderr, and the job's number.
@@ -105,5 +106,8 @@ if [ -n "$search" ]; then
   job=$(submit "$search")
   echo "search: job $job"
 fi
-if [ -n "$rest" ]; then echo "seeds: job $(submit "$rest" ${job:+"--dependency=afterany:$job"})"; fi
+if [ -n "$rest" ]; then
+  rest=$(submit "$rest" ${job:+"--dependency=afterany:$job"}) || fail "the rest of the seeds could not be submitted${job:+, the search has been}"
+  echo "seeds: job $rest"
+fi
 echo "logs: $folder/job-*.log, and one beside each run's folder"

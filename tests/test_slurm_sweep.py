@@ -2,12 +2,15 @@
 
 import os
 import re
+import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from cola_ds.report import report
+from cola_ds.sweep_plan import command_words
 from tests.launching import Cluster, clean_environment
 from tests.sweeps import save_base, write_sweep
 from tests.test_task_runs import reviews, write
@@ -121,6 +124,67 @@ def test_the_status_of_a_run_of_several_processes(tmp_path, statuses, status):
     assert "python -u -m cola_ds train run.yaml run.dir=x" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
+def test_a_signal_reaches_a_launcher_that_is_no_job_step(tmp_path, name):
+    """Slurm sends it to the batch script alone, which queues its task again once the run has stopped."""
+    folder = tmp_path / "it's here ü"
+    folder.mkdir()
+    (folder / "job.env").write_text(
+        f"python={tmp_path}/python processes_per_node=2 max_restarts=5 offline= setup=() launcher='./mine {{run}}'\n"
+    )
+    # What waits is a child: a signal to the script alone does not reach it.
+    wait = 'trap "echo stopped; exit 75" USR1; echo "$@" begun; for i in $(seq 600); do sleep 0.1; done'
+    for command, text in (("python", wait), ("squeue", "echo RUNNING"), ("scontrol", 'echo "$@"; exit 1')):
+        (tmp_path / command).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / command).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n1"}
+    env |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_ON_NODE": "2"}
+    words = ["bash", str(REPOSITORY / "slurm/sweep.sbatch"), str(folder)]
+    job = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = [job.stdout.readline() for _ in range(2)]
+    assert said[1] == f"-u -m cola_ds sweep {folder}/sweep.yaml --only 3 --launcher ./mine {{run}} begun\n"
+    job.send_signal(getattr(signal, f"SIG{name}"))
+    rest = job.communicate(timeout=60)[0].splitlines()
+    assert job.returncode == 75
+    assert rest[0] == "stopped"
+    assert rest[2] == "requeue 7_3"
+
+
+def test_a_folder_of_any_letters(tmp_path):
+    """In the command that starts a run, as cola-ds takes its words apart, also in the C locale."""
+    folder = tmp_path / "it's here ü"
+    folder.mkdir()
+    python = f'#!/bin/bash\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\nprintf "%s\\n" "${{@: -1}}"\n'
+    (tmp_path / "python").write_text(python, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    (folder / "job.env").write_text(
+        f"python={tmp_path}/python processes_per_node=2 max_restarts=5 offline= setup=() launcher=\n", encoding="utf-8"
+    )
+    env = {**os.environ, "LC_ALL": "C", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "2"}
+    env |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    done = subprocess.run(
+        ["bash", str(REPOSITORY / "slurm/sweep.sbatch"), str(folder)], env=env, capture_output=True, text=True
+    )
+    command = done.stdout.splitlines()[1]
+    assert command_words(command) == ["bash", f"{folder}/sweep.sbatch", str(folder), "step", "{run}"]
+
+
+def test_what_the_cluster_refuses(place):
+    """The second array, say: the script says so, and fails."""
+    script = '#!/bin/bash\ncase "$*" in *--dependency*) echo "too many jobs" >&2; exit 1;; *) echo 7;; esac\n'
+    (place / "sbatch").write_text(script, encoding="utf-8")
+    (place / "sbatch").chmod(0o755)
+    env = {**clean_environment(), "PATH": f"{place}:{os.environ['PATH']}"}
+    words = ["./slurm/sweep.sh", "--time", "1:00:00", str(place / "sweep.yaml")]
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "search: job 7" in done.stdout
+    assert done.stderr.splitlines()[-2:] == [
+        "too many jobs",
+        "sweep.sh: the rest of the seeds could not be submitted, the search has been",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -156,6 +220,11 @@ def test_the_dry_run_of_the_script(place):
     assert "--ntasks-per-node=4 --signal=USR1@300" in search
     assert "--time=1:00:00 --gpus-per-node=4 --array=0\\,1\\,2" in search
     assert "11%3 " in search
+    words[1:1] = ["--launcher", "./launch/local.sh {run}"]
+    done = subprocess.run(
+        ["./slurm/sweep.sh", *words], cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.stderr.count(" --signal=B:USR1@300 ") == 2
     assert "--array=12\\,13%3 --dependency=afterany:JOB " in seeds
     assert sorted(place.rglob("*")) == before
 
