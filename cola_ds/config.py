@@ -306,7 +306,7 @@ for _yaml in (_Loader, _Dumper):
 def parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, for one
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

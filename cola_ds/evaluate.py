@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from cola_ds.data.batching import IGNORED, Batch, Batcher
 from cola_ds.data.packing import PackedBatch
 from cola_ds.data.taskdata import NEW_TOKENS, TaskData
 from cola_ds.data.tasks import score
+from cola_ds.errors import TrainingFailedError
 from cola_ds.scoring import classification_loss, generate_answers, score_candidates, total
 
 
@@ -80,23 +81,30 @@ class TaskScore:
 def task_score(
     engine: zero.Engine, data: TaskData, split: str, tokenizer: Any, batch_size: int, stop: Callable[[], bool]
 ) -> TaskScore | None:
-    """Score every example once, whatever the world size; None if `stop`, asked before each batch, says so. Collective."""
+    """Score every example once, whatever the world size; None if `stop`, asked before each batch, says so. Collective.
+
+    Raises TrainingFailedError where the model's outputs are not finite.
+    """
     begin = time.perf_counter()
-    predictions: dict[int, int] | dict[int, str] | None
+    predictions: Mapping[int, int | str | None] | None
     if data.task.generates:
         predictions = generate_answers(engine, data.encoded, tokenizer, batch_size, stop, NEW_TOKENS)
     else:
         scores = score_candidates(engine, data.encoded, batch_size, stop)
-        predictions = (
-            None
-            if scores is None
-            else {i: max(range(len(found)), key=found.__getitem__) for i, found in scores.items()}
-        )
+        predictions = None if scores is None else {i: _best(found) for i, found in scores.items()}
     if predictions is None:
         return None
-    right = total(score(data.task, data.examples[i], found) for i, found in predictions.items())
+    lost = round(total(prediction is None for prediction in predictions.values()))
+    if lost:  # which of them is the largest means nothing
+        raise TrainingFailedError(f"the model's outputs are not finite on {lost} of {len(data)} {split} examples")
+    right = total(score(data.task, data.examples[i], found) for i, found in predictions.items() if found is not None)
     assert data.task.metric is not None
     return TaskScore(split, data.task.metric, right / len(data), len(data), time.perf_counter() - begin)
+
+
+def _best(scores: list[float]) -> int | None:
+    """The candidate of the largest score, the first of equals; None where one is not finite."""
+    return max(range(len(scores)), key=scores.__getitem__) if all(map(math.isfinite, scores)) else None
 
 
 def held_out_loss(engine: zero.Engine, batcher: Batcher, batch_size: int, stop: Callable[[], bool]) -> HeldOut | None:

@@ -88,8 +88,9 @@ def generate_answers(
     batch_size: int,
     stop: Callable[[], bool],
     max_new_tokens: int = 50,
-) -> dict[int, str] | None:
-    """Greedy answers to this process's share of the examples, up to a newline or EOS and stripped, by their places. Collective.
+) -> dict[int, str | None] | None:
+    """Greedy answers to this process's share of the examples, up to a newline or EOS and stripped, by their places; None where
+    the model's outputs are not finite. Collective.
 
     Each example is one process's; None if `stop`, asked before each batch, says so. Raises UserError for prompts that leave
     no room in the model's positions.
@@ -103,21 +104,24 @@ def generate_answers(
         )
     stop_ids = end_ids(engine.module, tokenizer)
 
-    def answer(indices: list[int]) -> list[str]:
-        ids = generate_ids(engine, [examples[i].prompt_ids for i in indices], stop_ids, max_new_tokens)
-        texts = (tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in ids)
-        return [text.partition("\n")[0].strip() for text in texts]
+    def answer(indices: list[int]) -> list[str | None]:
+        found = generate_ids(engine, [examples[i].prompt_ids for i in indices], stop_ids, max_new_tokens)
+        return [None if ids is None else decode(ids) for ids in found]
+
+    def decode(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.partition("\n")[0].strip()
 
     return _evaluate(engine, lengths, batch_size, stop, answer)
 
 
 def generate_ids(
     engine: zero.Engine, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The most likely ids after each prompt, up to the first of `stop_ids` and with it. Collective: each process has its own
-    prompts, or none; inside `zero.evaluating`.
+) -> list[list[int] | None]:
+    """The most likely ids after each prompt, up to the first of `stop_ids` and with it; None where a logit was NaN. Collective:
+    each process has its own prompts, or none; inside `zero.evaluating`.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     rows = prompts or [[PADDING]]  # a process without prompts runs the forward passes of the others
     width = max(map(len, rows))
@@ -130,15 +134,23 @@ def generate_ids(
         eos_token_id=stop_ids,
         pad_token_id=PADDING,
     )
+    lost = torch.zeros(len(rows), dtype=torch.bool, device=processes.device())
+
+    def note_nan(ids: Tensor, logits: Tensor) -> Tensor:
+        lost.logical_or_(logits.isnan().any(dim=-1))
+        return logits
+
     with _plain_generation(engine.module):
         found = engine.module.generate(
             input_ids=input_ids.to(processes.device()),
             attention_mask=attention_mask.to(processes.device()),
             generation_config=greedy,
+            logits_processor=LogitsProcessorList([note_nan]),
             # Under ZeRO-3 all run as many forward passes as the one that needs most: they gather together.
             synced_gpus=engine.world_size > 1,
         )
-    return [_up_to_stop(row, set(stop_ids)) for row in found[: len(prompts), width:].tolist()]
+    answers = found[: len(prompts), width:].tolist()
+    return [None if nan else _up_to_stop(row, set(stop_ids)) for row, nan in zip(answers, lost.tolist(), strict=False)]
 
 
 @contextmanager

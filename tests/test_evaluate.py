@@ -14,7 +14,7 @@ from tests.runs import three_links, train_in
 from tests.test_chain import make_chain
 from tests.test_cli import cola_ds
 from tests.test_task_runs import reviews, task_run
-from tests.toys import run_config, save_model, save_run, save_sums
+from tests.toys import rows, run_config, save_model, save_run, save_sums
 
 
 def evaluate_here(process, path):
@@ -37,7 +37,6 @@ def test_held_out_loss_is_right_at_every_world_size(tmp_path, batch_size, text):
     path = save_run(tmp_path / "run.yaml", config)
 
     # One example at a time, with transformers' own loss.
-    from tests.toys import rows
 
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     total, count = 0.0, 0
@@ -211,3 +210,22 @@ def test_the_default_folder_is_of_the_whole_path(tmp_path, monkeypatch):
         folder = evaluation_config(target, "icl", "cb", None, None, 1, []).run.dir
         assert folder.startswith("runs/evaluate/")
         assert folder.endswith(f"{name}/cb-icl")
+
+
+@pytest.mark.parametrize("text", [QUESTIONS, 'prompt: "{prompt}"\ncandidates: ["1", "2 3"]\nlabel: gold\n'])
+def test_outputs_that_are_not_finite_have_no_score(toy, tmp_path, task, text):
+    """The first candidate would win, or the first word."""
+    from safetensors.torch import load_file, save_file
+
+    (tmp_path / "sums.yaml").write_text(text, encoding="utf-8")
+    for split in ("train", "validation"):
+        lines = [json.dumps({**row, "gold": 0}) for row in rows(tmp_path / f"{split}.jsonl")]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model = save_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = cola_ds("evaluate", model, *task, "--out", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    assert "cola-ds: training failed: the model's outputs are not finite on 2 of 2 dev examples" in done.stderr
+    assert not (tmp_path / "out/result.json").exists()

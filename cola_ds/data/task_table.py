@@ -70,8 +70,10 @@ class Task:
 
     def read(self, row: Row) -> tuple[list[Example], list[str]]:
         """The examples of a row, and for each one that is left out the reason. Raises UserError for a bad row."""
-        examples, left_out = [], []
-        for flat in self.flatten(row):
+        examples, left_out, rows = [], [], self.flatten(row)
+        if not rows:
+            left_out.append("without a question and an answer")
+        for flat in rows:
             try:
                 examples.append(self.build(flat))
             except UnusableRowError as reason:
@@ -233,7 +235,27 @@ def _drop(row: Row) -> Example:
 
 
 def _flat_wsc(row: Row) -> list[Row]:
-    return [{**row, **_field(row, "target", dict)}] if "target" in row else [row]
+    flat = {**row, **_field(row, "target", dict)} if "target" in row else row
+    return [
+        {
+            **flat,
+            **{f"{span}_text": _as_in_the_text(flat, span) for span in ("span1", "span2") if f"{span}_text" in flat},
+        }
+    ]
+
+
+def _as_in_the_text(row: Row, span: str) -> Any:
+    """A span as the sentence has it. Original rows differ from it in the first letter's case, a full stop or a line's end, and
+    the hub's wsc.fixed, which MeZO reads, has that mended."""
+    found, text, index = row[f"{span}_text"], row.get("text"), row.get(f"{span}_index")
+    if not (isinstance(found, str) and isinstance(text, str) and isinstance(index, int)) or found in text:
+        return found
+    words = text.split()
+    if not (found and 0 <= index < len(words)):
+        return found
+    first = found[0].lower() if words[index][0].islower() else found[0].upper()
+    mended = (first + found[1:]).rstrip(".").replace("\n", " ")
+    return mended if mended in text else found
 
 
 def _flat_multirc(row: Row) -> list[Row]:

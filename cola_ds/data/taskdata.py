@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cola_ds.config import RunConfig, is_task_file
+from cola_ds.config import RunConfig, is_task_file, parse_yaml
 from cola_ds.data.batching import PADDING, Batch, collate
 from cola_ds.data.packing import PackedBatch, pack, packed_length
 from cola_ds.data.task_table import Example, Task, task_named
 from cola_ds.data.tasks import Encoded, encode, read_rows, sample, task_from_yaml, with_demonstrations
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError
 
 NEW_TOKENS = 50  # at most, of a generated answer (protocol of MeZO, as COLA follows it)
 
@@ -44,8 +42,8 @@ class TaskData:
         return collate([_taught(self.examples[i], self.encoded[i]) for i in indices] or [([PADDING], 1)])
 
     def fingerprint(self) -> str:
-        """SHA-256 of all token ids, right answers and lengths of answers, in order."""
-        digest = hashlib.sha256(self.task.objective.encode())
+        """SHA-256 of how the task is trained and scored, and of all token ids, right answers and lengths of answers, in order."""
+        digest = hashlib.sha256(json.dumps([self.task.objective, self.task.metric, self.task.generates]).encode())
         for example, encoded in zip(self.examples, self.encoded, strict=True):
             facts = [
                 encoded.candidate_ids,
@@ -93,12 +91,10 @@ def find_task(name: str) -> Task:
     if not is_task_file(name):
         return task_named(name)
     try:
-        raw = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.task {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"data.task {name} is not valid YAML: {first_line(error)}") from None
-    return task_from_yaml(raw, name)
+    return task_from_yaml(parse_yaml(text, f"data.task {name}"), name)
 
 
 def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length: int) -> TaskData:

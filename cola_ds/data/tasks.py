@@ -6,9 +6,7 @@ import bisect
 import collections
 import itertools
 import json
-import re
 import reprlib
-import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +92,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
+            json.dumps(row, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not valid JSON: {first_line(error)}") from None
         if not isinstance(row, dict):
@@ -244,28 +243,24 @@ def with_demonstrations(
 # Scores
 
 
-def normalize(text: str) -> str:
-    """An answer as SQuAD compares it: lower case, without punctuation, articles and extra white space."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-
-
 def squad_f1(prediction: str, golds: Sequence[str]) -> float:
-    """F1 of the words that a prediction shares with a right answer, the best over the answers; between 0 and 1."""
-    words = collections.Counter(normalize(prediction).split())
-    best = 0.0
-    for gold in golds:
-        right = collections.Counter(normalize(gold).split())
-        shared = (words & right).total()
-        best = max(best, 2 * shared / max(words.total() + right.total(), 1))
-    return best
+    """SQuAD's F1 of the words that a prediction shares with a right answer, without case, punctuation and articles; the best over
+    the answers; between 0 and 1."""
+    from torchmetrics.functional.text import squad  # two seconds to import
+
+    found = squad(
+        [{"id": "", "prediction_text": prediction}],
+        [{"id": "", "answers": {"text": list(golds), "answer_start": [0] * len(golds)}}],
+    )
+    return found["f1"].item() / 100
 
 
 def accuracy(prediction: int | str, example: Example) -> float:
-    """1 if the candidate of that index is right or, for a generated text, if it is a right answer once normalized; else 0."""
+    """1 if the candidate of that index is right or, for a generated text, if it is a right answer to the letter, but for white
+    space around it; else 0."""
     if isinstance(prediction, int):
         return float(prediction in example.correct)
-    return float(normalize(prediction) in [normalize(answer) for answer in example.answers])
+    return float(prediction.strip() in [answer.strip() for answer in example.answers])
 
 
 def score(task: Task, example: Example, prediction: int | str) -> float:
@@ -285,8 +280,9 @@ def task_from_yaml(raw: Any, source: str) -> Task:
 
     prompt: a template with {field} names. Then either candidates (a list of continuations, which may be templates) and label
     (the field that holds the right one's index or text), or answer (a template of the continuation; where its one field holds
-    a list of texts, all are right and the first is taught). generate: true scores generated answers by metric: f1, or accuracy
-    (an exact match). objective: classification or answer, as in Task; with candidates classification is the default.
+    a list of texts, all are right and the first is taught). generate: true scores generated answers, which a newline ends, by
+    metric: f1 as in SQuAD, or accuracy (the same text).
+    objective: classification or answer, as in Task; with candidates classification is the default.
     Raises UserError, in one line that names `source`, for unknown keys, wrong types, contradictions and unsafe templates.
     """
     try:
@@ -295,7 +291,7 @@ def task_from_yaml(raw: Any, source: str) -> Task:
         if "candidates" not in raw:
             generates = raw.get("generate", False)
             metric = raw.get("metric", "f1") if generates else None
-            return Task(name, _answer_builder(prompt, raw["answer"]), "answer", metric, generates)
+            return Task(name, _answer_builder(prompt, raw["answer"], generates), "answer", metric, generates)
         build = _candidate_builder(prompt, raw["candidates"], raw["label"])
         return Task(name, build, raw.get("objective", "classification"), "accuracy")
     except UserError as error:
@@ -386,7 +382,7 @@ def _candidate_builder(prompt: str, candidates: list[str], label: str) -> Callab
     return build
 
 
-def _answer_builder(prompt: str, answer: str) -> Callable[[Row], Example]:
+def _answer_builder(prompt: str, answer: str, generates: bool) -> Callable[[Row], Example]:
     fields = fields_of(answer)
 
     def build(row: Row) -> Example:
@@ -397,6 +393,10 @@ def _answer_builder(prompt: str, answer: str) -> Callable[[Row], Example]:
             raise UserError(f"field {fields[0]} holds no answer")
         text, space = _fill_prompt(prompt, row)
         filled = [_fill("answer", answer, each) for each in rows]
-        return Example(text, answers=tuple(each.strip() for each in filled), completion=space + filled[0])
+        answers = tuple(each.strip() for each in filled)
+        if generates and "\n" in answers[0]:
+            raise UserError(f"answer has more than one line, and a newline ends what is generated: {answers[0]!r}")
+        completion = space + (filled[0].rstrip() + "\n" if generates else filled[0])  # or it would not learn to end
+        return Example(text, answers=answers, completion=completion)
 
     return build
