@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import signal
 import socket
 import sys
 import time
@@ -329,7 +330,17 @@ def _inspect(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.inspect import inspect
 
     with _readable(args.run_dir):
-        print(inspect(args.run_dir))
+        text = inspect(args.run_dir)
+    _print(text)
+
+
+def _print(text: str) -> None:
+    """For a reader who may have enough before the end, such as head."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the exit of the interpreter flushes the rest
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _sweep(args: argparse.Namespace, process: Process) -> None:
@@ -342,7 +353,7 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
 
     plan = load_plan(args.config, args.overrides)
     if args.list:
-        print(list_runs(plan))
+        _print(list_runs(plan))
     elif args.freeze is not None:
         print(f"wrote {freeze(plan, Path(args.freeze))}")
     elif status := run_all(plan, args.launcher) if args.only is None else run_one(plan, args.only, args.launcher):
@@ -353,7 +364,8 @@ def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report import report
 
     with _readable(", ".join(args.runs)):
-        print(report(args.runs, args.plot, args.csv, args.paper, args.figures))
+        text = report(args.runs, args.plot, args.csv, args.paper, args.figures)
+    _print(text)
 
 
 @contextmanager

@@ -380,6 +380,15 @@ def test_what_cannot_change_a_result_is_no_change(place, capfd):
     assert starts(place) == []
 
 
+def test_a_reader_who_has_enough(place):
+    """Nothing is said of the pipe that is closed."""
+    write_sweep(place, tasks={f"a{number}": {"data.train": "x", "optim.lr": 1e-3} for number in range(400)})
+    words = f"{sys.executable} -m cola_ds sweep {place}/sweep.yaml --list | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[1] == "141"
+
+
 def test_letters_of_any_alphabet(place):
     """In a folder's name, on the way to the run."""
     write_sweep(place, dir=str(place / "runs/läufe \U0001f600"), methods={"lora": {}}, grid={}, seeds=[0])
