@@ -42,6 +42,7 @@ for part, status in told["fail"].items():
 if told.get("wait") and told["wait"] in name and not folder.exists():
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text("{}")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))  # as torchrun does
     time.sleep(60)
 folder.mkdir(parents=True, exist_ok=True)

@@ -424,13 +424,14 @@ def test_halves_of_letters(tmp_path, line):
         # What cannot be mended stays as it is.
         ({"span1_text": "sea and lake", "span1_index": 2, "span2_text": "The lake"}, ("sea and lake", "The lake")),
         ({"span1_text": "The lake", "span1_index": 99, "span2_text": "", "span2_index": 1}, ("The lake", "")),
+        ({"span1_text": "The lake", "span1_index": -6, "span2_text": "it", "span2_index": 0}, ("The lake", "it")),
     ],
 )
 def test_spans_of_wsc_are_those_of_its_sentence(row, spans):
     """As in the hub's wsc.fixed, whichever spelling a folder has."""
     for original in (
-        {"text": "We saw the lake it fills.", **row},
-        {"text": "We saw the lake it fills.", "target": row},
+        {"text": "We saw the lake it fills. It shines.", **row},
+        {"text": "We saw the lake it fills. It shines.", "target": row},
     ):
         (flat,) = TASKS["wsc"].flatten(original)
         assert (flat["span1_text"], flat["span2_text"]) == spans
