@@ -30,7 +30,7 @@ from cola_ds.tables import (
 _COLUMNS = ("run", "method", "links", "steps", "held-out loss", "perplexity", "seconds", "peak memory (GiB)")
 _CSV_COLUMNS = (
     "task", "name", "state", "chosen", "method", "links", "lora_ranks", "lr", "optimizer", "num_train", "seed", "dev", "test",
-    "metric", "steps", "flops", "profiled_flops", "seconds", "folder",
+    "metric", "best_step", "steps", "flops", "profiled_flops", "seconds", "folder",
 )  # fmt: skip
 
 # The numbers of COLA's paper (arXiv 2401.04151). Columns: a method, a chain's length, or its LoRA ranks.
@@ -331,7 +331,8 @@ def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
         row |= {"num_train": config.data.num_train if config.data.task else None}
     if result := outcome.result:
         row |= {"dev": outcome.dev, "test": outcome.test if outcome.is_task else None}
-        row |= {"metric": result["scores"].get("metric", "loss"), "links": result["links"], "steps": result["steps"]}
+        row |= {"metric": result["scores"].get("metric", "loss"), "best_step": result["scores"].get("best_step")}
+        row |= {"links": result["links"], "steps": result["steps"]}
         row |= {
             "flops": result["training_flops"],
             "profiled_flops": result["profiled_flops"],

@@ -29,7 +29,7 @@ def save_result(folder, test, task="cb", dev=0.5, seed=0, flops=1e9, losses=(), 
         del config["data"]["train"]
     save_run(folder / "run.yaml", config)
     (folder / "environment.json").write_text("{}", encoding="utf-8")
-    scores = {"metric": "f1" if task == "squad" else "accuracy", "dev": dev, "test": test, "best_step": 3}
+    scores = {"metric": "f1" if task == "squad" else "accuracy", "dev": dev, "test": test, "best_step": 2}
     result = {
         "method": config["method"],
         "task": task,
@@ -211,7 +211,7 @@ def test_csv_and_figures(tmp_path):
     assert next(row for row in rows if row["folder"] == str(tmp_path / "runs/3-1")) == {
         "task": "cb", "name": "cola-3", "state": "finished", "chosen": "yes", "method": "cola", "links": "3",
         "lora_ranks": "8 8 8", "lr": "0.002", "optimizer": "adamw", "num_train": "", "seed": "1", "dev": "0.5", "test": "0.73",
-        "metric": "accuracy", "steps": "3", "flops": "1000000000.0", "profiled_flops": "2000000000.0",
+        "metric": "accuracy", "best_step": "2", "steps": "3", "flops": "1000000000.0", "profiled_flops": "2000000000.0",
         "seconds": "12.5", "folder": str(tmp_path / "runs/3-1"),
     }  # fmt: skip
     assert [row["state"] for row in rows].count("missing") == 1
