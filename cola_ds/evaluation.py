@@ -32,7 +32,8 @@ def evaluation_config(
             model["links"] = str(run.path)
         section["seed"] = config.run.seed
         if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
-            data = config.data.model_dump(include={*_DRAWN_BY}, exclude_unset=True)
+            its_own = {"revision"} if task == config.data.task and data_dir is None else set()
+            data = config.data.model_dump(include={*_DRAWN_BY, *its_own}, exclude_unset=True)
     data |= {"task": task, "dir": data_dir}
     section["dir"] = out or f"runs/evaluate/{_words(target)}/{Path(task).stem}-{method}"
     raw |= {

@@ -28,11 +28,15 @@ def model_fingerprint(config: ModelConfig) -> str:
     """SHA-256 of a base model: its config.json; each weight file's name and size and its tensors' names, dtypes and shapes; and
     their data, all of it in models of up to 1 GiB, else the first 4096 bytes of every tensor.
 
-    Raises UserError for a weight file that is not safetensors.
+    Raises UserError for a weight file that is not safetensors, and where there is none.
     """
     folder = _model_folder(config)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     files = _weight_files(folder)
+    if not files:  # those that were loaded came from elsewhere: the hub may offer a conversion in another revision
+        raise UserError(
+            f"model.path {config.path} has no safetensors beside its config.json; save it as such in a folder"
+        )
     whole = sum(path.stat().st_size for path in files) <= _READ_WHOLE
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())

@@ -8,7 +8,10 @@ import math
 import pytest
 import torch
 
+from cola_ds.config import ModelConfig
+from cola_ds.errors import UserError
 from cola_ds.evaluation import evaluation_config
+from cola_ds.fingerprint import model_fingerprint
 from tests.distributed import run_distributed
 from tests.runs import three_links, train_in
 from tests.test_chain import make_chain
@@ -176,6 +179,30 @@ def test_a_run_is_evaluated_on_its_own_dev_and_test(tmp_path):
         for name in ("run", "same", "other")
     )
     assert run == same != other
+
+
+def test_a_run_is_evaluated_on_its_own_revision_of_the_hubs_data(tmp_path):
+    """But another task is another dataset, and a folder has none."""
+    config = run_config(tmp_path / "model", tmp_path / "x", tmp_path / "run")
+    config["data"] = {"task": "rte", "revision": "abc", "num_dev": 9}
+    (tmp_path / "run").mkdir()
+    save_run(tmp_path / "run/run.yaml", config)
+    (tmp_path / "run/result.json").write_text("{}", encoding="utf-8")
+    found = {
+        (task, folder): evaluation_config(str(tmp_path / "run"), "zero-shot", task, folder, None, 1, []).data
+        for task, folder in (("rte", None), ("rte", "rows"), ("cb", None))
+    }
+    assert [data.num_dev for data in found.values()] == [9, 9, 9]
+    assert [data.revision for data in found.values()] == ["abc", None, None]
+
+
+def test_weights_that_are_not_beside_the_config_have_no_fingerprint(tmp_path):
+    model = save_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"model has no safetensors beside its config.json; save it as such in a folder"
+    ):
+        model_fingerprint(ModelConfig(path=str(model)))
 
 
 def test_a_finished_run_does_not_answer_for_another_model(toy, tmp_path, task):

@@ -2,8 +2,14 @@
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+import yaml
 
 from cola_ds.report import _PAPER, PAPER_TABLES, _paper_columns
 from cola_ds.sweep_plan import load_plan
@@ -69,6 +75,27 @@ def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
         assert prepared.test.task.name == series.group.task
         if config.trains_lora:
             assert len(prepared.timetable.knots) == config.chain.length == len(config.lora_ranks)
+
+
+def test_pickled_weights_become_safetensors(models, tmp_path):
+    """As the base of OPT's sweeps says."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = load_file(models["opt"] / "model.safetensors")
+    shutil.copytree(models["opt"], tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights, tmp_path / "pickled/pytorch_model.bin")
+    text = (REPOSITORY / "launch/sweeps/paper/opt-1.3b-base.yaml").read_text(encoding="utf-8")
+    command = next(line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   python -c "))
+    *words, source, target = shlex.split(command)
+    assert (words[0], source, target) == ("python", "facebook/opt-1.3b", yaml.safe_load(text)["model"]["path"])
+    subprocess.run([sys.executable, *words[1:], tmp_path / "pickled", tmp_path / "out"], check=True, timeout=120)
+    made = load_file(tmp_path / "out/model.safetensors")
+    assert made.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in made.items())
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids
 
 
 def test_the_papers_tables_are_all_there():
