@@ -11,6 +11,7 @@ from cola_ds.config import load_config
 from cola_ds.data.task_table import TASKS
 from cola_ds.errors import UserError
 from cola_ds.inspect import inspect
+from cola_ds.report import report
 from cola_ds.rundir import freeze
 from tests.distributed import process_group, run_distributed
 from tests.runs import record, train_in
@@ -130,7 +131,7 @@ def test_all_tasks_score_as_plain_transformers_does(model, tmp_path, world_size)
                     assert each == plain_answer(plain, tokenizer, examples[place])
                 else:
                     expected = plain_scores(plain, tokenizer, examples[place])
-                    assert each == pytest.approx(expected, rel=1e-4, abs=1e-4)
+                    assert each == pytest.approx(expected, rel=0, abs=1e-4)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -222,6 +223,62 @@ def test_a_users_own_task(model, tmp_path):
     train_in(tmp_path / "in", yaml.safe_load(frozen.read_text(encoding="utf-8")))
     result = json.loads((tmp_path / "in/run/result.json").read_text(encoding="utf-8"))
     assert (result["task"], result["scores"]["metric"]) == ("mine", "accuracy")
+
+
+def test_a_task_with_no_more_than_answers(model, tmp_path):
+    """The held-out loss on dev is its only score: of the best by that, and a sweep's table has none for it."""
+    text = "prompt: 'Review: {sentence}\\nIn short: '\nanswer: '{label}'\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    config = task_run(model, tmp_path, "rows", reviews(3), reviews(2))
+    config["data"]["task"] = str(tmp_path / "mine.yaml")
+    train_in(tmp_path / "in", config, 2)
+    result = json.loads((tmp_path / "in/run/result.json").read_text(encoding="utf-8"))
+    evaluations = rows(tmp_path / "in/run/evals.jsonl")
+    assert result["scores"]["loss"] == evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert result["scores"]["examples"] == 7
+    text = report([str(tmp_path / "in/run")], None, None, None, None)
+    assert f"{result['scores']['loss']:.4f}" in text, text
+
+
+def test_full_fine_tuning_on_a_task(model, tmp_path):
+    config = task_run(model, tmp_path, "sst2", reviews(3), reviews(2), method="full", chain={"length": 1})
+    del config["lora"]
+    for world_size in (1, 2):
+        train_in(tmp_path / f"in-{world_size}", config, world_size)
+    one, two = (record(tmp_path / f"in-{world_size}/run") for world_size in (1, 2))
+    losses = [[row["loss"] for row in each["metrics.jsonl"]] for each in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    # What is left is the last step's model: plain Transformers scores it as the run has.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cola_ds.prepare import prepare
+
+    folder = tmp_path / "in-2/run/model"
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prepared = prepare(load_config(save_run(tmp_path / "run.yaml", config)), 1)
+    with torch.no_grad():
+        scores = [plain_scores(plain, tokenizer, example) for example in prepared.held_out.examples]
+    right = [
+        float(max(range(2), key=each.__getitem__) in e.correct)
+        for each, e in zip(scores, prepared.held_out.examples, strict=True)
+    ]
+    last = [row for row in rows(tmp_path / "in-2/run/evals.jsonl") if row["split"] == "dev"][-1]
+    assert (last["step"], last["score"]) == (6, pytest.approx(sum(right) / len(right)))
+
+
+def test_texts_too_long_are_counted(model, tmp_path):
+    from cola_ds.prepare import prepare, summarize
+
+    long = [{**row, "sentence": "x" * 200 + row["sentence"]} for row in reviews(1)[:3]]
+    config = task_run(
+        model, tmp_path, "sst2", reviews(3), [*long, *reviews(1)], data={"max_length": 100, "num_test": 11}
+    )
+    prepared = prepare(load_config(save_run(tmp_path / "run.yaml", config)), 1)
+    assert [each.shortened for each in (prepared.train, prepared.held_out, prepared.test)] == [0, 0, 3]
+    assert "test 11; 3 examples lost their beginning, too long for the model or data.max_length" in summarize(
+        prepared, 1
+    )
 
 
 @pytest.mark.parametrize(

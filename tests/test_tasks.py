@@ -10,6 +10,8 @@ import numpy
 import pytest
 import yaml
 
+from cola_ds.config import DataConfig
+from cola_ds.data.sources import load_split
 from cola_ds.data.task_table import TASKS, Example, fields_of, task_named
 from cola_ds.data.taskdata import TaskData, find_task
 from cola_ds.data.tasks import (
@@ -544,6 +546,25 @@ if shared_tasks():
             assert example.answer.rstrip(" ") == example.answer != ""
 
 
+@pytest.mark.skipif(not (REAL_TASKS / "alpaca").is_dir(), reason=f"there is no {REAL_TASKS / 'alpaca'}")
+def test_real_instructions(tokenizer, tmp_path):
+    """Of its 1000 rows two have an empty output, the first of which is named: as a task, and as a file to train on."""
+    path = REAL_TASKS / "alpaca/train.jsonl"
+    task = task_from_yaml({"prompt": "{instruction}\n{input}\nAnswer: ", "answer": "{output}"}, "alpaca.yaml")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    write(tmp_path / "train.jsonl", [row for row in map(json.loads, lines) if row["output"]])
+
+    def load(file):
+        return load_split(DataConfig(train=str(file), prompt="instruction", completion="output"), "train", tokenizer)
+
+    with pytest.raises(UserError, match=r"alpaca/train.jsonl:244: answer is empty: '{output}' finds no text"):
+        read_rows(task, path.parent, "train")
+    with pytest.raises(UserError, match=r"alpaca/train.jsonl: row 244 has '' in column output; it must be text"):
+        load(path)
+    assert (len(lines), len(read_rows(task, tmp_path, "train").examples)) == (1000, 998)
+    assert len(load(tmp_path / "train.jsonl")) == 998
+
+
 # Sampling
 
 
@@ -749,6 +770,8 @@ def test_whole_demonstrations_are_dropped_from_the_front(tokenizer, spare, promp
     assert with_demonstrations(example, SHOWN, tokenizer, full + len("Yes") + spare).prompt == prompt
     example = generated("Q4\n", " some long answer\n", "some long answer")
     assert with_demonstrations(example, SHOWN, tokenizer, full + 50 + spare, reserve=50).prompt == prompt
+    # One that is scored by its loss is there as a whole.
+    assert with_demonstrations(example, SHOWN, tokenizer, full + len(" some long answer\n") + spare).prompt == prompt
 
 
 # Scores

@@ -226,7 +226,8 @@ def with_demonstrations(
 ) -> Example:
     """The example with solved ones in front of its prompt: the last of `demonstrations` that fit, whole.
 
-    What must fit is the prompt with each candidate or, where the answer is generated, the prompt and `reserve` new tokens.
+    What must fit is the prompt with each candidate or with the answer or, where that is generated, the prompt and `reserve` new
+    tokens.
     """
     shown = [(each.prompt + each.answer).strip() for each in demonstrations]
 
@@ -235,7 +236,7 @@ def with_demonstrations(
 
     def fits(first: int) -> bool:
         prompt, *whole = _texts(after(first))
-        return max(map(len, _ids(whole if example.candidates else [prompt], tokenizer))) + reserve <= max_length
+        return max(map(len, _ids([prompt] if reserve else whole, tokenizer))) + reserve <= max_length
 
     return after(bisect.bisect_left(range(len(shown)), True, key=fits))
 
