@@ -9,7 +9,7 @@ from typing import Any
 
 from cola_ds.errors import UserError
 from cola_ds.rundir import RunFolder
-from cola_ds.tables import Cell, file_name
+from cola_ds.tables import Cell, budget, file_name
 
 _NAMED = 12  # curves: the legend of more would hide them
 
@@ -100,12 +100,15 @@ def draw_figures(cells: Sequence[Cell], folder: Path) -> None:
 def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[float]]]:
     """Scores by chain length or LoRA rank, in lines of what else is the same. Chains whose rank changes are left out."""
     lines: dict[str, dict[int, list[float]]] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for cell in cells:
         config = cell.config
         if config and config.trains_lora and len(set(config.lora_ranks)) == 1 and cell.scores:
             length, lora_rank = config.chain.length, config.lora_ranks[0]
             x, rest = (length, f"rank {lora_rank}") if by == "length" else (lora_rank, f"length {length}")
             line = f"{cell.group.task}, {rest}, {config.optim.name}"
+            here = f"{line}, {cell.group.name}" if line in names.values() else line  # of another budget
+            line = names.setdefault((line, *budget(config)), here)
             if x in lines.get(line, {}):  # another way to make the same
                 line += f", {cell.group.name}"
             lines.setdefault(line, {})[x] = list(cell.scores.values())

@@ -18,6 +18,7 @@ from cola_ds.tables import (
     Cell,
     Group,
     Outcome,
+    budget,
     comparison_table,
     markdown,
     notes,
@@ -180,7 +181,9 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
         runs = [run for run in marks if not any(sweep in run.parents for sweep in sweeps)]
         if not sweeps and not runs:
             raise UserError(f"{path} holds no run")
-        loose |= {str(run.relative_to(path)): run for run in runs}
+        for run in runs:
+            name = str(run.relative_to(path))
+            loose[name if loose.get(name, run) == run else str(run)] = run
     configs = {name: RunFolder(path).config() for name, path in loose.items()}
     outcomes = {name: read_outcome(path, configs[name].run.seed) for name, path in loose.items()}
     tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
@@ -285,8 +288,8 @@ def _flops_table(cells: Sequence[Cell]) -> str | None:
 
 
 def _rank_table(cells: Sequence[Cell]) -> str | None:
-    """Chains whose LoRA rank changes, and those of as many links that keep its first: score, and the training FLOPs saved against
-    the latter, over the seeds that both have. None without such a pair.
+    """Chains whose LoRA rank changes, and those of as many links and the same budget that keep its first: score, and the training
+    FLOPs saved against the latter, over the seeds that both have. None without such a pair.
     """
     chains = [(cell, c) for cell in cells if (c := cell.config) and c.trains_lora and cell.scores]
     stepped = {(cell.group.task, _family(c)) for cell, c in chains if len(set(c.lora_ranks)) > 1}
@@ -308,7 +311,7 @@ def _rank_table(cells: Sequence[Cell]) -> str | None:
 
 
 def _family(config: RunConfig) -> tuple[Any, ...]:
-    return config.chain.length, config.optim.name, config.lora_ranks[0]
+    return config.chain.length, config.lora_ranks[0], *budget(config)
 
 
 def _write_csv(path: Path, cells: Sequence[Cell]) -> None:

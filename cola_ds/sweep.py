@@ -129,7 +129,7 @@ class Runner:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as out:
-                _mark(log, f"{datetime.datetime.now().isoformat(timespec='seconds')} {shlex.join(command)}")
+                _mark(log, f"{datetime.datetime.now().astimezone().isoformat()} {shlex.join(command)}")
                 # A group of its own: what a terminal sends to all arrives once, from here.
                 self.child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True

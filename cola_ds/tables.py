@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import json
@@ -9,7 +10,7 @@ import math
 import re
 import statistics
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ class Outcome:
         return None if scores.get("loss") is None else -scores["loss"]
 
     def is_of(self, config: RunConfig) -> bool:
-        """Whether it is a run of this config, apart from its seed. Where they differ in any way, `cola-ds train` knows what
-        matters."""
+        """Whether it is a run of this config, apart from its seed, and began after the last change of the files that this names.
+        Where it is not, `cola-ds train` knows what matters."""
         try:
             mine = self.config
         except UserError:  # of another version
@@ -72,7 +73,18 @@ class Outcome:
             {k: v for k, v in flat_keys(c.model_dump()).items() if not is_free(k) and k not in _COMPARED_APART}
             for c in (mine, config)
         ]
-        return models[0] == models[1] and theirs[0] == theirs[1]
+        if models[0] != models[1] or theirs[0] != theirs[1]:
+            return False
+        return all(path.stat().st_mtime <= self._began_s for path in _files_of(config))
+
+    @property
+    def _began_s(self) -> float:
+        """The start of the last attempt that ended well, which has compared itself with the files that were there."""
+        marks = _marks(self.folder.with_name(self.folder.name + ".log"))
+        begun = [start for start, end in itertools.pairwise(marks) if end == "exit status 0"]
+        if begun:
+            return datetime.datetime.fromisoformat(begun[-1].split()[0]).timestamp()
+        return (self.folder / "environment.json").stat().st_mtime
 
     @functools.cached_property
     def config(self) -> RunConfig | None:
@@ -87,6 +99,21 @@ def _same_content(one: str | None, other: str | None) -> bool:
         return one == other or bool(one and other and Path(one).read_bytes() == Path(other).read_bytes())
     except OSError:
         return False
+
+
+def _files_of(config: RunConfig) -> Iterator[Path]:
+    """The local files that a run of this config is made from."""
+    data, links = config.data, Path(config.model.links or "")
+    for name in (config.deepspeed, data.task, data.train, data.eval):
+        if name and Path(name).is_file():
+            yield Path(name)
+    yield from Path(config.model.path).glob("*.json")
+    yield from Path(config.model.path).glob("*.safetensors")
+    if data.dir and data.task:
+        for folder in (Path(data.dir), Path(data.dir, Path(data.task).stem)):
+            yield from folder.glob("*.jsonl")
+    if config.model.links:
+        yield links / "result.json"
 
 
 def read_outcome(folder: Path, seed: int) -> Outcome:
@@ -105,6 +132,12 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
         return Outcome(folder, seed, "stopped" if (folder / "environment.json").exists() else "missing")
     diverged = said.startswith("training failed: ") and "finite" in said
     return Outcome(folder, seed, "diverged" if diverged else "failed", f"status {status}: {said}")
+
+
+def _marks(log: Path) -> list[str]:
+    """A sweep's own lines in a run's log: when and how it was started, and how that ended, in turn."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return re.findall(rf"^{LOG_MARK}(.*)$", text, re.MULTILINE)
 
 
 def _last_start(log: Path) -> tuple[int | None, str]:
@@ -356,7 +389,7 @@ def _score(cell: Cell) -> str:
 
 
 def comparison_table(cells: Sequence[Cell]) -> str | None:
-    """Each chain against LoRA of the same optimizer and first rank, over the seeds that both have; None without such a pair.
+    """Each chain against LoRA of the same budget and first rank, over the seeds that both have; None without such a pair.
 
     Nothing is called better or worse unless its p-value, adjusted for all comparisons of the table, is below 0.05.
     """
@@ -385,8 +418,16 @@ def _comparable(lora: Cell, chain: Cell) -> bool:
     one, other = lora.config, chain.config
     if one is None or other is None or not (one.trains_lora and other.trains_lora):
         return False
-    same = (one.optim.name, one.lora_ranks[0]) == (other.optim.name, other.lora_ranks[0])
+    same = (one.lora_ranks[0], *budget(one)) == (other.lora_ranks[0], *budget(other))
     return same and one.chain.length == 1 and other.chain.length > 1
+
+
+def budget(config: RunConfig) -> tuple[Any, ...]:
+    """What the runs of a fair comparison have in common: base model, examples, optimizer, and how long it runs."""
+    optim = config.optim
+    return (
+        config.model.path, config.data.num_train, optim.name, optim.epochs, optim.max_steps, optim.global_batch_size,
+    )  # fmt: skip
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:

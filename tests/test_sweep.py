@@ -81,6 +81,51 @@ def test_the_grid_is_chosen_on_dev_and_the_rest_of_the_seeds_run_there(place, ca
     assert lines[13].split() == ["12", "seeds", "finished", "easy/lora/lr=0.0005/seed=1"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "engine.json",
+        "mine.yaml",
+        "model/config.json",
+        "model/model.safetensors",
+        "data/mine/train.jsonl",
+        "data/x.jsonl",
+    ],
+)
+def test_files_that_have_changed_are_looked_at_by_the_run(place, capfd, name):
+    """Under the same name they may hold anything: whether that matters the run knows, which is asked once."""
+    for file in (
+        "engine.json",
+        "mine.yaml",
+        "model/config.json",
+        "model/model.safetensors",
+        "data/mine/train.jsonl",
+        "data/x.jsonl",
+    ):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text("{}", encoding="utf-8")
+    base = yaml.safe_load((place / "base.yaml").read_text(encoding="utf-8"))
+    base["data"] = {"task": str(place / "mine.yaml"), "dir": str(place / "data")}
+    save_run(place / "base.yaml", {**base, "deepspeed": str(place / "engine.json")})
+    write_sweep(place, tasks={"mine": {"data.task": str(place / "mine.yaml")}}, methods={"zero-shot": {}}, seeds=[0, 1])
+    runs = [f"mine/zero-shot/seed={seed}" for seed in (0, 1)]
+    assert sweep(place) == 0
+    assert starts(place) == runs
+    assert sweep(place) == 0
+    assert starts(place) == []
+    time.sleep(0.05)  # a file's time is that of the kernel's last tick
+    (place / name).write_text("{} ", encoding="utf-8")
+    capfd.readouterr()
+    assert sweep(place, "--list") == 0
+    assert [line.split()[2] for line in capfd.readouterr().out.splitlines()[1:]] == ["changed"] * 2
+    tell(place, scores=SCORES, fail={"seed=1": 2})
+    assert sweep(place) == 1
+    assert starts(place) == runs
+    tell(place, scores=SCORES)
+    assert sweep(place) == 0
+    assert starts(place) == runs[1:]  # seed=0 has said that it is the same
+
+
 def test_runs_find_their_own_launcher(place):
     """Not the variables that this process has set for itself, which would make every run use one port."""
     write_sweep(place, tasks={"easy": {"data.train": "x"}}, methods={"zero-shot": {}}, seeds=[0])

@@ -11,7 +11,8 @@ import pytest
 
 from cola_ds.cli import main
 from cola_ds.errors import UserError
-from cola_ds.report import PAPER_TABLES, report
+from cola_ds.figures import _score_lines
+from cola_ds.report import PAPER_TABLES, _find, report
 from cola_ds.tables import Group, holm, paired_t_test, read_groups, write_groups
 from tests.toys import run_config, save_run
 
@@ -306,6 +307,37 @@ def test_sweeps_that_have_a_task_in_common(tmp_path):
     assert f"| cb ({tmp_path}/few/few) |" in tables(tmp_path / "few")
     with pytest.raises(UserError, match=r"cb/lora is a part of the sweep in .*few: name that, or a run"):
         tables(tmp_path / "few/cb/lora")
+
+
+def test_runs_of_the_same_name_in_two_folders(tmp_path):
+    for seed in range(2):
+        save_result(tmp_path / f"lora/seed={seed}", 0.5, seed=seed, **LORA)
+        save_result(tmp_path / f"cola/seed={seed}", 0.6 + seed / 10, seed=seed, **COLA)
+    text = tables(tmp_path / "lora", tmp_path / "cola")
+    assert "| cb | accuracy | 50.00 ±0.00 (2) | **65.00 ±7.07 (2)** |" in text
+    assert tables(tmp_path / "lora", tmp_path / "lora", tmp_path / "cola") == text
+    with pytest.raises(UserError, match=r"lora/seed=0 and .*lora/seed=0 are the same run twice"):
+        tables(tmp_path, tmp_path / "lora")
+
+
+def test_runs_of_another_budget_are_not_compared(tmp_path):
+    """Nor joined by a line, nor the FLOPs that one saves."""
+    stepped = {"method": "cola", "chain": {"length": 2}, "lora": {"rank": [8, 4]}}
+    few, many = {"num_train": 100, "task": "cb"}, {"num_train": 1000, "task": "cb"}
+    for seed in range(2):
+        save_result(tmp_path / f"a{seed}", 0.5, seed=seed, flops=20, **{**LORA, "data": few})
+        save_result(tmp_path / f"b{seed}", 0.6, seed=seed, flops=10, **{**COLA, "data": few})
+        save_result(tmp_path / f"c{seed}", 0.6, seed=seed, flops=6, **{**stepped, "data": few})
+        save_result(tmp_path / f"d{seed}", 0.7, seed=seed, flops=100, **{**COLA, "data": many})
+        save_result(tmp_path / f"e{seed}", 0.8, seed=seed, **{**LORA, "data": many, "model": {"path": "other"}})
+    text = tables(tmp_path)
+    compared = [line.split(" | ")[1] for line in text.splitlines() if line.endswith(" | no significant difference |")]
+    ranks = "cola-2 rank=8 num_train=100", "cola-2 rank=[8, 4] num_train=100"
+    assert compared == [f"{name} - lora path=model num_train=100" for name in ranks]
+    assert "60.00; 8.00e+00 (2)" in text
+    assert text.count("e+0") == 1
+    lines = _score_lines(_find([str(tmp_path)])[0], "length")
+    assert lines == {"cb, rank 8, adamw": {1: [50.0, 50.0], 2: [60.0, 60.0]}}
 
 
 def test_what_was_begun_is_in_the_csv(tmp_path):
