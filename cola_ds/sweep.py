@@ -62,7 +62,7 @@ def freeze(plan: Plan, folder: Path) -> Path:
         if value not in copies:
             there = folder.resolve() / "files" / str(len(copies)) / Path(value).name  # a task's name is its file's
             there.parent.mkdir(parents=True)
-            shutil.copyfile(value, there)
+            shutil.copy2(value, there)  # with its time: it has not changed
             copies[value] = str(there)
         return copies[value]
 

@@ -118,8 +118,8 @@ def test_files_that_have_changed_are_looked_at_by_the_run(place, capfd, name):
     capfd.readouterr()
     assert sweep(place, "--list") == 0
     assert [line.split()[2] for line in capfd.readouterr().out.splitlines()[1:]] == ["changed"] * 2
-    tell(place, scores=SCORES, fail={"seed=1": 2})
-    assert sweep(place) == 1
+    tell(place, scores=SCORES, fail={"seed=1": 75})
+    assert sweep(place) == 75
     assert starts(place) == runs
     tell(place, scores=SCORES)
     assert sweep(place) == 0
@@ -289,6 +289,8 @@ def test_frozen(place, capfd):
     (place / "away.yaml").rename(place / "base.yaml")
     (place / "away-mine.yaml").rename(place / "mine.yaml")
     assert sweep(place, "optim.max_steps=5", "--only", "0") == 0
+    assert sweep(place, "optim.max_steps=5", "--freeze", str(place / "again")) == 0
+    assert main(["sweep", str(place / "again/sweep.yaml"), "--only", "0"]) == 0
     assert starts(place) == []
     (place / "mine.yaml").write_text("prompt: another", encoding="utf-8")
     capfd.readouterr()

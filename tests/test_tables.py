@@ -329,15 +329,22 @@ def test_runs_of_another_budget_are_not_compared(tmp_path):
         save_result(tmp_path / f"b{seed}", 0.6, seed=seed, flops=10, **{**COLA, "data": few})
         save_result(tmp_path / f"c{seed}", 0.6, seed=seed, flops=6, **{**stepped, "data": few})
         save_result(tmp_path / f"d{seed}", 0.7, seed=seed, flops=100, **{**COLA, "data": many})
-        save_result(tmp_path / f"e{seed}", 0.8, seed=seed, **{**LORA, "data": many, "model": {"path": "other"}})
+        save_result(tmp_path / f"e{seed}", 0.8, seed=seed, **{**LORA, "data": many})
+        save_result(tmp_path / f"f{seed}", 0.9, seed=seed, **{**LORA, "data": many, "model": {"path": "other"}})
     text = tables(tmp_path)
     compared = [line.split(" | ")[1] for line in text.splitlines() if line.endswith(" | no significant difference |")]
-    ranks = "cola-2 rank=8 num_train=100", "cola-2 rank=[8, 4] num_train=100"
-    assert compared == [f"{name} - lora path=model num_train=100" for name in ranks]
+    assert compared == [
+        "cola-2 rank=8 num_train=100 - lora path=model num_train=100",
+        "cola-2 rank=[8, 4] num_train=100 - lora path=model num_train=100",
+        "cola-2 rank=8 num_train=1000 - lora path=model num_train=1000",
+    ]
     assert "60.00; 8.00e+00 (2)" in text
     assert text.count("e+0") == 1
     lines = _score_lines(_find([str(tmp_path)])[0], "length")
-    assert lines == {"cb, rank 8, adamw": {1: [50.0, 50.0], 2: [60.0, 60.0]}}
+    assert lines == {
+        "cb, rank 8, adamw": {1: [50.0, 50.0], 2: [60.0, 60.0]},
+        "cb, rank 8, adamw, cola-2 rank=8 num_train=1000": {2: [70.0, 70.0], 1: [80.0, 80.0]},
+    }
 
 
 def test_what_was_begun_is_in_the_csv(tmp_path):
