@@ -31,11 +31,11 @@ def _save(pyplot: Any, figure: Any, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _finish(axes: Any, **labels: str) -> None:
+def _finish(axes: Any, legend: Mapping[str, Any] | None = None, **labels: str) -> None:
     axes.set(**labels)
     axes.grid(alpha=0.3)
     if 0 < len(axes.get_legend_handles_labels()[0]) <= _NAMED:
-        axes.legend()
+        axes.legend(**legend or {})
 
 
 def draw_losses(runs: Mapping[str, Path], path: Path) -> None:
@@ -86,14 +86,15 @@ def draw_figures(cells: Sequence[Cell], folder: Path) -> None:
         lines = _score_lines(cells, by)
         if not lines:
             continue
-        figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
         for line, points in lines.items():
             xs = sorted(points)
             spread = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
             axes.errorbar(xs, [statistics.mean(points[x]) for x in xs], spread, fmt="o-", capsize=3, label=line)
         axes.set_xticks(sorted({x for points in lines.values() for x in points}))
         label = {"length": "chain length", "rank": "LoRA rank"}[by]
-        _finish(axes, title=f"test score by {label}", xlabel=label, ylabel="test score (mean ± standard deviation)")
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # scores may lie anywhere
+        _finish(axes, beside, title=f"test score by {label}", xlabel=label, ylabel="test score (mean ± deviation)")
         _save(pyplot, figure, folder / f"score-by-{by}.png")
 
 
