@@ -513,43 +513,46 @@ def test_the_hub(tmp_path):
         read_rows(dataclasses.replace(task, hub=None), None, "train")
 
 
-def shared_tasks():
-    """Real data, where a machine has it: its cases exist only there."""
-    sizes = {
-        "sst2": (6920, 872),
-        "cb": (250, 56),
-        "copa": (400, 100),
-        "rte": (2490, 277),
-        "wsc": (554, 104),
-        "wic": (5428, 638),
-        "multirc": (1002, 603),
-        "squad": (1500, 1190),
-    }
-    return [(name, REAL_TASKS / name, *size) for name, size in sizes.items() if (REAL_TASKS / name).is_dir()]
+REAL = {
+    "sst2": (6920, 872),
+    "cb": (250, 56),
+    "copa": (400, 100),
+    "rte": (2490, 277),
+    "wsc": (554, 104),
+    "wic": (5428, 638),
+    "multirc": (1002, 603),
+    "squad": (1500, 1190),
+}
 
 
-if shared_tasks():
-
-    @pytest.mark.parametrize(("name", "folder", "in_train", "in_validation"), shared_tasks())
-    def test_real_data(name, folder, in_train, in_validation):
-        task = TASKS[name]
-        train, validation = read_rows(task, folder, "train"), read_rows(task, folder, "validation")
-        assert (len(train.examples), len(validation.examples)) == (in_train, in_validation)
-        assert train.left_out == validation.left_out == {}
-        splits = sample(task, train, validation, seed=0)
-        in_dev = 100 if name in ("cb", "copa") else 500
-        assert len(splits.dev) == in_dev
-        assert len(splits.train) == min(1000, in_train - in_dev)
-        assert len(splits.test) == min(1000, in_validation)
-        for example in splits.train + splits.dev + splits.test:
-            assert example.prompt == example.prompt.lstrip().rstrip(" ")
-            assert example.answer.rstrip(" ") == example.answer != ""
+def real_data(name):
+    if not (REAL_TASKS / name).is_dir():
+        pytest.skip(f"there is no {REAL_TASKS / name}: COLA_DS_TASKS names the folder of the tasks' data")
+    return REAL_TASKS / name
 
 
-@pytest.mark.skipif(not (REAL_TASKS / "alpaca").is_dir(), reason=f"there is no {REAL_TASKS / 'alpaca'}")
+@pytest.mark.beyond_ci
+@pytest.mark.parametrize("name", REAL)
+def test_real_data(name):
+    task, folder = TASKS[name], real_data(name)
+    in_train, in_validation = REAL[name]
+    train, validation = read_rows(task, folder, "train"), read_rows(task, folder, "validation")
+    assert (len(train.examples), len(validation.examples)) == (in_train, in_validation)
+    assert train.left_out == validation.left_out == {}
+    splits = sample(task, train, validation, seed=0)
+    in_dev = 100 if name in ("cb", "copa") else 500
+    assert len(splits.dev) == in_dev
+    assert len(splits.train) == min(1000, in_train - in_dev)
+    assert len(splits.test) == min(1000, in_validation)
+    for example in splits.train + splits.dev + splits.test:
+        assert example.prompt == example.prompt.lstrip().rstrip(" ")
+        assert example.answer.rstrip(" ") == example.answer != ""
+
+
+@pytest.mark.beyond_ci
 def test_real_instructions(tokenizer, tmp_path):
     """Of its 1000 rows two have an empty output, the first of which is named: as a task, and as a file to train on."""
-    path = REAL_TASKS / "alpaca/train.jsonl"
+    path = real_data("alpaca") / "train.jsonl"
     task = task_from_yaml({"prompt": "{instruction}\n{input}\nAnswer: ", "answer": "{output}"}, "alpaca.yaml")
     lines = path.read_text(encoding="utf-8").splitlines()
     write(tmp_path / "train.jsonl", [row for row in map(json.loads, lines) if row["output"]])
