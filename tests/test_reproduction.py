@@ -79,3 +79,17 @@ def test_what_the_readme_counts_in_them():
     assert f"that is so in {more[0][0]} and {more[1][0]} of {more[0][1]}" in text
     assert f"in {edge} of {searches} searches" in text
     assert f"{seconds / 3600:.1f} hours in all" in text
+
+
+def test_lora_at_the_chains_learning_rate():
+    """What was run after the sweep, with the sweep's own seed 0."""
+    rows = [row for row in rows_of("sst2-1000") if row["lr"] == "0.0005"]
+    lora = {row["seed"]: 100 * float(row["test"]) for row in rows_of("sst2-1000-lora") + rows if row["name"] == "lora"}
+    chain = {
+        row["seed"]: 100 * float(row["test"]) for row in rows if row["name"] == "cola-3" and row["chosen"] == "yes"
+    }
+    assert len(lora) == len(chain) == 5
+    below = statistics.mean(lora[seed] - chain[seed] for seed in lora)
+    text = " ".join(README.split())
+    assert f"has {statistics.mean(lora.values()):.2f} ±{statistics.stdev(lora.values()):.2f}, and" in text
+    assert f"cola-3 is {below:.1f} below it" in text
