@@ -81,27 +81,20 @@ def test_the_grid_is_chosen_on_dev_and_the_rest_of_the_seeds_run_there(place, ca
     assert lines[13].split() == ["12", "seeds", "finished", "easy/lora/lr=0.0005/seed=1"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "engine.json",
-        "mine.yaml",
-        "model/config.json",
-        "model/model.safetensors",
-        "data/mine/train.jsonl",
-        "data/x.jsonl",
-    ],
-)
+FILES = [
+    "engine.json",
+    "mine.yaml",
+    "model/config.json",
+    "model/model.safetensors",
+    "data/mine/train.jsonl",
+    "data/x.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_files_that_have_changed_are_looked_at_by_the_run(place, capfd, name):
     """Under the same name they may hold anything: whether that matters the run knows, which is asked once."""
-    for file in (
-        "engine.json",
-        "mine.yaml",
-        "model/config.json",
-        "model/model.safetensors",
-        "data/mine/train.jsonl",
-        "data/x.jsonl",
-    ):
+    for file in FILES:
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         (place / file).write_text("{}", encoding="utf-8")
     base = yaml.safe_load((place / "base.yaml").read_text(encoding="utf-8"))
