@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,12 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     else:
         data = f"{len(prepared.train)} training examples"
         data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
-    if shortened := sum(each.shortened for each in (prepared.train, prepared.held_out, prepared.test) if each):
-        data += f"; {shortened} examples lost their beginning, too long for the model or data.max_length"
+    lost: collections.Counter[str] = collections.Counter()
+    for split in (prepared.train, prepared.held_out, prepared.test):
+        lost.update(split.lost if split is not None else {})
+    if lost:
+        counts = ", ".join(f"{count} lost {what}" for what, count in lost.items())
+        data += f"; {counts}, too long for data.max_length"
     batch = f"{optim.micro_batch_size} examples x {timetable.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
