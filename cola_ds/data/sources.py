@@ -92,11 +92,12 @@ def _hub_rows(config: DataConfig, split: str) -> Texts:
     try:
         rows = load_hub(config.hub, config.hub_config, split, config.revision)
     except UserError as error:
-        raise UserError(f"cannot load split {split} of data.hub {config.hub}: {error}") from None
+        raise UserError(f"split {split} of data.hub {config.hub} cannot be loaded: {error}") from None
     columns = columns_of(config)
-    check_arrow(split, rows.features.arrow_schema, columns)
+    source = f"split {split} of data.hub {config.hub}"
+    check_arrow(source, rows.features.arrow_schema, columns)
     tables = rows.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_ROWS)
-    yield from arrow_texts(split, tables, columns)
+    yield from arrow_texts(source, tables, columns)
 
 
 def _encoded(rows: Texts, config: DataConfig, tokenizer: Any, names: str | list[str]) -> TokenizedData:
