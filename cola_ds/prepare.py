@@ -13,6 +13,7 @@ import torch
 from cola_ds.config import RunConfig, Timetable, resolve
 from cola_ds.data.sources import TokenizedData, load_split
 from cola_ds.data.taskdata import TaskData, load_task
+from cola_ds.data.tokens import LOSSES
 from cola_ds.engine_config import complete, read_engine_config
 from cola_ds.errors import UserError, first_line
 from cola_ds.lora import find_targets
@@ -125,7 +126,7 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     for split in (prepared.train, prepared.held_out, prepared.test):
         lost.update(split.lost if split is not None else {})
     if lost:
-        counts = ", ".join(f"{count} lost {what}" for what, count in lost.items())
+        counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
         data += f"; {counts}, too long for data.max_length"
     batch = f"{optim.micro_batch_size} examples x {timetable.micro_steps} micro steps x {world_size} processes"
     lines = [

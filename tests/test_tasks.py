@@ -703,6 +703,15 @@ def test_end_of_text_is_not_part_of_an_answer(template):
     assert encoded.answer_lengths == [1, 2]
 
 
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_special_tokens_of_the_text_itself(template):
+    """BOS once; an EOS that a prompt or an answer holds is kept."""
+    encoded = encode(Example("<s>Q a</s>", ("b", "c</s>"), (0,)), make_tokenizer(template))
+    pieces = [spelled(make_tokenizer(template), ids) for ids in [*encoded.candidate_ids, encoded.prompt_ids]]
+    assert pieces == ["<s>Q a</s>b", "<s>Q a</s>c</s>", "<s>Q a</s>"]
+    assert encoded.answer_lengths == [1, 2]
+
+
 @pytest.mark.parametrize("template", ["<s> $A", "$A"])
 @pytest.mark.parametrize("max_length", [2, 5, 11, 12, 13, 14, 15])
 def test_a_long_prompt_loses_its_beginning_but_not_bos(template, max_length):

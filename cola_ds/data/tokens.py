@@ -14,17 +14,20 @@ PROMPT_BEGIN = "the beginning of their prompt"
 WHOLE_PROMPT = "their whole prompt"
 COMPLETION_END = "the end of their completion"
 ANSWER_BEGIN = "their whole prompt and the beginning of their answer"
+LOSSES = (PROMPT_BEGIN, WHOLE_PROMPT, COMPLETION_END, ANSWER_BEGIN)
 
 
 def ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The ids of each text, with the BOS that the tokenizer adds, unless the text begins with its own, and without the EOS that
-    it adds."""
-    return [ids[_own(ids, tokenizer)] for ids in _tokenized(texts, tokenizer).input_ids]
+    """The ids of each text, with the BOS that the tokenizer puts in front, if it does; the text may begin with its own instead.
+    An EOS that the tokenizer adds is not among them."""
+    begin = _begin(tokenizer)
+    return [begin + ids[_doubled(ids, begin) :] for ids in _bare(texts, tokenizer).input_ids]
 
 
 def closed_ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """As `ids_of`, with an EOS at the end, unless that is how the text ends."""
-    return [_closed(ids, tokenizer) for ids in ids_of(texts, tokenizer)]
+    begin = _begin(tokenizer)
+    return [_closed(ids, len(begin), tokenizer) for ids in ids_of(texts, tokenizer)]
 
 
 def pairs_of(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], int]]:
@@ -35,45 +38,43 @@ def pairs_of(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[lis
     prompt alone begins too.
     """
     texts = [prompt + completion for prompt, completion in pairs]
+    begin = _begin(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         alone = ids_of([prompt for prompt, _ in pairs], tokenizer)
-        whole = ids_of(texts, tokenizer)
-        return [(_closed(ids, tokenizer), _alike(prompt, ids)) for prompt, ids in zip(alone, whole, strict=True)]
-    found = _tokenized(texts, tokenizer, return_offsets_mapping=True)
+        lengths = [_alike(*both) for both in zip(alone, ids_of(texts, tokenizer), strict=True)]
+        return list(zip(closed_ids_of(texts, tokenizer), lengths, strict=True))
+    found = _bare(texts, tokenizer, return_offsets_mapping=True)
     made = []
     for (prompt, _), ids, spans in zip(pairs, found.input_ids, found.offset_mapping, strict=True):
-        own = _own(ids, tokenizer)
-        begin = next((place for place, (_, end) in enumerate(spans[own]) if end > len(prompt)), len(spans[own]))
-        made.append((_closed(ids[own], tokenizer), begin))
+        first = _doubled(ids, begin)
+        length = next((place for place, (_, end) in enumerate(spans[first:]) if end > len(prompt)), len(ids) - first)
+        made.append((_closed(begin + ids[first:], len(begin), tokenizer), len(begin) + length))
     return made
 
 
-def _tokenized(texts: Sequence[str], tokenizer: Any, **options: bool) -> Any:
-    return tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
-
-
-def _own(ids: list[int], tokenizer: Any) -> slice:
-    """What of a tokenized text stays: all but a second BOS, and the EOS that is added to every text."""
-    head, tail = _added(tokenizer)
-    doubled = head and head[-1] == tokenizer.bos_token_id and ids[len(head) : len(head) + 1] == head[-1:]
-    ends = tail and tail == [tokenizer.eos_token_id]
-    return slice(len(head) if doubled else 0, len(ids) - 1 if ends else len(ids))
+def _bare(texts: Sequence[str], tokenizer: Any, **options: bool) -> Any:
+    """The texts' own ids, among them those of special tokens that are written out in them."""
+    options |= {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(list(texts), verbose=False, **options)
 
 
 @functools.lru_cache(maxsize=1)
-def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special ids that the tokenizer puts before and after every text."""
+def _begin(tokenizer: Any) -> list[int]:
+    """The special ids that the tokenizer puts in front of every text."""
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    for before in range(len(whole) - len(bare) + 1):
-        if whole[before : before + len(bare)] == bare:
-            return whole[:before], whole[before + len(bare) :]
-    return [], []
+    places = (place for place in range(len(whole) - len(bare) + 1) if whole[place : place + len(bare)] == bare)
+    return whole[: next(places, 0)]
 
 
-def _closed(ids: list[int], tokenizer: Any) -> list[int]:
-    eos, head = tokenizer.eos_token_id, _added(tokenizer)[0]
-    own = ids[1:] if head and ids[:1] == head[-1:] else ids  # BOS may be the same token
-    return ids if eos is None or own[-1:] == [eos] else [*ids, eos]
+def _doubled(ids: list[int], begin: list[int]) -> int:
+    """1 where the text begins with the BOS that is put in front of it, else 0."""
+    return int(bool(begin) and ids[:1] == begin[-1:])
+
+
+def _closed(ids: list[int], before: int, tokenizer: Any) -> list[int]:
+    """The ids, which begin with `before` that are not the text's own, ended by EOS."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[before:][-1:] == [eos] else [*ids, eos]
 
 
 def _alike(one: Iterable[int], other: Iterable[int]) -> int:
