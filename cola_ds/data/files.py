@@ -132,7 +132,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
         first = False
         place = f"{path}:{number}"
         try:
-            row = _DECODER.decode(line)
+            row = _DECODER.decode(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             raise _bad_json(place, error) from None
         yield place, _object(place, row)
@@ -178,7 +178,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Row:
 
 def _whole_number(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(digits)} digits")
+        raise ValueError(f"a number of {len(digits.lstrip('-'))} digits")
     return int(digits)
 
 
@@ -343,7 +343,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Texts:
 def _arrow_rows(path: Path, columns: Sequence[str]) -> Texts:
     import pyarrow
 
-    if path.stat().st_size == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
         return
     with _arrow_errors(path), pyarrow.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
