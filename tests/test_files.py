@@ -453,7 +453,7 @@ def test_a_row_is_trained_to_the_letter_or_named(tmp_path, rows, raw, listed):
         sound = [
             isinstance(row, dict) and all(_is_text(row.get(c)) for c in COLUMNS) and row["completion"] for row in rows
         ]
-        assert not all(sound)
+        assert not all(sound) or "\ud800" in content  # which is not UTF-8
         return
     for index, row in enumerate(rows):
         text = row["prompt"] + row["completion"]
