@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -157,6 +158,14 @@ def test_what_comes_after_ten_megabytes(tmp_path, late):
     with open(path, "ab") as out:
         out.write(b'\n{"prompt": "p", "completion": 7}\n')
     assert refusal(path) == f"{path}:108 has 7 in column completion; it must be text"
+
+
+def test_a_twin_among_many_keys_is_found_at_once(tmp_path):
+    keys = ", ".join(f'"k{number}": 1' for number in range(50_000))
+    path = put(tmp_path / "t.jsonl", GOOD + f'{{{keys}, "k49999": 2}}\n')
+    begin = time.monotonic()
+    assert refusal(path) == f"{path}:6: not usable JSON: key k49999 is given twice"
+    assert time.monotonic() - begin < 2  # by counting each key, 40 s
 
 
 def test_a_line_of_megabytes(tmp_path):

@@ -7,6 +7,7 @@ begins with that name. A file's rows are read one after the other: only a list i
 
 from __future__ import annotations
 
+import collections
 import csv
 import glob
 import gzip
@@ -171,8 +172,8 @@ def _skip(text: str, at: int) -> int:
 def _distinct(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {_shown(next(key for key in row if keys.count(key) > 1))} is given twice")
+        ((twin, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {_shown(twin)} is given twice")
     return row
 
 
@@ -252,6 +253,7 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
+    wanted: list[int] = []
     while True:
         place = f"{path}:{reader.line_num + 1}"
         try:
@@ -265,10 +267,11 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
         if header is None:
             header = fields
             _check_columns(place, header, columns)
+            wanted = [header.index(column) for column in columns]
         elif len(fields) != len(header):
             raise UserError(f"{place} has {len(fields)} fields, where the first row names {len(header)}")
         else:
-            yield place, [fields[header.index(column)] for column in columns]
+            yield place, [fields[index] for index in wanted]
 
 
 def _check_columns(place: str, names: list[str], columns: Sequence[str]) -> None:

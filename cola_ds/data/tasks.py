@@ -85,7 +85,10 @@ def _file_rows(folder: Path, split: str) -> tuple[str, Iterator[tuple[str, Row]]
 def _of_text(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
     """The rows; any of their texts may be read."""
     for place, row in rows:
-        check_text(place, json.dumps(row, ensure_ascii=False))
+        try:
+            check_text(place, json.dumps(row, ensure_ascii=False))
+        except RecursionError:
+            raise UserError(f"{place}: nested too deeply to be read as a row") from None
         yield place, row
 
 
