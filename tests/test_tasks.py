@@ -455,19 +455,6 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     assert str(caught.value) == f"{path} cannot be read: Permission denied"
 
 
-@pytest.mark.parametrize("depth", [300, 900, 950, 970, 980, 985, 990, 995, 2000])
-def test_rows_that_are_barely_too_deep(tmp_path, depth):
-    """Python writes a little less deep than it reads."""
-    line = json.dumps(GOOD["rte"])[:-1] + ', "more": ' + "[" * depth + "]" * depth + "}"
-    path = write(tmp_path / "train.jsonl", [GOOD["rte"], line])
-    try:
-        assert len(read_rows(TASKS["rte"], tmp_path, "train").examples) == 2
-    except UserError as error:
-        assert str(error) == f"{path}:2: nested too deeply to be read as a row"
-    else:
-        assert depth < 1000
-
-
 def test_lines_end_at_newlines_alone(tmp_path):
     line = json.dumps(GOOD["rte"] | {"premise": "one\u2028two\x85three"}, ensure_ascii=False)
     write(tmp_path / "train.jsonl", [line, GOOD["rte"]])

@@ -87,7 +87,7 @@ def _of_text(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
     for place, row in rows:
         try:
             check_text(place, json.dumps(row, ensure_ascii=False))
-        except RecursionError:
+        except RecursionError:  # Python may write a little less deep than it reads
             raise UserError(f"{place}: nested too deeply to be read as a row") from None
         yield place, row
 
