@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cola_ds.config import DataConfig
+from cola_ds.config import DataConfig, RunConfig
 from cola_ds.data.files import find_files, text_rows
 from cola_ds.data.sources import load_split
 from cola_ds.errors import UserError
+from cola_ds.tables import _files_of
 from tests.test_tasks import make_tokenizer
 from tests.toys import REPOSITORY, run_config, save_run, save_sums
 
@@ -199,6 +200,16 @@ def test_a_folder_a_glob_and_a_list(shards, tmp_path):
     data = load_split(config, "train", tokenizer)
     texts = ["".join(pair) for pair in [*PAIRS[:1], *PAIRS, *PAIRS[:5]]]
     assert ["".join(tokenizer.convert_ids_to_tokens(data.example(i)[1:-1])) for i in range(len(data))] == texts
+
+
+def test_a_sweep_looks_at_every_file(shards, tmp_path):
+    """A run that began before one of them changed is not the sweep's any more."""
+    more = put(tmp_path / "more.jsonl", lines(SUMS))
+    config = run_config(
+        tmp_path / "model", more, tmp_path / "run", data={"train": [str(more), str(shards)], "eval": "gone"}
+    )
+    found = list(_files_of(RunConfig.model_validate(config)))
+    assert found[1:] == [more, *sorted(shards.glob("*.parquet"))]
 
 
 def test_a_saved_dataset(tmp_path):
