@@ -22,6 +22,7 @@ from cola_ds import lock, signals, watch
 from cola_ds.config import RunConfig, load_config
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
+from cola_ds.output import tolerant_output
 
 if TYPE_CHECKING:
     from cola_ds.prepare import Prepared
@@ -241,6 +242,7 @@ def _prepare(config: RunConfig, process: Process, world_size: int) -> Prepared:
     return prepared
 
 
+@tolerant_output()
 def _start(
     config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: tuple[str, ...] = ()
 ) -> NoReturn:

@@ -262,7 +262,7 @@ def tensor_from_process_0(tensor: Tensor | None, count: int) -> Tensor:  # -> (c
 
 def texts_of_processes(text: str, size: int = 256) -> list[str]:
     """One text per process, in the order of their ranks; cut after `size` bytes. Collective. Nothing is pickled."""
-    encoded = text.encode()[:size].ljust(size, b"\0")
+    encoded = text.encode(errors="replace")[:size].ljust(size, b"\0")  # a host's name may be any bytes
     mine = torch.tensor(list(encoded), dtype=torch.uint8, device=device())
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)

@@ -16,6 +16,7 @@ RUN_DIR/
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -36,10 +38,12 @@ from torch import Tensor
 
 from cola_ds.config import RunConfig, dump_config, is_task_file, load_config
 from cola_ds.errors import UserError
+from cola_ds.rows import read_row
 
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
 _LEFT = ("run.yaml", *ROWS, "events.jsonl", "result.json", "chain", "model", "checkpoints", "environment.json")
 _PEFT_PREFIX = "base_model.model."
+_GIT_WITHIN_S = 10
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
 
@@ -129,16 +133,26 @@ class RunFolder:
             raise UserError(f"{self.path} has no result.json: the run has not finished")
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a .jsonl file; none if the run wrote none. What a killed run left of its last row is no row."""
-        return [json.loads(line) for line in self._lines(name)]
+    def rows(self, name: str, skip_damaged: bool = False) -> list[dict[str, Any]]:
+        """The rows of a .jsonl file, those included that wait for room on the disk; none if the run wrote none. What a killed run
+        left of its last row is no row.
 
-    def _lines(self, name: str) -> list[str]:
+        Raises UserError naming the file and the row that is damaged, unless such rows are to be left out.
+        """
+        path, rows = self.path / name, []
+        waiting = [line.encode() for line in self._unwritten.get(name, ())]
+        for number, line in enumerate([*self._lines(name), *waiting], 1):
+            try:
+                rows.append(read_row(name, line))
+            except ValueError as error:
+                if not skip_damaged:
+                    raise UserError(f"{path}, row {number}: {error}; the row is damaged") from None
+        return rows
+
+    def _lines(self, name: str) -> list[bytes]:
+        """Without what follows the last line's end."""
         path = self.path / name
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().split(b"\n")  # the last is what follows the last line's end
-        return [line.decode() for line in lines[:-1]]
+        return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
     def row_counts(self) -> dict[str, int]:
         """How many rows there are in each of the files that a resumed run goes on with."""
@@ -149,23 +163,21 @@ class RunFolder:
 
         Where the disk is full, the row waits for the next one, and the first time a line says so.
         """
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         waiting = self._unwritten.setdefault(name, [])
-        waiting.append(json.dumps(finite, allow_nan=False) + "\n")
+        waiting.append(json.dumps(_as_json_has_it(row), allow_nan=False) + "\n")
         try:
             self._write_waiting(name)
         except OSError as error:
             if len(waiting) == 1:
-                path = self.path / name
-                print(
-                    f"cola-ds: {path} cannot be written ({error.strerror}); its rows wait", file=sys.stderr, flush=True
-                )
+                line = f"cola-ds: {self.path / name} cannot be written ({error.strerror}); its rows wait"
+                with contextlib.suppress(OSError, ValueError):
+                    print(line, file=sys.stderr, flush=True)
 
     def _write_waiting(self, name: str) -> None:
         path, waiting = self.path / name, self._unwritten[name]
         with open(path, "ab") as out:
             if name not in self._whole:  # what a process that was killed left of its last row
-                os.truncate(path, sum(len(line.encode()) + 1 for line in self._lines(name)))
+                os.truncate(path, sum(len(line) + 1 for line in self._lines(name)))
                 self._whole.add(name)
             size = path.stat().st_size
             try:
@@ -190,7 +202,9 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        write_atomically(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(
+            self.path / name, (json.dumps(_as_json_has_it(value), indent=2, allow_nan=False) + "\n").encode()
+        )
 
     def link_path(self, link: int) -> Path:
         """Where a tied link lies."""
@@ -232,7 +246,7 @@ class RunFolder:
             lines = self._lines(name)
             if (self.path / name).exists():
                 kept = lines[: counts[name.removesuffix(".jsonl")]]
-                write_atomically(self.path / name, "".join(f"{line}\n" for line in kept).encode())
+                write_atomically(self.path / name, b"".join(line + b"\n" for line in kept))
         for name in ("chain", "model"):
             _remove(self.path / name)
 
@@ -307,22 +321,47 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
     """environment.json: what would be needed to run this again. No environment variables: they hold secrets."""
-    source = Path(__file__).resolve().parent
-    git = (
-        subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
     return {
-        "cola_ds": importlib.metadata.version("cola_ds"),
-        "git_revision": git.stdout.strip() if git and git.returncode == 0 else None,
+        "cola_ds": version_of("cola_ds"),
+        "git_revision": _git_revision(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "accelerator": accelerator,
         "world_size": len(hosts),
         "hosts": sorted(set(hosts)),
     }
+
+
+def version_of(package: str) -> str:
+    """The package's version; "unknown" where its metadata are missing: it may have been put on the path by hand."""
+    try:
+        return str(importlib.metadata.metadata(package)["Version"] or "unknown")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git_revision(source: Path) -> str | None:
+    """The commit that the code is of, where git can tell, and does so at once."""
+    try:
+        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_GIT_WITHIN_S)
+    except (OSError, subprocess.SubprocessError):  # there is none, or it hangs: on a network file system, say
+        return None
+    said = done.stdout.decode(errors="replace").strip()
+    return said if done.returncode == 0 and re.fullmatch("[0-9a-f]{40,64}", said) else None
+
+
+def _as_json_has_it(value: Any) -> Any:
+    """The value with null for each number that is not finite: JSON has no other word for it. Nor for half a character, as in a
+    path of other bytes."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, Mapping):
+        return {key: _as_json_has_it(inner) for key, inner in value.items()}
+    return [_as_json_has_it(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def freeze(config: RunConfig, folder: Path) -> Path:
