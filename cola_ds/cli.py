@@ -331,13 +331,15 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
 def _inspect(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.inspect import inspect
 
-    with _readable(args.run_dir):
+    with _reachable(args.run_dir):
         text = inspect(args.run_dir)
     _print(text)
 
 
 def _print(text: str) -> None:
-    """For a reader who may have enough before the end, such as head."""
+    """For a reader who may have enough before the end, such as head, or know other letters."""
+    with suppress(AttributeError):  # another stream in its place
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -365,9 +367,18 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
 def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report import report
 
-    with _readable(", ".join(args.runs)):
+    with _reachable(", ".join(args.runs)):
         text = report(args.runs, args.plot, args.csv, args.paper, args.figures)
     _print(text)
+
+
+@contextmanager
+def _reachable(what: str) -> Iterator[None]:
+    """Turn what a file system may refuse into a UserError; files that are damaged are named where they are read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or what}: {error.strerror or error}") from None
 
 
 @contextmanager

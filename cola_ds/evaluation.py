@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, check_config
-from cola_ds.rundir import RunFolder
+from cola_ds.rundir import ENGINE, RunFolder
 from cola_ds.tables import file_name
 
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
@@ -25,11 +25,11 @@ def evaluation_config(
         run = RunFolder(target)
         run.result()
         config = run.config()
-        model, raw["deepspeed"] = config.model.model_dump(), config.deepspeed
+        model, raw["deepspeed"] = config.model.model_dump(), _engine_of(run, config)
         if config.method == "full":
             model["path"] = str(run.path / "model")
         elif config.trains_lora:
-            model["links"] = str(run.path)
+            model["links"] = str(run.path.resolve())  # the evaluation's own folder is read from elsewhere, too
         section["seed"] = config.run.seed
         if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
             its_own = {"revision"} if task == config.data.task and data_dir is None else set()
@@ -45,6 +45,13 @@ def evaluation_config(
         "run": section,
     }
     return check_config(raw, overrides, "cola-ds evaluate")
+
+
+def _engine_of(run: RunFolder, config: RunConfig) -> str:
+    """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started. Runs of earlier versions
+    have none; of theirs the file is taken."""
+    kept = run.path.resolve() / ENGINE
+    return str(kept) if kept.is_file() else config.deepspeed
 
 
 def _words(target: str) -> str:

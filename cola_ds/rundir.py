@@ -3,6 +3,7 @@
 RUN_DIR/
   run.yaml           the config, as load_config reads it
   environment.json   versions, git revision, hosts, world size
+  deepspeed.json     the DeepSpeed JSON, without what is only logged
   metrics.jsonl      a row a logged step
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
@@ -41,7 +42,8 @@ from cola_ds.errors import UserError
 from cola_ds.rows import read_row
 
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
-_LEFT = ("run.yaml", *ROWS, "events.jsonl", "result.json", "chain", "model", "checkpoints", "environment.json")
+ENGINE = "deepspeed.json"
+_LEFT = ("run.yaml", *ROWS, "events.jsonl", "result.json", "chain", "model", "checkpoints", ENGINE, "environment.json")
 _PEFT_PREFIX = "base_model.model."
 _GIT_WITHIN_S = 10
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
@@ -153,6 +155,14 @@ class RunFolder:
         """Without what follows the last line's end."""
         path = self.path / name
         return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+    def keep_engine(self, engine_json: Mapping[str, Any]) -> None:
+        """Keep the DeepSpeed JSON, without what is only logged: what reads the run later may not find it where it was. Raises
+        UserError when it cannot be written."""
+        try:
+            self.write_json(ENGINE, engine_json)
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
 
     def row_counts(self) -> dict[str, int]:
         """How many rows there are in each of the files that a resumed run goes on with."""

@@ -23,7 +23,7 @@ class Full:
 
     encoding = "utf-8"
 
-    def __init__(self, error=OSError(errno.ENOSPC, "No space left on device")):
+    def __init__(self, error):
         self.error = error
 
     def write(self, text):
@@ -156,7 +156,10 @@ def test_outputs_that_take_nothing(journal, tmp_path, monkeypatch, error):
 
 def test_outputs_that_are_closed():
     """What is opened next must not take their numbers: it would be printed into."""
-    code = "from cola_ds.output import tolerant_output\nwith tolerant_output():\n    print(1)\n    f = open('/dev/null')\n    exit(f.fileno() < 3)"
+    code = (
+        "from cola_ds.output import tolerant_output\nwith tolerant_output():\n    print(1)\n"
+        "    exit(open('/dev/null').fileno() < 3)"
+    )
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', code])
     assert done.returncode == 0
 

@@ -386,13 +386,17 @@ def test_names_that_markdown_would_cut(tmp_path):
 def test_what_cannot_be_read(tmp_path, capsys):
     save_sweep(tmp_path / "a", {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6})
     (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text("{", encoding="utf-8")
-    assert "lr=1/seed=0: result.json cannot be read: JSONDecodeError" in tables(tmp_path / "a")
+    assert "lr=1/seed=0: result.json cannot be read: Invalid JSON: EOF" in tables(tmp_path / "a")
     (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text('{"scores": null}', encoding="utf-8")
-    assert "lr=1/seed=0: result.json cannot be read: AttributeError" in tables(tmp_path / "a", csv_file=tmp_path / "x")
+    assert "lr=1/seed=0: result.json cannot be read: method: Field required" in tables(
+        tmp_path / "a", csv_file=tmp_path / "x"
+    )
     assert main(["report", str(tmp_path / "a"), "--csv", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "a/sweep.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a/sweep.json cannot be read \(TypeError\): cola-ds sweep writes it anew"):
+    with pytest.raises(
+        UserError, match=r"a/sweep.json cannot be read \(Input should be an object\): cola-ds sweep writes it anew"
+    ):
         tables(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
