@@ -20,7 +20,7 @@ def evaluation_config(
     model: dict[str, Any] = {"path": target}
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] = {"deepspeed": _default_engine()}
     if (Path(target) / "run.yaml").is_file():
         run = RunFolder(target)
         run.result()
@@ -48,10 +48,17 @@ def evaluation_config(
 
 
 def _engine_of(run: RunFolder, config: RunConfig) -> str:
-    """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started. Runs of earlier versions
-    have none; of theirs the file is taken."""
+    """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started. Runs of earlier
+    versions have none; of theirs the file is taken."""
     kept = run.path.resolve() / ENGINE
     return str(kept) if kept.is_file() else config.deepspeed
+
+
+def _default_engine() -> str:
+    """The default DeepSpeed JSON, here or, in another folder, where this program lies."""
+    name = str(RunConfig.model_fields["deepspeed"].default)
+    beside = Path(__file__).resolve().parent.parent / name
+    return name if Path(name).is_file() or not beside.is_file() else str(beside)
 
 
 def _words(target: str) -> str:
