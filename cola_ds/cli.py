@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cola_ds import lock, signals, watch
+from cola_ds import arrival, lock, signals, watch
 from cola_ds.config import RunConfig, load_config
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line
 from cola_ds.launcher import Process, identify
@@ -102,6 +102,7 @@ def _say(message: str, process: Process | None, arriving: bool = False) -> None:
     Process 0 speaks at once. A process that sees it go on after a while found what process 0 did not (a file missing on its
     node, say): it names itself. Where processes do not find each other, the first one of each machine speaks at once.
     """
+    arrival.say_why(message)
     if process is None or process.rank == 0 or (arriving and process.local_rank == 0):
         print(message, file=sys.stderr, flush=True)
         if arriving:
@@ -204,6 +205,8 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         )
     if not args.dry_run:
         _listen(process)
+    if not args.dry_run and args.freeze is None:
+        arrival.begin(process, _exit_now)
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
         from cola_ds.engine_config import read_engine_config
@@ -220,6 +223,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 
 def _evaluate(args: argparse.Namespace, process: Process) -> None:
     _listen(process)
+    arrival.begin(process, _exit_now)
     from cola_ds.evaluation import evaluation_config
 
     config = evaluation_config(
@@ -314,6 +318,7 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
         _leave_now(1)
 
     signals.listen(lambda message: None, end)
+    arrival.begin(process, end)
     try:
         works = doctor(config, engine_json, folder, args.wait, process, end)
     except UserError as error:  # of the machines, not of the call

@@ -57,8 +57,8 @@ def start_processes(
             f"process {process.rank} is number {process.local_rank + 1} on its machine, which has "
             f"{accelerator.device_count()} accelerators; start one process per accelerator"
         )
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens there
-    if process.rank == 0 and not agent and not dist.is_initialized():
+    agent = arrival.by_agent()
+    if process.world_size == 1 and not agent and not dist.is_initialized():
         _check_port(int(os.environ["MASTER_PORT"]))
     _check_compilation()
     accelerator.set_device(process.local_rank)
@@ -102,9 +102,7 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(
-                f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}; set another MASTER_PORT"
-            ) from None
+            raise arrival.port_taken(port, error) from None
 
 
 def _extensions() -> Path:
