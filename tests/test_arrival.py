@@ -54,7 +54,7 @@ def killed_while_loading(rank, victim=1):
     import cola_ds.prepare
 
     def prepare(*args):
-        time.sleep(1)
+        wait_until(lambda: arrival._current.link if rank else arrival._current.peers, within_s=60)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == victim:
