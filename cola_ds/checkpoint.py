@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cola_ds.errors import UserError, first_line
-from cola_ds.files import sha256_of, sync_folder, write_atomically, write_synced
+from cola_ds.files import publish, sha256_of, sync_folder, write_atomically, write_synced
 from cola_ds.marker import CHECKPOINT_FILE
 from cola_ds.rundir import RunFolder
 
@@ -316,23 +316,16 @@ class CheckpointFolder:
         files = [*found.files, "manifest.json"]
         for name in files:
             shutil.copyfile(found.path / name, scratch / name)
-        self.publish(scratch, self.path / found.path.name, files)
+        self.show(scratch, self.path / found.path.name, files)
         return read_checkpoint(self.path / found.path.name)
 
-    def publish(self, scratch: Path, target: Path, files: list[str]) -> None:
+    def show(self, scratch: Path, target: Path, files: list[str]) -> None:
         """Let a complete checkpoint appear under its name. May raise OSError, also where a file there is not the run's."""
         marker, name = self.folder.mine, self._name(target)
         marker.remove(f"{name}/")  # what is there does not verify, or was set aside
         marker.aside.discard(name)
-        marker.own([f"{name}/{file}" for file in files])
-        marker.write()
-        if target.exists():  # with files of somebody else's
-            for file in sorted(files, key="manifest.json".__eq__):
-                (scratch / file).rename(target / file)
-            scratch.rmdir()
-        else:
-            scratch.rename(target)
-        sync_folder(target.parent)
+        marker.own((f"{name}/{file}" for file in files), {})
+        publish(scratch, target, last="manifest.json")
 
     def mark_best(self, step: int) -> None:
         """Point `best` to the checkpoint of a step, if there is one."""
@@ -375,7 +368,7 @@ class CheckpointWriter:
         self._add("state.json", state.model_dump_json(indent=1).encode())
         write_synced(self.scratch / "manifest.json", _manifest(self.files))
         sync_folder(self.scratch)
-        self.checkpoints.publish(self.scratch, self.checkpoints.at(self.step), [*self.files, "manifest.json"])
+        self.checkpoints.show(self.scratch, self.checkpoints.at(self.step), [*self.files, "manifest.json"])
         return sum(entry["bytes"] for entry in self.files.values())
 
     def abandon(self) -> None:

@@ -16,7 +16,7 @@ from cola_ds.files import scratch_beside, sync_folder
 from cola_ds.fingerprint import model_fingerprint
 from cola_ds.learnt import Learnt, read_learnt
 from cola_ds.lora import delta_weight
-from cola_ds.model_folder import check_is_there, write_model_folder
+from cola_ds.model_folder import check_is_there, check_no_adapter, write_model_folder
 from cola_ds.rundir import adapter_files, read_link
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,6 +104,7 @@ def _write_chain(config: RunConfig, learnt: Learnt, out: Path) -> None:
 
 def _merge(config: RunConfig, learnt: Learnt, out: Path) -> None:
     check_is_there(config.model, f"the base model of {learnt.folder}")
+    check_no_adapter(config.model)
     model = _load_base(config.model)
     learnt.check_base(config.model.path, model_fingerprint(config.model))
     links = [read_link(link.file) for link in learnt.links]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -51,3 +52,18 @@ def write_atomically(path: Path, content: bytes, owner: str = "") -> None:
             scratch.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def publish(scratch: Path, target: Path, last: str = "") -> None:
+    """Let a folder that is complete appear under its name. Where that has files of somebody else's, its own go beside them, the
+    one named `last` after the others."""
+    if target.exists():
+        for path in sorted(scratch.rglob("*"), key=lambda path: path.name == last):
+            if path.is_file():
+                place = target / path.relative_to(scratch)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(place)
+        shutil.rmtree(scratch)
+    else:
+        scratch.rename(target)
+    sync_folder(target.parent)

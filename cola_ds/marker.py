@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,17 @@ class Marker:
         content = json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False)
         write_atomically(self.folder / NAME, content.encode(), self.id)
 
-    def own(self, names: Iterable[str]) -> None:
-        """Files that the run is about to write: they are its own from now on. Raises FileExistsError where one is somebody
-        else's. May raise OSError."""
+    def own(self, names: Iterable[str], facts: Mapping[str, Any] | None = None) -> None:
+        """Files that the run is about to write: they are its own from now on; and `facts` that they come with. Raises
+        FileExistsError where one is somebody else's. May raise OSError."""
         coming = {name for name in names if name not in self.wrote}
         for name in coming:
             assert _OWN.fullmatch(name), name
             if os.path.lexists(self.folder / name):
                 raise FileExistsError(17, "it is there, and this run did not write it", str(self.folder / name))
-        if coming:
+        if coming or facts is not None:
             self.wrote |= coming
+            self.facts |= facts or {}
             self.write()
 
     def owns_below(self, folder: str) -> bool:

@@ -37,6 +37,18 @@ def check_is_there(config: ModelConfig, whose: str) -> None:
         )
 
 
+def check_no_adapter(config: ModelConfig) -> None:
+    """Raise UserError for a model with an adapter's config beside its own: where peft is installed, Transformers would apply that
+    adapter in silence, and where it is not, it would not."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(config.path, revision=config.revision) is not None:
+        raise UserError(
+            f"model.path {config.path} holds adapter_config.json: whether that adapter is a part of the model would depend on "
+            "whether peft is installed; merge it into a model of its own, or, if that is done, move adapter_config.json away"
+        )
+
+
 def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write a model that was made from `base`, in its dtype, as a folder that opens wherever the base's does: its weights, and
     every other file as the base has it. Saved anew they would be in the installed Transformers' own format, which other versions

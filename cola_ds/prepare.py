@@ -15,6 +15,7 @@ from cola_ds.data.taskdata import TaskData, load_task
 from cola_ds.engine_config import complete, read_engine_config
 from cola_ds.errors import UserError, first_line
 from cola_ds.lora import find_targets
+from cola_ds.model_folder import check_no_adapter
 from cola_ds.packable import check_packable
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
@@ -91,6 +92,7 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
 
     model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    check_no_adapter(model)
     try:
         model_config = AutoConfig.from_pretrained(model.path, **options)
         tokenizer = AutoTokenizer.from_pretrained(model.path, **options)

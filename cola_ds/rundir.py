@@ -36,12 +36,13 @@ from torch import Tensor
 
 from cola_ds.config import RunConfig, dump_config, is_task_file
 from cola_ds.errors import UserError
-from cola_ds.files import scratch_beside, sha256_of, sync_folder, write_atomically, write_synced
+from cola_ds.files import publish, scratch_beside, sha256_of, sync_folder, write_atomically, write_synced
 from cola_ds.marker import Marker
 
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
 _FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", "environment.json")
 _FOLDERS = ("chain", "model", "checkpoints")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PEFT_PREFIX = "base_model.model."
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
@@ -82,16 +83,14 @@ class RunFolder:
 
     def check_is_ours(self, config: RunConfig) -> None:
         """Raise UserError where a run of this config would write what is there, and no run wrote."""
-        links = [f"chain/link-{link:04d}" for link in range(1, config.chain.length + 1)]
-        # Beside a run's own files others may lie, but not in their places.
-        folders = [*links, *(["model"] if config.method == "full" else [])] if self.marker else list(_FOLDERS)
-        wrote = self.marker.wrote if self.marker else set()
-        there = [name for name in _FILES if name not in wrote and os.path.lexists(self.path / name)]
-        there += [
-            name
-            for name in folders
-            if os.path.lexists(self.path / name) and not (self.marker and self.marker.owns_below(name))
-        ]
+        if self.marker is None:
+            there = [name for name in (*_FILES, *_FOLDERS) if os.path.lexists(self.path / name)]
+        else:  # beside a run's own files others may lie, but not in their places
+            links = range(1, config.chain.length + 1)
+            places = [*_FILES, *(f"chain/link-{link:04d}/{name}" for link in links for name in _ADAPTER)]
+            if config.method == "full":
+                places += [f"model/{path.name}" for path in (self.path / "model").glob("*") if path.is_file()]
+            there = [name for name in places if name not in self.mine.wrote and os.path.lexists(self.path / name)]
         if there:
             raise UserError(f"run.dir {self.path} holds {there[0]}, but no run left it there; name another folder")
 
@@ -206,8 +205,7 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run has finished."""
         content = _json({"run": self.mine.id, **result})
-        self.mine.facts["result"] = hashlib.sha256(content).hexdigest()
-        self.mine.write()
+        self.mine.own(["result.json"], {"result": hashlib.sha256(content).hexdigest()})
         self._write("result.json", content)
 
     def _write(self, name: str, content: bytes) -> None:
@@ -228,15 +226,12 @@ class RunFolder:
         lora_rank, alpha, target = config.lora_ranks[link - 1], config.lora.alpha, self.link_path(link)
         files = adapter_files(config, lora_rank, alpha, layers, tensors)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        self.mine.facts["links"] = [
-            *self.mine.facts["links"][: link - 1],
-            {
-                "link": link, "lora_rank": lora_rank, "lora_alpha": alpha, "layers": layers,
-                "sha256": hashes["adapter_model.safetensors"], "config_sha256": hashes["adapter_config.json"],
-            },
-        ]  # fmt: skip
-        self.mine.own([f"chain/{target.name}/{name}" for name in files])
-        self.mine.write()
+        tied = {
+            "link": link, "lora_rank": lora_rank, "lora_alpha": alpha, "layers": layers,
+            "sha256": hashes["adapter_model.safetensors"], "config_sha256": hashes["adapter_config.json"],
+        }  # fmt: skip
+        links = [*self.mine.facts["links"][: link - 1], tied]
+        self.mine.own((f"chain/{target.name}/{name}" for name in files), {"links": links})
         write_folder(target, files, self.mine.id)
         return hashes["adapter_model.safetensors"]
 
@@ -249,11 +244,8 @@ class RunFolder:
         files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
         names = {path: str(Path("model") / path.relative_to(scratch)) for path in files}
         marker.remove("model/")
-        marker.facts["model"] = {names[path]: sha256_of(path) for path in files}
-        marker.own(names.values())
-        marker.write()
-        scratch.rename(target)
-        sync_folder(self.path)
+        marker.own(names.values(), {"model": {names[path]: sha256_of(path) for path in files}})
+        publish(scratch, target)
 
     def forget_result(self) -> None:
         """The run is no longer finished: the first thing to be written down when it goes back."""
@@ -313,11 +305,10 @@ def write_folder(target: Path, files: Mapping[str, bytes], owner: str = "") -> N
         for name, content in files.items():
             write_synced(scratch / name, content)
         sync_folder(scratch)
-        scratch.rename(target)
+        publish(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    sync_folder(target.parent)
 
 
 def read_link(path: Path) -> dict[str, Tensor]:

@@ -128,6 +128,7 @@ class Runner:
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_SETS}
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
+            _check_log(log)
             with open(log, "ab") as out:
                 _mark(log, f"{datetime.datetime.now().astimezone().isoformat()} {shlex.join(command)}")
                 # A group of its own: what a terminal sends to all arrives once, from here.
@@ -144,6 +145,13 @@ class Runner:
         status = 75 if self.stopped else status if status >= 0 else 128 - status
         _mark(log, f"exit status {status}")
         return status
+
+
+def _check_log(log: Path) -> None:
+    if log.exists():
+        with open(log, "rb") as held:
+            if held.read(len(LOG_MARK)) != LOG_MARK.encode():
+                raise UserError(f"{log} is not a log of this sweep's runs, which would go on in it; name another dir")
 
 
 def _mark(log: Path, text: str) -> None:

@@ -194,6 +194,8 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
         }
         for group in groups
     ]
+    if (folder / "sweep.json").exists():
+        read_groups(folder)  # else it is somebody else's
     scratch = folder / f"sweep.json.{uuid.uuid4().hex}"  # tasks of an array may be other machines' processes
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,8 +220,8 @@ def read_groups(folder: Path) -> list[Group]:
             )
             for group in json.loads(path.read_text(encoding="utf-8"))["groups"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): cola-ds sweep writes it anew") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not what cola-ds sweep writes; without it the same sweep writes it anew") from None
 
 
 @dataclass(frozen=True)

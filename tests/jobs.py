@@ -141,7 +141,7 @@ def at_file_event(rank, number):
             changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
         else:
             changes = event in ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
-        if changes and any(part in str(args[0]) for part in ("/checkpoints/", "/chain/")):
+        if changes and any(part in str(args) for part in ("/checkpoints/", "/chain/", "/run.json")):
             seen[0] += 1
             if seen[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)
