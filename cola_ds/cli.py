@@ -254,8 +254,7 @@ def _start(
 
     if process.rank == 0:  # before the others wait for it
         data = config.data
-        read = (data.dir,) if data.task or data.hub else (data.train, data.eval)
-        inputs = [config.model.path, *filter(None, (config.model.links, *read))]
+        inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
         RunFolder(config.run.dir).check_inputs(inputs)
     processes.check_dtype(config.model.dtype)
     limit_s = config.run.hang_after_s

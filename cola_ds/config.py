@@ -57,6 +57,13 @@ def _eval_every(value: Any) -> Any:
     raise ValueError("must be epoch, link, end or a positive number of steps")
 
 
+def _files(value: Any) -> Any:
+    names = value if isinstance(value, list) else [value]
+    if value is None or (names and all(isinstance(name, str) and name for name in names)):
+        return value
+    raise ValueError("must name a file, a folder or a glob, or be a list of these")
+
+
 class ModelConfig(_Section):
     path: str = Field(min_length=1)
     """A Hugging Face hub name or a local folder with safetensors weights."""
@@ -104,9 +111,10 @@ class DataConfig(_Section):
     num_test: int = Field(default=1000, ge=1)
     demonstrations: int = Field(default=32, ge=1)
     """Solved examples in front of each prompt, with method icl."""
-    train: str | None = Field(default=None, min_length=1)
-    """A .jsonl, .json, .parquet or (with `text`) .txt file; with `hub`, the name of a split."""
-    eval: str | None = None
+    train: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or (with `text`) .txt file, a folder of such, one that
+    Dataset.save_to_disk wrote, or a glob; or a list of these. With `hub`, the name of a split."""
+    eval: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
     """Held-out data, likewise."""
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
@@ -114,17 +122,22 @@ class DataConfig(_Section):
     revision: str | None = None
     prompt: str = "prompt"
     completion: str = "completion"
-    """Column names. The loss is on the completion, and the end-of-sequence token after it, alone."""
+    """Column names. The loss is on the completion, and the end-of-sequence token after it, alone. Prompt and completion are
+    tokenized as one text; a token that has letters of both is the completion's."""
     text: str | None = None
     """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
     max_length: int = Field(default=512, ge=2)
-    """Tokens per example. A longer prompt loses its beginning (the BOS token stays). With a task it is 2048 by default, or the
-    model's positions if they are fewer."""
+    """Tokens per example. A longer one loses the beginning of its prompt (the BOS token stays), then the end of its completion.
+    With a task it is 2048 by default, or the model's positions if they are fewer."""
 
     @model_validator(mode="after")
     def _one_kind_of_example(self) -> DataConfig:
         if self.text is not None and self.model_fields_set & {"prompt", "completion"}:
             raise ValueError("data.text contradicts data.prompt and data.completion: name either the one or the others")
+        if self.hub is not None and (isinstance(self.train, list) or isinstance(self.eval, list)):
+            raise ValueError(
+                "data.hub takes one split each for data.train and data.eval, such as train[:1000], not a list"
+            )
         if self.hub is None and self.task is None and (self.hub_config or self.revision):
             raise ValueError("data.hub_config and data.revision need data.hub")
         given = self.model_fields_set - {"task", "max_length"}
@@ -136,6 +149,12 @@ class DataConfig(_Section):
         if self.task is None and self.train is None:
             raise ValueError("data.train or data.task must say what to learn from")
         return self
+
+    @property
+    def local_names(self) -> list[str]:
+        """What the local files of `train` and `eval` are named by."""
+        names = [self.train, self.eval] if self.hub is None else []
+        return [each for name in names if name for each in (name if isinstance(name, list) else [name])]
 
 
 class OptimConfig(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from cola_ds.config import RunConfig, Timetable, resolve
 from cola_ds.data.sources import TokenizedData, load_split
 from cola_ds.data.taskdata import TaskData, load_task
+from cola_ds.data.tokens import LOSSES
 from cola_ds.engine_config import complete, read_engine_config
 from cola_ds.errors import UserError, first_line
 from cola_ds.lora import find_targets
@@ -122,8 +124,12 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     else:
         data = f"{len(prepared.train)} training examples"
         data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
-    if shortened := sum(each.shortened for each in (prepared.train, prepared.held_out, prepared.test) if each):
-        data += f"; {shortened} examples lost their beginning, too long for the model or data.max_length"
+    lost: collections.Counter[str] = collections.Counter()
+    for split in (prepared.train, prepared.held_out, prepared.test):
+        lost.update(split.lost if split is not None else {})
+    if lost:
+        counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
+        data += f"; {counts}, too long for data.max_length"
     batch = f"{optim.micro_batch_size} examples x {timetable.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, flat_keys, is_free
+from cola_ds.data.files import find_files
 from cola_ds.errors import UserError, some_of
 from cola_ds.learnt import is_run, read_learnt, run_config
 
@@ -104,9 +106,12 @@ def _same_content(one: str | None, other: str | None) -> bool:
 def _files_of(config: RunConfig) -> Iterator[Path]:
     """The local files that a run of this config is made from."""
     data, links = config.data, Path(config.model.links or "")
-    for name in (config.deepspeed, data.task, data.train, data.eval):
+    for name in (config.deepspeed, data.task):
         if name and Path(name).is_file():
             yield Path(name)
+    for name in data.local_names:
+        with contextlib.suppress(UserError):  # what cannot be read is said by the run
+            yield from find_files(name)
     yield from Path(config.model.path).glob("*.json")
     yield from Path(config.model.path).glob("*.safetensors")
     if data.dir and data.task:

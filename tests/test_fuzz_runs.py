@@ -1,5 +1,5 @@
-"""Run folders in which anything may stand: each reader succeeds, or refuses in one short line, in bounded time; and nothing in the
-folder changes.
+"""Run folders in which anything may stand: each reader succeeds, or refuses in one short line, in bounded time; and nothing in
+the folder changes.
 
 COLA_DS_FUZZ=1000 tries so many of each kind instead of the few that are tried by default.
 """

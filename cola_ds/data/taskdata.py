@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class TaskData:
     """Positions of each example in a batch."""
     loss_tokens: list[int]
     """What the training loss's mean counts: each example once where candidates are compared, else the answer's tokens."""
-    shortened: int
+    lost: collections.Counter[str]
+    """Examples that lost something to the maximum length, by what they lost."""
     largest_id: int
 
     def __len__(self) -> int:
@@ -106,4 +108,5 @@ def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length:
         taught = [_taught(example, each) for example, each in zip(examples, encoded, strict=True)]
         lengths, counted = [len(ids) for ids, _ in taught], [len(ids) - start for ids, start in taught]
     largest = max((max(ids) for each in encoded for ids in each.candidate_ids), default=0)
-    return TaskData(task, examples, encoded, lengths, counted, sum(each.truncated for each in encoded), largest)
+    lost = collections.Counter(each.lost for each in encoded if each.lost)
+    return TaskData(task, examples, encoded, lengths, counted, lost, largest)
