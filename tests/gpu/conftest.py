@@ -1,9 +1,10 @@
 """Tests of one process on one GPU, over NCCL, with the real engine: `python3 -m pytest tests/gpu`, four minutes at most.
 
-Without a GPU they are skipped. COLA_DS_GPU_TESTS_ON=cpu runs the same tests on DeepSpeed's CPU accelerator over gloo, but for fp16,
-which that lacks: what they say is checked so, not what a GPU does.
+Without a GPU they are skipped. COLA_DS_GPU_TESTS_ON=cpu runs the same tests on DeepSpeed's CPU accelerator over gloo, but for
+fp16, which that lacks: what they say is checked so, not what a GPU does.
 """
 
+import gc
 import os
 
 import pytest
@@ -36,13 +37,17 @@ def process():
     os.environ.update({name: "1" if "SIZE" in name else "0" for name in _NAMES})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), HF_HUB_OFFLINE="1")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product of the first test
+    import cola_ds.train  # noqa: F401
     from cola_ds import processes
     from cola_ds.launcher import identify
 
     one = identify()
     processes.start_processes(one)
     assert (processes.device().type == "cpu") == ON_CPU, processes.device()
+    gc.collect()
+    gc.freeze()  # what the imports have made is not looked through again at each knot
     yield one
+    gc.unfreeze()
     processes.stop_processes()
     processes.make_deterministic(False)
     os.environ.clear()

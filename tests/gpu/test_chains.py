@@ -175,7 +175,7 @@ def test_an_export_has_the_engines_weights_and_logits(ran):
 def test_fp16_finds_its_loss_scale(process, toy, tmp_path, monkeypatch):
     import json
 
-    path, config = three_links(toy, tmp_path, "zero3", "fp16", chain={"length": 1}, lora={"rank": 8})
+    path, _ = three_links(toy, tmp_path, "zero3", "fp16", chain={"length": 1}, lora={"rank": 8})
     engine = {"zero_optimization": json.loads((tmp_path / "engine.json").read_text())["zero_optimization"]}
     (tmp_path / "engine.json").write_text(json.dumps({**engine, "fp16": {"initial_scale_power": 26}}))
     with run(process, path, monkeypatch) as (chain, _):

@@ -57,8 +57,11 @@ def test_local_ties_are_gathered_ones(process, toy, tmp_path, monkeypatch, engin
         before = local
 
 
+MEASURED = (6, 7, 12, 13, 20, 21)  # links; two of each LoRA rank
+
+
 def measure_knots(process, path):
-    """After each extension: bytes that are allocated on the device, tensors, engines and hooks; and remainders' elements."""
+    """After some extensions: bytes that are allocated on the device, tensors, engines and hooks; and remainders' elements."""
     from cola_ds import processes
     from cola_ds.chain import batch_loss, extend_chain, last_batch, tie_knot, tune_lora
 
@@ -72,6 +75,8 @@ def measure_knots(process, path):
             break
         extend_chain(chain)
         chain.state.link, chain.state.step_in_link = chain.state.link + 1, 0
+        if chain.state.link not in MEASURED:
+            continue
         gc.collect()
         processes.sum_over_processes(torch.zeros(1, device=processes.device())).item()
         allocated = 0 if ON_CPU else torch.cuda.memory_allocated()
@@ -87,18 +92,21 @@ def measure_knots(process, path):
     return counts
 
 
+STEP_DOWN = [64, 32] * 10 + [64]
+
+
 @pytest.mark.parametrize(
     ("engine", "dtype", "ranks"),
-    [("zero3", "bf16", 64), ("zero3", "bf16", [64, 32] * 10 + [64]), ("zero2", "fp32", 64), ("offload", "bf16", [64, 32] * 10 + [64])],
+    [("zero3", "bf16", 64), ("zero3", "bf16", STEP_DOWN), ("zero2", "fp32", 64), ("offload", "bf16", STEP_DOWN)],
     ids=["in place", "rebuilt", "zero2", "offload"],
-)  # fmt: skip
+)
 def test_memory_is_flat_over_twenty_knots(process, toy, tmp_path, engine, dtype, ranks):
     optim = {"max_steps": 21, "global_batch_size": 4, "micro_batch_size": 2}
     path, _ = three_links(toy, tmp_path, engine, dtype, chain={"length": 21}, lora={"rank": ranks}, optim=optim)
     counts = measure_knots(process, path)
-    assert len(counts) == 20
+    assert len(counts) == len(MEASURED)
     assert (counts[0][-1] > 0) == (DTYPES[dtype] != torch.float32)
-    for alike in (counts[4::2], counts[5::2]):  # of one LoRA rank
+    for alike in (counts[::2], counts[1::2]):  # of one LoRA rank
         assert {found[1:] for found in alike} == {alike[0][1:]}
         # One link's A and B in bf16 with fp32 masters, moments and gradients take megabytes; a batch takes a few hundred bytes.
         assert max(found[0] for found in alike) - min(found[0] for found in alike) < 2**17

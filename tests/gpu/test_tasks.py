@@ -21,7 +21,7 @@ TOPICS = [
     "two brothers",
 ]
 ROWS = [
-    {"text": f"{topic} in year {1900 + 7 * place}", "label": place % 3, "answer": topic.split()[-1]}
+    {"text": f"{topic} in year {1900 + 7 * place}", "label": int(place % 4 == 0), "answer": topic.split()[-1]}
     for place, topic in enumerate(TOPICS * 4)
 ]
 TASKS = {
