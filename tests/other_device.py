@@ -5,7 +5,6 @@ its own: torch gets another device for good.
 """
 
 import os
-
 from dataclasses import fields
 
 import torch
