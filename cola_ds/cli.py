@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hf: the merged model; peft: the whole chain as one adapter; links: an adapter for each link",
     )
     export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("overrides", nargs="*", metavar="model.path=FOLDER", help="where the base model lies now")
     export.set_defaults(run=_export)
 
     doctor = commands.add_parser("doctor", help="tell whether a run would work here: alone, or under any launcher")
@@ -291,7 +292,7 @@ def _export(args: argparse.Namespace, process: Process) -> None:
 
     _quiet_libraries(process)
     with _readable(args.run_dir):
-        print(f"wrote {export(args.run_dir, args.to, args.out)}")
+        print(f"wrote {export(args.run_dir, args.to, args.out, args.overrides)}")
 
 
 def _doctor(args: argparse.Namespace, process: Process) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, check_config
-from cola_ds.rundir import RunFolder
+from cola_ds.learnt import is_run, read_learnt
 from cola_ds.tables import file_name
 
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
@@ -21,15 +21,14 @@ def evaluation_config(
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
     raw: dict[str, Any] = {}
-    if (Path(target) / "run.yaml").is_file():
-        run = RunFolder(target)
-        run.result()
-        config = run.config()
+    if is_run(Path(target)) or (Path(target) / "run.yaml").is_file():
+        learnt = read_learnt(target)
+        config = learnt.config
         model, raw["deepspeed"] = config.model.model_dump(), config.deepspeed
         if config.method == "full":
-            model["path"] = str(run.path / "model")
+            model["path"] = str(learnt.folder / "model")
         elif config.trains_lora:
-            model["links"] = str(run.path)
+            model["links"] = str(learnt.folder)
         section["seed"] = config.run.seed
         if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
             its_own = {"revision"} if task == config.data.task and data_dir is None else set()

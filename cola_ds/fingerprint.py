@@ -10,18 +10,11 @@ from cola_ds.config import ModelConfig
 from cola_ds.data.sources import TokenizedData
 from cola_ds.data.taskdata import TaskData
 from cola_ds.errors import UserError
+from cola_ds.files import sha256_of
+from cola_ds.model_folder import model_folder
 
 _READ_WHOLE = 2**30  # bytes of weights up to which all of them are hashed: a second or two
 _SAMPLE = 4096  # bytes of every tensor otherwise
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as held:
-        while block := held.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def model_fingerprint(config: ModelConfig) -> str:
@@ -30,7 +23,7 @@ def model_fingerprint(config: ModelConfig) -> str:
 
     Raises UserError for a weight file that is not safetensors, and where there is none.
     """
-    folder = _model_folder(config)
+    folder = model_folder(config)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     files = _weight_files(folder)
     if not files:  # those that were loaded came from elsewhere: the hub may offer a conversion in another revision
@@ -64,15 +57,6 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _model_folder(config: ModelConfig) -> Path:
-    """The local folder of a model; for a hub name, where the hub's cache keeps that revision."""
-    if Path(config.path).is_dir():
-        return Path(config.path)
-    from transformers.utils import cached_file
-
-    return Path(cached_file(config.path, "config.json", revision=config.revision)).parent
 
 
 def data_fingerprint(data: TokenizedData | TaskData | None) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.figures import draw_figures, draw_losses
-from cola_ds.rundir import RunFolder
+from cola_ds.learnt import read_learnt, run_config
 from cola_ds.tables import (
     Cell,
     Group,
@@ -169,7 +169,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
     for path in map(Path, paths):
         if (path / "run.yaml").is_file() or (path / "result.json").is_file():
             if not (path / "result.json").is_file():
-                RunFolder(path).result()  # says so
+                read_learnt(path)  # says so
             loose[path.name if path.name not in loose else str(path)] = path
             continue
         sweeps = [found.parent for found in sorted(path.rglob("sweep.json"))]
@@ -177,14 +177,14 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
             raise UserError(f"{path} is a part of the sweep in {above}: name that, or a run")
         for sweep in sweeps:
             by_sweep.setdefault(sweep.resolve(), read_groups(sweep))
-        marks = sorted({found.parent for name in ("environment.json", "result.json") for found in path.rglob(name)})
+        marks = sorted({found.parent for found in path.rglob("run.json")})
         runs = [run for run in marks if not any(sweep in run.parents for sweep in sweeps)]
         if not sweeps and not runs:
             raise UserError(f"{path} holds no run")
         for run in runs:
             name = str(run.relative_to(path))
             loose[name if loose.get(name, run) == run else str(run)] = run
-    configs = {name: RunFolder(path).config() for name, path in loose.items()}
+    configs = {name: run_config(path) for name, path in loose.items()}
     outcomes = {name: read_outcome(path, configs[name].run.seed) for name, path in loose.items()}
     tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
     groups = _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])

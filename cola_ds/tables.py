@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, flat_keys, is_free, load_config
+from cola_ds.config import RunConfig, flat_keys, is_free
 from cola_ds.errors import UserError, some_of
+from cola_ds.learnt import is_run, read_learnt, run_config
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
@@ -89,8 +90,7 @@ class Outcome:
     @functools.cached_property
     def config(self) -> RunConfig | None:
         """The run's config; None where the run never began."""
-        path = self.folder / "run.yaml"
-        return load_config(path) if path.is_file() else None
+        return run_config(self.folder) if is_run(self.folder) else None
 
 
 def _same_content(one: str | None, other: str | None) -> bool:
@@ -119,17 +119,17 @@ def _files_of(config: RunConfig) -> Iterator[Path]:
 def read_outcome(folder: Path, seed: int) -> Outcome:
     """How far the run of that folder is. A start that was refused later than it finished makes it a failed one: what is there is
     not what the sweep asks for."""
-    path, (status, said) = folder / "result.json", _last_start(folder.with_name(folder.name + ".log"))
-    if path.is_file() and status in (None, 0, 75):
+    status, said = _last_start(folder.with_name(folder.name + ".log"))
+    if (folder / "result.json").is_file() and status in (None, 0, 75):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
-                return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
-            return Outcome(folder, seed, "finished", result=result)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            return Outcome(folder, seed, "failed", f"result.json cannot be read: {type(error).__name__}")
+            result = read_learnt(folder).result
+        except UserError as error:
+            return Outcome(folder, seed, "failed", str(error))
+        if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
+            return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
+        return Outcome(folder, seed, "finished", result=result)
     if status in (None, 75):
-        return Outcome(folder, seed, "stopped" if (folder / "environment.json").exists() else "missing")
+        return Outcome(folder, seed, "stopped" if is_run(folder) else "missing")
     diverged = said.startswith("training failed: ") and "finite" in said
     return Outcome(folder, seed, "diverged" if diverged else "failed", f"status {status}: {said}")
 

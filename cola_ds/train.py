@@ -29,6 +29,7 @@ from cola_ds.journal import Journal
 from cola_ds.launcher import Process
 from cola_ds.lock import RunLock
 from cola_ds.lora import inject, start_link
+from cola_ds.model_folder import write_model_folder
 from cola_ds.optim import make_optimizer
 from cola_ds.prepare import Prepared, count_trainable
 from cola_ds.resume import (
@@ -72,7 +73,7 @@ def build_chain(
     else:
         model.requires_grad_(config.method == "full")
     if config.model.links is not None:
-        tie_run(model, RunFolder(config.model.links), base, reads=process.rank == 0)
+        tie_run(model, config.model.links, base, reads=process.rank == 0)
     if restored:
         restore_model(model, config, state.link, found, state.remainders)
     elif config.trains_lora:
@@ -164,7 +165,7 @@ def _choose_start(prepared: Prepared, folder: RunFolder | None, lock: RunLock | 
         nonlocal chosen
         assert folder is not None and lock is not None
         lock.take()
-        chosen = choose_start(folder, config, _identity(prepared), wish)
+        chosen = choose_start(folder, config, _identity(prepared), wish, prepared.timetable)
         if config.trains and chosen != "finished":
             trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
             folder.check_space(space_needed(config, trained))
@@ -186,17 +187,17 @@ def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start
     found = start.found
     environment = describe_environment(hosts, processes.accelerator_name())
     if folder:  # not before all that can be refused has been accepted
-        environment |= {
-            "identity": dataclasses.asdict(_identity(prepared)),
-            "base": chain.base,
-            "links": links_of(config),
-        }
+        facts = {
+            "identity": dataclasses.asdict(_identity(prepared)), "base": chain.base, "base_links": links_of(config),
+        }  # fmt: skip
         if found:
+            if not folder.holds_a_run():
+                folder.create(config, environment, facts)
             folder.forget_result()
-            folder.describe(config, environment)
+            folder.describe(config, environment, facts)
             found = _go_back(folder, prepared, found)
         else:
-            folder.create(config, environment)
+            folder.create(config, environment, facts)
         folder.event(
             "resumed" if saved else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts
         )
@@ -229,7 +230,7 @@ def _finish(chain: Chain, prepared: Prepared, loading_s: float, since: float, el
         times = {"loading_s": loading_s, "wall_time_s": elapsed_s + time.perf_counter() - since}
         memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
         chain.folder.flush_rows()
-        chain.folder.write_json("result.json", {**_result(prepared, chain, chain.folder), **times, **memory})
+        chain.folder.write_result({**_result(prepared, chain, chain.folder), **times, **memory})
         chain.folder.event("finished", step=chain.state.step)
 
 
@@ -320,5 +321,4 @@ def _save_whole_model(chain: Chain, prepared: Prepared, folder: RunFolder | None
     model = chain.engine.module
     state = zero.whole_state_dict(model)
     if folder:
-        model.save_pretrained(folder.path / "model", state_dict=state)
-        prepared.tokenizer.save_pretrained(folder.path / "model")
+        folder.write_model(lambda out: write_model_folder(model, prepared.config.model, out, state))
