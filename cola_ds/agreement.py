@@ -22,6 +22,7 @@ from cola_ds.data.taskdata import TaskData
 from cola_ds.errors import UserError
 from cola_ds.fingerprint import data_fingerprint
 from cola_ds.prepare import Prepared
+from cola_ds.rundir import own_version
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
 SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts after a while
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        "cola_ds": f"{importlib.metadata.version('cola_ds')} ({code.hexdigest()[:8]})",
+        "cola_ds": f"{own_version()} ({code.hexdigest()[:8]})",
     }
 
 

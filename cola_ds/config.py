@@ -211,6 +211,8 @@ class RunSection(_Section):
     log_every_steps: int = Field(default=10, ge=1)
     hang_after_s: int | None = Field(default=600, ge=1)
     """Seconds without progress of some process after which it is named and the run ends; null: never."""
+    deterministic: bool = False
+    """Have the accelerator give the same bits each time, as the CPU does anyway."""
 
 
 class RunConfig(_Section):

@@ -316,6 +316,14 @@ def read_link(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
 
 
+def own_version() -> str:
+    """This package's; where it is found by PYTHONPATH alone, nobody has written it down."""
+    try:
+        return importlib.metadata.version("cola_ds")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
     """environment.json: what would be needed to run this again. No environment variables: they hold secrets."""
     source = Path(__file__).resolve().parent
@@ -325,7 +333,7 @@ def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
         else None
     )
     return {
-        "cola_ds": importlib.metadata.version("cola_ds"),
+        "cola_ds": own_version(),
         "git_revision": git.stdout.strip() if git and git.returncode == 0 else None,
         "python": platform.python_version(),
         "platform": platform.platform(),

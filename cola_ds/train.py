@@ -63,6 +63,7 @@ def build_chain(
     timetable = prepared.timetable if state.ended_step is None else prepared.timetable.ending_at(state.ended_step)
     engine_config = complete(prepared.engine_json, config, prepared.timetable)
     zero.check_engine_config({**prepared.engine_json, **engine_config})
+    processes.make_deterministic(config.run.deterministic)
     # Dropout alone draws from it, and differs by process.
     torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
     model = zero.load_model(config.model, engine_config)
