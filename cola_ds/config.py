@@ -10,11 +10,12 @@ import bisect
 import dataclasses
 import difflib
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cola_ds.errors import UserError, cut, quoted
 from cola_ds.knots import place_knots
@@ -58,6 +59,17 @@ def _targets(value: Any) -> Any:
     raise ValueError("must be all-linear or a list of module name suffixes, like [q_proj, v_proj]")
 
 
+def _path(value: str) -> str:
+    if "\0" in value or len(os.fsencode(value)) > 3000:
+        raise ValueError("is no path")
+    if longest := [part for part in value.split("/") if len(os.fsencode(part)) > 255]:
+        raise ValueError(f"has a name of {len(longest[0])} letters, and file systems take 255")
+    return value
+
+
+_Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+
+
 def _eval_every(value: Any) -> Any:
     if value in ("epoch", "link", "end") or _counts(value):
         return value
@@ -65,13 +77,13 @@ def _eval_every(value: Any) -> Any:
 
 
 class ModelConfig(_Section):
-    path: str = Field(min_length=1)
+    path: _Path
     """A Hugging Face hub name or a local folder with safetensors weights."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """What the weights are stored in and computed in; DeepSpeed keeps fp32 masters of what is trained."""
     revision: str | None = None
     trust_remote_code: bool = False
-    links: str | None = None
+    links: _Path | None = None
     """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
@@ -101,9 +113,9 @@ class ChainConfig(_Section):
 
 
 class DataConfig(_Section):
-    task: str | None = Field(default=None, min_length=1)
+    task: _Path | None = None
     """A task's name, such as rte, or the path of a task's YAML; instead of `train` and `eval`."""
-    dir: str | None = None
+    dir: _Path | None = None
     """The task's folder, with train.jsonl and validation.jsonl; null: the Hugging Face hub."""
     num_train: _Count = 1000
     num_dev: _Count | None = None
@@ -111,9 +123,9 @@ class DataConfig(_Section):
     num_test: _Count = 1000
     demonstrations: _Count = 32
     """Solved examples in front of each prompt, with method icl."""
-    train: str | None = Field(default=None, min_length=1)
+    train: _Path | None = None
     """A .jsonl, .json, .parquet or (with `text`) .txt file; with `hub`, the name of a split."""
-    eval: str | None = None
+    eval: _Path | None = None
     """Held-out data, likewise."""
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
@@ -194,7 +206,7 @@ class CheckpointConfig(_Section):
 
 
 class RunSection(_Section):
-    dir: str = Field(min_length=1)
+    dir: _Path
     seed: int = Field(default=0, ge=0, lt=_LIMIT)
     log_every_steps: _Count = 10
     hang_after_s: _Count | None = 600
@@ -213,7 +225,7 @@ class RunConfig(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunSection
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: _Path = "ds_configs/zero3.json"
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
