@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def evaluation_config(
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
     raw: dict[str, Any] = {}
-    if is_run(Path(target)) or (Path(target) / "run.yaml").is_file():
+    if is_run(Path(target)) or os.path.isfile(os.path.join(target, "run.yaml")):
         learnt = read_learnt(target)
         config = learnt.config
         model, raw["deepspeed"] = config.model.model_dump(), config.deepspeed
@@ -48,5 +49,5 @@ def evaluation_config(
 
 def _words(target: str) -> str:
     """A folder's path, or a name on the hub, as one name: the last part of it alone may be seed=0."""
-    path, here = Path(target).resolve() if Path(target).is_dir() else Path(target), Path.cwd()
+    path, here = Path(target).resolve() if os.path.isdir(target) else Path(target), Path.cwd()
     return file_name(str(path.relative_to(here) if here in path.parents else path))

@@ -7,6 +7,7 @@ Neither torch nor a model is needed.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,4 +145,4 @@ def _check_file(path: Path, digest: str, what: str) -> None:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has begun there, without looking closer."""
-    return (folder / NAME).is_file()
+    return os.path.isfile(folder / NAME)

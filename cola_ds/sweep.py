@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, apply_override, dump_yaml, is_task_file
-from cola_ds.errors import UserError
+from cola_ds.config import RunConfig, apply_override, is_task_file
+from cola_ds.errors import UserError, cut
+from cola_ds.reading import dump_yaml
 from cola_ds.signals import STOPPING
 from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, command_words, override_word, read_yaml
 from cola_ds.tables import LOG_MARK, Choice, choose, show_dev, write_groups
@@ -92,13 +93,15 @@ class Runner:
     """Starts runs, and passes on the signals that ask this process to stop."""
 
     def __init__(self, plan: Plan, launcher: str | None):
-        words = launcher or plan.sweep.launcher or f"{shlex.quote(sys.executable)} -m cola_ds train {{run}}"
+        words = plan.sweep.launcher if launcher is None else launcher
+        if words is None:
+            words = f"{shlex.quote(sys.executable)} -m cola_ds train {{run}}"
         try:
             self.command = [word.replace("{run}", plan.sweep.base) for word in command_words(words)]
         except ValueError as error:
-            raise UserError(f"--launcher {words} {error}") from None
+            raise UserError(f"--launcher {cut(words)} {error}") from None
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"launcher {words}: there is no command {self.command[0]} here")
+            raise UserError(f"launcher {cut(words)}: there is no command {cut(self.command[0])} here")
         if "{run}" not in words:
             self.command.append(plan.sweep.base)
         self.stopped = 0

@@ -38,7 +38,9 @@ def whole(tmp_path_factory):
     """A run that has finished, without any training."""
     place = tmp_path_factory.mktemp("whole")
     config = load_config(
-        save_run(place / "run.yaml", run_config(place / "model", place / "train.jsonl", place / "run", chain={"length": 1}))
+        save_run(
+            place / "run.yaml", run_config(place / "model", place / "train.jsonl", place / "run", chain={"length": 1})
+        )
     )
     folder = RunFolder(place / "run")
     folder.create(config, {"packages": {}, "hosts": ["a"]}, FACTS)
@@ -50,7 +52,14 @@ def whole(tmp_path_factory):
     link = {f"{LAYER}.lora_A.weight": torch.ones(4, 8), f"{LAYER}.lora_B.weight": torch.ones(6, 4)}
     folder.write_link(config, 1, [LAYER], link)
     scores = {"loss": 2.0, "perplexity": 7.4, "examples": 3}
-    numbers = {"steps": 3, "links": 1, "training_flops": 1, "profiled_flops": None, "wall_time_s": 1.0, "peak_memory_bytes": 1}
+    numbers = {
+        "steps": 3,
+        "links": 1,
+        "training_flops": 1,
+        "profiled_flops": None,
+        "wall_time_s": 1.0,
+        "peak_memory_bytes": 1,
+    }
     folder.write_result({"method": "cola", "task": None, "seed": 0, "scores": scores, "ended_early": False, **numbers})
     return place
 
@@ -68,8 +77,12 @@ VALUES = st.recursive(
 CONTENTS = st.one_of(
     st.binary(max_size=60),
     VALUES.map(lambda value: json.dumps(value).encode()),
-    st.lists(VALUES, min_size=1, max_size=3).map(lambda rows: b"".join(json.dumps(row).encode() + b"\n" for row in rows)),
-    st.sampled_from([b"[" * 50_000, b'{"a":' * 20_000, b"9" * 100_000, b"\xff\xfe\n", b"\0" * 64, b'{"step": NaN}\n', b"{}\n"]),
+    st.lists(VALUES, min_size=1, max_size=3).map(
+        lambda rows: b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    ),
+    st.sampled_from(
+        [b"[" * 50_000, b'{"a":' * 20_000, b"9" * 100_000, b"\xff\xfe\n", b"\0" * 64, b'{"step": NaN}\n', b"{}\n"]
+    ),
 )
 
 
@@ -101,7 +114,9 @@ def apply(run, name, kind, content, value, number):
 def changed(before, value, number):
     """The first row, or the object, with one of its values changed."""
     try:
-        line, end, rest = before.partition(b"\n") if before.count(b"\n") > 1 and before[:2] != b"{\n" else (before, b"", b"")
+        line, end, rest = (
+            before.partition(b"\n") if before.count(b"\n") > 1 and before[:2] != b"{\n" else (before, b"", b"")
+        )
         held = json.loads(line)
         keys = sorted(held)
         held[keys[number % len(keys)]] = value
