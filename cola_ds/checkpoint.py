@@ -262,7 +262,7 @@ class CheckpointFolder:
 
     def ever_written(self) -> bool:
         """Whether there is any trace of a complete checkpoint, even if none is left."""
-        noted = any(row.get("event") == "checkpoint" for row in self.folder.rows("events.jsonl"))
+        noted = any(row.get("event") == "checkpoint" for row in self.folder.rows("events.jsonl", skip_damaged=True))
         return noted or any((self.path / name).exists() for name in ("latest", "best")) or bool(self.steps())
 
     def sound(self, path: Path) -> bool:

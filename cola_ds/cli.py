@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cola_ds import lock, signals, streams, watch
+from cola_ds import arrival, lock, signals, streams, watch
 from cola_ds.config import RunConfig, load_config
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line, one_line
 from cola_ds.launcher import Process, identify
@@ -114,6 +114,7 @@ def _say(message: str, process: Process | None, arriving: bool = False) -> None:
     node, say): it names itself. Where processes do not find each other, the first one of each machine speaks at once.
     """
     message = one_line(message)
+    arrival.say_why(message)
     if process is None or process.rank == 0 or (arriving and process.local_rank == 0):
         print(message, file=sys.stderr, flush=True)
         if arriving:
@@ -217,6 +218,8 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         )
     if not args.dry_run:
         _listen(process)
+    if not args.dry_run and args.freeze is None:
+        arrival.begin(process, _exit_now)
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
         from cola_ds.engine_config import read_engine_config
@@ -238,6 +241,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 
 def _evaluate(args: argparse.Namespace, process: Process) -> None:
     _listen(process)
+    arrival.begin(process, _exit_now)
     from cola_ds.evaluation import evaluation_config
 
     config = evaluation_config(
@@ -331,6 +335,7 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
         _leave_now(1)
 
     signals.listen(lambda message: None, end)
+    arrival.begin(process, end)
     try:
         works = doctor(config, engine_json, folder, args.wait, process, end)
     except UserError as error:  # of the machines, not of the call
@@ -348,7 +353,7 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
 def _inspect(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.inspect import inspect
 
-    with _readable(args.run_dir):
+    with _reachable(args.run_dir):
         text = inspect(args.run_dir)
     _print(text)
 
@@ -383,9 +388,18 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
 def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report import report
 
-    with _readable(", ".join(args.runs)):
+    with _reachable(", ".join(args.runs)):
         text = report(args.runs, args.plot, args.csv, args.paper, args.figures)
     _print(text)
+
+
+@contextmanager
+def _reachable(what: str) -> Iterator[None]:
+    """Turn what a file system may refuse into a UserError; files that are damaged are named where they are read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or what}: {error.strerror or error}") from None
 
 
 @contextmanager

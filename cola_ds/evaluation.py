@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, check_config
-from cola_ds.learnt import is_run, read_learnt
+from cola_ds.learnt import Learnt, is_run, read_learnt
+from cola_ds.rundir import ENGINE
 from cola_ds.tables import file_name
 
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
@@ -21,15 +22,15 @@ def evaluation_config(
     model: dict[str, Any] = {"path": target}
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    raw: dict[str, Any] = {}
+    raw: dict[str, Any] = {"deepspeed": _default_engine()}
     if is_run(Path(target)) or os.path.isfile(os.path.join(target, "run.yaml")):
         learnt = read_learnt(target)
         config = learnt.config
-        model, raw["deepspeed"] = config.model.model_dump(), config.deepspeed
+        model, raw["deepspeed"] = config.model.model_dump(), _engine_of(learnt)
         if config.method == "full":
             model["path"] = str(learnt.folder / "model")
         elif config.trains_lora:
-            model["links"] = str(learnt.folder)
+            model["links"] = str(learnt.folder.resolve())  # the evaluation's own folder is read from elsewhere, too
         section["seed"] = config.run.seed
         if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
             its_own = {"revision"} if task == config.data.task and data_dir is None else set()
@@ -45,6 +46,19 @@ def evaluation_config(
         "run": section,
     }
     return check_config(raw, overrides, "cola-ds evaluate")
+
+
+def _engine_of(run: Learnt) -> str:
+    """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started."""
+    kept = run.folder.resolve() / ENGINE
+    return str(kept) if kept.is_file() else run.config.deepspeed
+
+
+def _default_engine() -> str:
+    """The default DeepSpeed JSON, here or, in another folder, where this program lies."""
+    name = str(RunConfig.model_fields["deepspeed"].default)
+    beside = Path(__file__).resolve().parent.parent / name
+    return name if Path(name).is_file() or not beside.is_file() else str(beside)
 
 
 def _words(target: str) -> str:

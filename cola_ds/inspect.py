@@ -36,8 +36,10 @@ def inspect(run: str) -> str:
         f"status       {_status(folder, events)}",
         *([f"DAMAGED      {damage}"] if damage else []),
         f"steps        {last['step']}{total} logged" + (f", loss {last['loss']:.4f}" if last.get("loss") else ""),
+        f"steps        {last['step']}{total} logged"
+        + (f", loss {last['loss']:.4f}" if last.get("loss") is not None else ""),
     ]
-    skipped = [row for row in events if row["event"] == "skipped"]
+    skipped = [row for row in events if row["event"] == "skipped" and "step" in row]
     if skipped:
         lines.append(
             f"skipped      {len({row['step'] for row in skipped})} updates, the last at step {skipped[-1]['step']}"
@@ -46,7 +48,7 @@ def inspect(run: str) -> str:
     if losses:
         best = min(losses, key=lambda row: row["loss"])
         lines.append(f"best         held-out loss {best['loss']:.4f} at step {best['step']}")
-    on_dev = [row for row in evaluations if row.get("split") == "dev"]
+    on_dev = [row for row in evaluations if row.get("split") == "dev" and {"score", "metric"} <= row.keys()]
     if on_dev:
         best = max(on_dev, key=lambda row: row["score"])
         lines.append(f"best         {best['metric']} {best['score']:.4f} on dev at step {best['step']}")
@@ -54,7 +56,7 @@ def inspect(run: str) -> str:
         lines.append(f"links        {_count_links(folder)} of {config.chain.length} tied")
     for row in folder.rows("knots.jsonl"):
         at = f"  link {row['link']}     step {row['step']}, LoRA rank {row['lora_rank']}, |delta| {row['delta_norm']:.4g}"
-        lines.append(at + (f", rounding error {row['rounding_error']:.2%}" if row["rounding_error"] else ""))
+        lines.append(at + (f", rounding error {row['rounding_error']:.2%}" if row.get("rounding_error") else ""))
     lines.append(f"checkpoints  {len(found) or 'none'}")
     marks = {"latest": checkpoints.pointer("latest"), "best": checkpoints.pointer("best")}
     for name, state in found.items():
@@ -86,14 +88,16 @@ def _status(folder: RunFolder, events: list[dict[str, Any]]) -> str:
         (row for row in reversed(events) if row["event"] in ("started", "resumed", "stopped", "finished")), None
     )
     starts = sum(row["event"] in ("started", "resumed") for row in events)
-    when = f" ({last['time']}, start {starts})" if last else ""
+    when = f" ({last.get('time', '?')}, start {starts})" if last else ""
     held = lock.holder(folder.path)
     if held:
         return f"going on: process {held.get('pid')} on {held.get('host')}{when}"
     if (folder.path / "result.json").exists():
         return f"finished{when}"
     if last and last["event"] == "stopped":
-        return f"stopped on {last['signal']} after step {last['step']}; the same command goes on{when}"
+        return (
+            f"stopped on {last.get('signal', '?')} after step {last.get('step', '?')}; the same command goes on{when}"
+        )
     return f"ended before it was finished; the same command goes on from its newest checkpoint{when}"
 
 

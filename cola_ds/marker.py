@@ -30,7 +30,7 @@ NAME = "run.json"
 _VERSION = 1
 CHECKPOINT_FILE = re.compile(r"(state|manifest)\.json|(trained-\d{5}|link-\d{4}|random)\.safetensors")
 _OWN = re.compile(
-    r"(run\.yaml|(environment|result)\.json|(metrics|evals|knots|events)\.jsonl"
+    r"(run\.yaml|(environment|result|deepspeed)\.json|(metrics|evals|knots|events)\.jsonl"
     r"|chain/link-\d{4}/adapter_(config\.json|model\.safetensors)"
     rf"|checkpoints/(latest|best|step-\d{{8,}}/({CHECKPOINT_FILE.pattern}))"
     r"|model/(?!\.\.?(/|$))[^/\0]+(/[^/\0]+\.jinja)?)"

@@ -54,8 +54,8 @@ def start_processes(
     _take_device(process)
     # fp32 means fp32: some containers' images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and ties would lose 13 bits of 24.
     torch.set_float32_matmul_precision("highest")
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens there
-    if process.rank == 0 and not agent and not dist.is_initialized():
+    agent = arrival.by_agent()
+    if process.world_size == 1 and not agent and not dist.is_initialized():
         _check_port(int(os.environ["MASTER_PORT"]))
     _check_compilation()
     store = None
@@ -147,9 +147,7 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(
-                f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}; set another MASTER_PORT"
-            ) from None
+            raise arrival.port_taken(port, error) from None
 
 
 def _extensions() -> Path:
@@ -315,7 +313,7 @@ def tensor_from_process_0(tensor: Tensor | None, count: int) -> Tensor:  # -> (c
 
 def texts_of_processes(text: str, size: int = 256) -> list[str]:
     """One text per process, in the order of their ranks; cut after `size` bytes. Collective. Nothing is pickled."""
-    encoded = text.encode()[:size].ljust(size, b"\0")
+    encoded = text.encode(errors="replace")[:size].ljust(size, b"\0")  # a host's name may be any bytes
     mine = torch.tensor(list(encoded), dtype=torch.uint8, device=device())
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)

@@ -3,6 +3,7 @@
 RUN_DIR/
   run.yaml           the config, as load_config reads it
   environment.json   versions, git revision, hosts, world size
+  deepspeed.json     the DeepSpeed JSON, without what is only logged
   metrics.jsonl      a row a logged step
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
@@ -17,6 +18,7 @@ RUN_DIR/
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -24,6 +26,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,12 +41,15 @@ from cola_ds.config import RunConfig, dump_config, is_task_file
 from cola_ds.errors import UserError
 from cola_ds.files import publish, scratch_beside, sha256_of, sync_folder, write_atomically, write_synced
 from cola_ds.marker import Marker
+from cola_ds.rows import read_row
 
+ENGINE = "deepspeed.json"
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
-_FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", "environment.json")
+_FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", ENGINE, "environment.json")
 _FOLDERS = ("chain", "model", "checkpoints")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PEFT_PREFIX = "base_model.model."
+_GIT_WITHIN_S = 10
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
 
@@ -138,16 +144,34 @@ class RunFolder:
         """Whether a run has begun here."""
         return self.marker is not None and self.marker.begun
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a .jsonl file; none if the run wrote none. What a killed run left of its last row is no row."""
-        return [json.loads(line) for line in self._lines(name)]
+    def rows(self, name: str, skip_damaged: bool = False) -> list[dict[str, Any]]:
+        """The rows of a .jsonl file, those included that wait for room on the disk; none if the run wrote none. What a killed run
+        left of its last row is no row.
 
-    def _lines(self, name: str) -> list[str]:
+        Raises UserError naming the file and the row that is damaged, unless such rows are to be left out.
+        """
+        path, rows = self.path / name, []
+        waiting = [line.encode() for line in self._unwritten.get(name, ())]
+        for number, line in enumerate([*self._lines(name), *waiting], 1):
+            try:
+                rows.append(read_row(name, line))
+            except ValueError as error:
+                if not skip_damaged:
+                    raise UserError(f"{path}, row {number}: {error}; the row is damaged") from None
+        return rows
+
+    def _lines(self, name: str) -> list[bytes]:
+        """Without what follows the last line's end."""
         path = self.path / name
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().split(b"\n")  # the last is what follows the last line's end
-        return [line.decode() for line in lines[:-1]]
+        return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+    def keep_engine(self, engine_json: Mapping[str, Any]) -> None:
+        """Keep the DeepSpeed JSON, without what is only logged: what reads the run later may not find it where it was. Raises
+        UserError when it cannot be written."""
+        try:
+            self.write_json(ENGINE, engine_json)
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
 
     def row_counts(self) -> dict[str, int]:
         """How many rows there are in each of the files that a resumed run goes on with."""
@@ -158,24 +182,22 @@ class RunFolder:
 
         Where the disk is full, the row waits for the next one, and the first time a line says so.
         """
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         waiting = self._unwritten.setdefault(name, [])
-        waiting.append(json.dumps(finite, allow_nan=False) + "\n")
+        waiting.append(json.dumps(_as_json_has_it(row), allow_nan=False) + "\n")
         try:
             self._write_waiting(name)
         except OSError as error:
             if len(waiting) == 1:
-                path = self.path / name
-                print(
-                    f"cola-ds: {path} cannot be written ({error.strerror}); its rows wait", file=sys.stderr, flush=True
-                )
+                line = f"cola-ds: {self.path / name} cannot be written ({error.strerror}); its rows wait"
+                with contextlib.suppress(OSError, ValueError):
+                    print(line, file=sys.stderr, flush=True)
 
     def _write_waiting(self, name: str) -> None:
         path, waiting = self.path / name, self._unwritten[name]
         self.mine.own([name])
         with open(path, "ab") as out:
             if name not in self._whole:  # what a process that was killed left of its last row
-                os.truncate(path, sum(len(line.encode()) + 1 for line in self._lines(name)))
+                os.truncate(path, sum(len(line) + 1 for line in self._lines(name)))
                 self._whole.add(name)
             size = path.stat().st_size
             try:
@@ -205,7 +227,8 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run has finished."""
         content = _json({"run": self.mine.id, **result})
-        self.mine.own(["result.json"], {"result": hashlib.sha256(content).hexdigest()})
+        before = self.mine.facts.get("result", [])[-1:]  # it stands until the new one takes its place
+        self.mine.own(["result.json"], {"result": [*before, hashlib.sha256(content).hexdigest()]})
         self._write("result.json", content)
 
     def _write(self, name: str, content: bytes) -> None:
@@ -262,7 +285,7 @@ class RunFolder:
             lines = self._lines(name)
             if (self.path / name).exists():
                 kept = lines[: counts[name.removesuffix(".jsonl")]]
-                self._write(name, "".join(f"{line}\n" for line in kept).encode())
+                self._write(name, b"".join(line + b"\n" for line in kept))
         for below in ("chain/", "model/"):
             self.mine.remove(below)
         self.mine.facts |= {"links": [], "model": {}}
@@ -270,7 +293,7 @@ class RunFolder:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    return (json.dumps(_as_json_has_it(value), indent=2, allow_nan=False) + "\n").encode()
 
 
 def adapter_files(
@@ -316,32 +339,49 @@ def read_link(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
 
 
-def own_version() -> str:
-    """This package's; where it is found by PYTHONPATH alone, nobody has written it down."""
-    try:
-        return importlib.metadata.version("cola_ds")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
     """environment.json: what would be needed to run this again. No environment variables: they hold secrets."""
-    source = Path(__file__).resolve().parent
-    git = (
-        subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
     return {
-        "cola_ds": own_version(),
-        "git_revision": git.stdout.strip() if git and git.returncode == 0 else None,
+        "cola_ds": version_of("cola_ds"),
+        "git_revision": _git_revision(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "accelerator": accelerator,
         "world_size": len(hosts),
         "hosts": sorted(set(hosts)),
     }
+
+
+def version_of(package: str) -> str:
+    """The package's version; "unknown" where its metadata are missing: it may have been put on the path by hand."""
+    try:
+        return str(importlib.metadata.metadata(package)["Version"] or "unknown")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git_revision(source: Path) -> str | None:
+    """The commit that the code is of, where git can tell, and does so at once."""
+    try:
+        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_GIT_WITHIN_S)
+    except (OSError, subprocess.SubprocessError):  # there is none, or it hangs: on a network file system, say
+        return None
+    said = done.stdout.decode(errors="replace").strip()
+    return said if done.returncode == 0 and re.fullmatch("[0-9a-f]{40,64}", said) else None
+
+
+def _as_json_has_it(value: Any) -> Any:
+    """The value with null for each number that is not finite: JSON has no other word for it. Nor for half a character, as in a
+    path of other bytes."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, Mapping):
+        return {key: _as_json_has_it(inner) for key, inner in value.items()}
+    return [_as_json_has_it(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def freeze(config: RunConfig, folder: Path) -> Path:

@@ -198,6 +198,8 @@ def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start
             found = _go_back(folder, prepared, found)
         else:
             folder.create(config, environment, facts)
+            folder.create(config, environment)
+        folder.keep_engine(engine_facts(prepared.engine_json))
         folder.event(
             "resumed" if saved else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts
         )
@@ -229,9 +231,24 @@ def _finish(chain: Chain, prepared: Prepared, loading_s: float, since: float, el
     if chain.folder:
         times = {"loading_s": loading_s, "wall_time_s": elapsed_s + time.perf_counter() - since}
         memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
-        chain.folder.flush_rows()
-        chain.folder.write_result({**_result(prepared, chain, chain.folder), **times, **memory})
-        chain.folder.event("finished", step=chain.state.step)
+        _write_result(chain, prepared, chain.folder, times | memory)
+
+
+def _write_result(chain: Chain, prepared: Prepared, folder: RunFolder, more: dict[str, Any]) -> None:
+    """result.json, and beside it what is only reported: what of that fails costs no result."""
+    try:
+        folder.flush_rows()
+    except OSError as error:
+        chain.journal.say(f"warning: the last rows of {folder.path} are not written: {error.strerror or error}")
+    result = {**_result(prepared, chain, folder), **more}
+    folder.write_result(result)
+    folder.event("finished", step=chain.state.step)
+    # Counting runs the model's own code, which may do anything: the result is there already.
+    tokens = chain.state.link_tokens
+    counted = chain.journal.figure("profiled_flops", lambda: profiled_flops(prepared, tokens))
+    if counted is not None:
+        whole = {**result, "profiled_flops": counted}
+        chain.journal.figure("profiled_flops", lambda: folder.write_result(whole))
 
 
 def _identity(prepared: Prepared) -> Identity:
@@ -297,20 +314,23 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
         "tokens": sum(chain.state.link_tokens),
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
-        "training_flops": training_flops(prepared, chain.state.link_tokens),
-        "profiled_flops": profiled_flops(prepared, chain.state.link_tokens),
+        "training_flops": chain.journal.figure(
+            "training_flops", lambda: training_flops(prepared, chain.state.link_tokens)
+        ),
+        "profiled_flops": None,  # it follows
         "link_sha256": chain.state.link_hashes,
     }
 
 
 def _scores(folder: RunFolder) -> dict[str, Any]:
-    evaluations = folder.rows("evals.jsonl")
+    evaluations = folder.rows("evals.jsonl", skip_damaged=True)
     return {key: evaluations[-1][key] for key in ("loss", "perplexity", "examples")} if evaluations else {}
 
 
 def _task_scores(folder: RunFolder, best_step: int) -> dict[str, Any]:
     """Of the best step by dev. The rows of a step are written together."""
-    rows = {row["split"]: row for row in folder.rows("evals.jsonl") if row["step"] == best_step}
+    evaluations = folder.rows("evals.jsonl", skip_damaged=True)
+    rows = {row["split"]: row for row in evaluations if row["step"] == best_step}
     scores = {"metric": rows["dev"]["metric"], "best_step": best_step}
     for split, row in rows.items():
         scores |= {split: row["score"], f"{split}_examples": row["examples"]}

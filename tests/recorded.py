@@ -5,7 +5,10 @@ from pathlib import Path
 from cola_ds.files import sha256_of
 from cola_ds.marker import Marker
 
-_FILES = ("run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl", "result.json")
+_FILES = (
+    "run.yaml", "environment.json", "deepspeed.json", "result.json",
+    "metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl",
+)  # fmt: skip
 
 
 def recorded(folder: Path) -> Path:
@@ -15,6 +18,6 @@ def recorded(folder: Path) -> Path:
     marker.begun, marker.wrote = True, {name for name in _FILES if (folder / name).exists()}
     marker.facts = {"config": {}, "base": "", "base_links": None, "links": []}
     if (folder / "result.json").exists():
-        marker.facts["result"] = sha256_of(folder / "result.json")
+        marker.facts["result"] = [sha256_of(folder / "result.json")]
     marker.write()
     return folder
