@@ -122,7 +122,7 @@ def tune_lora(chain: Chain) -> None:
         examples = step_examples(chain, state.step)
         lr = learning_rate(optim, chain.timetable, state.link, state.step_in_link)
         loss = train_step(chain.engine, examples, lr, chain.world_size)
-        stop, loss_is_bad = processes.largest_of_processes([signals.requested(), not torch.isfinite(loss)])
+        stop, loss_is_bad = processes.largest_of_processes([signals.requested(), ~torch.isfinite(loss)])
         state.step += 1
         state.step_in_link += 1
         state.examples_seen += examples.examples

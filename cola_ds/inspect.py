@@ -8,8 +8,11 @@ from typing import Any
 
 from cola_ds import lock
 from cola_ds.checkpoint import CheckpointFolder, DamagedError, read_checkpoint
+from cola_ds.config import load_config
 from cola_ds.errors import UserError
-from cola_ds.fingerprint import sha256_of
+from cola_ds.files import sha256_of
+from cola_ds.learnt import read_learnt, run_config, run_marker
+from cola_ds.marker import Marker
 from cola_ds.rundir import RunFolder
 
 
@@ -18,10 +21,10 @@ def inspect(run: str) -> str:
 
     Raises UserError for a folder that no run left.
     """
+    marker = run_marker(Path(run))
     folder = RunFolder(run)
-    if not folder.path.is_dir() or not folder.left():
-        raise UserError(f"{run} is no run's folder")
-    config, checkpoints = folder.config(), CheckpointFolder(folder)
+    damage = _damage(folder, marker)
+    config, checkpoints = load_config(folder.path / "run.yaml"), CheckpointFolder(folder)
     found = {path.name: _state(path) for path in checkpoints.steps()}
     good = [state for state in found.values() if not isinstance(state, str)]
     metrics, evaluations, events = (folder.rows(f"{name}.jsonl") for name in ("metrics", "evals", "events"))
@@ -31,6 +34,8 @@ def inspect(run: str) -> str:
         f"run          {folder.path}",
         f"method       {config.method}, {config.model.path} ({config.model.dtype})",
         f"status       {_status(folder, events)}",
+        *([f"DAMAGED      {damage}"] if damage else []),
+        f"steps        {last['step']}{total} logged" + (f", loss {last['loss']:.4f}" if last.get("loss") else ""),
         f"steps        {last['step']}{total} logged"
         + (f", loss {last['loss']:.4f}" if last.get("loss") is not None else ""),
     ]
@@ -65,6 +70,17 @@ def _state(path: Path) -> Any:
         return read_checkpoint(path).state
     except DamagedError as error:
         return f"DAMAGED: {error}"
+
+
+def _damage(folder: RunFolder, marker: Marker) -> str:
+    """What is not as the run left it; nothing where all is."""
+    try:
+        run_config(folder.path, marker)
+        if (folder.path / "result.json").exists():
+            read_learnt(folder.path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _status(folder: RunFolder, events: list[dict[str, Any]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,12 @@ import torch
 from cola_ds.config import RunConfig, Timetable, resolve
 from cola_ds.data.sources import TokenizedData, load_split
 from cola_ds.data.taskdata import TaskData, load_task
+from cola_ds.data.tokens import LOSSES
 from cola_ds.engine_config import complete, read_engine_config
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, cut, first_line
 from cola_ds.lora import find_targets
+from cola_ds.model_files import check_folder
+from cola_ds.model_folder import check_no_adapter
 from cola_ds.packable import check_packable
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
@@ -48,6 +53,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     tokenizer, skeleton = _describe_model(config)
     targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
     limit = getattr(skeleton.config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) else None
     max_length = config.data.max_length
     if config.data.task is not None and "max_length" not in config.data.model_fields_set:
         max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
@@ -77,12 +83,13 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
 
 def _model_path(path: str) -> str:
     """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise UserError(f"model.path {path} is not a folder, and cannot be a name on the Hugging Face hub")
+            raise UserError(f"model.path {cut(path)} is not a folder, and cannot be a name on the Hugging Face hub")
         return path
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path {path} has no config.json: it is not a model's folder")
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"model.path {cut(path)} has no config.json: it is not a model's folder")
+    check_folder(Path(path))
     return str(Path(path).resolve())
 
 
@@ -91,6 +98,8 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
 
     model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    check_no_adapter(model)
+    local = os.path.isdir(model.path)
     try:
         model_config = AutoConfig.from_pretrained(model.path, **options)
         tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
@@ -98,14 +107,10 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
             skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever a folder's files or a missing package make transformers raise
         reason = first_line(error)
-        where = "" if Path(model.path).is_dir() else "is not a folder here, and the hub does not give it: "
-        raise UserError(f"model.path {model.path}: {where}{reason}") from None
+        where = "" if local else "is not a folder here, and the hub does not give it: "
+        raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
     if getattr(model_config, "quantization_config", None):
         raise UserError(f"model.path {model.path} is quantised, which is not supported; use the model it was made from")
-    if Path(model.path).is_dir() and not any(Path(model.path).glob("*.safetensors")):
-        raise UserError(
-            f"model.path {model.path} has no *.safetensors; pickled weights are not read, so convert them first"
-        )
     return tokenizer, skeleton
 
 
@@ -120,8 +125,12 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     else:
         data = f"{len(prepared.train)} training examples"
         data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
-    if shortened := sum(each.shortened for each in (prepared.train, prepared.held_out, prepared.test) if each):
-        data += f"; {shortened} examples lost their beginning, too long for the model or data.max_length"
+    lost: collections.Counter[str] = collections.Counter()
+    for split in (prepared.train, prepared.held_out, prepared.test):
+        lost.update(split.lost if split is not None else {})
+    if lost:
+        counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
+        data += f"; {counts}, too long for data.max_length"
     batch = f"{optim.micro_batch_size} examples x {timetable.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",

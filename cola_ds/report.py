@@ -12,10 +12,9 @@ from typing import Any
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.figures import draw_figures, draw_losses
+from cola_ds.learnt import read_learnt, run_config
 from cola_ds.report_files import check_csv, check_picture, csv_bytes, write_file
-from cola_ds.rundir import RunFolder
 from cola_ds.tables import (
-    BAD_RESULT,
     Cell,
     Group,
     Outcome,
@@ -173,7 +172,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
     for path in map(Path, paths):
         if (path / "run.yaml").is_file() or (path / "result.json").is_file():
             if not (path / "result.json").is_file():
-                RunFolder(path).result()  # says so
+                read_learnt(path)  # says so
             loose[path.name if path.name not in loose else str(path)] = path
             continue
         sweeps = [found.parent for found in sorted(path.rglob("sweep.json"))]
@@ -181,7 +180,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
             raise UserError(f"{path} is a part of the sweep in {above}: name that, or a run")
         for sweep in sweeps:
             by_sweep.setdefault(sweep.resolve(), read_groups(sweep))
-        marks = sorted({found.parent for name in ("environment.json", "result.json") for found in path.rglob(name)})
+        marks = sorted({found.parent for found in path.rglob("run.json")})
         runs = [run for run in marks if not any(sweep in run.parents for sweep in sweeps)]
         if not sweeps and not runs:
             raise UserError(f"{path} holds no run")
@@ -192,7 +191,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
     damaged: list[str] = []
     for name, run in loose.items():
         try:
-            configs[name] = RunFolder(run).config()
+            configs[name] = run_config(run)
         except UserError as error:
             damaged.append(f"Unreadable: {run}: {error}")
     if damaged and not configs and not by_sweep:
@@ -200,8 +199,8 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
     outcomes = {name: read_outcome(loose[name], config.run.seed) for name, config in configs.items()}
     if len(loose) == len(outcomes) == 1 and not by_sweep:  # nothing beside it to show
         (outcome,) = outcomes.values()
-        if outcome.why.startswith(BAD_RESULT):
-            raise UserError(one_line(f"{outcome.folder}: {outcome.why}"))
+        if outcome.damaged:
+            raise UserError(outcome.why)
     tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
     groups = _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
     groups = [*_told_apart(by_sweep, {group.task for group in groups}), *groups]

@@ -59,37 +59,6 @@ def read_row(name: str, line: bytes) -> dict[str, Any]:
     return _read(_KINDS[name], line).model_dump(exclude_unset=True)
 
 
-class _Scores(_Checked):
-    loss: float | None = None
-    perplexity: float | None = None
-    metric: str = "loss"
-    dev: Annotated[float, Field(ge=0, le=1)] | None = None
-    test: Annotated[float, Field(ge=0, le=1)] | None = None
-    best_step: _Count | None = None
-
-
-class _Result(_Checked):
-    method: str
-    links: _Count
-    steps: _Count
-    seed: int | None = None
-    task: str | None = None
-    scores: _Scores
-    wall_time_s: float
-    peak_memory_bytes: float | None = None
-    training_flops: float | None = None
-    profiled_flops: float | None = None
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A run's result.json, with null for a figure that the run could not find. Raises ValueError, in a few words."""
-    result = _read(_Result, path.read_bytes())
-    if ("test" in result.scores.model_fields_set) != ("dev" in result.scores.model_fields_set):
-        raise ValueError("scores: dev and test go together")
-    found = result.model_dump(exclude_unset=True)
-    return {"training_flops": None, "profiled_flops": None, "peak_memory_bytes": None, **found}
-
-
 class _Group(_Checked):
     task: str
     name: str

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, flat_keys, is_free, load_config
+from cola_ds.config import RunConfig, flat_keys, is_free
+from cola_ds.data.files import find_files
 from cola_ds.errors import UserError, some_of
-from cola_ds.rows import read_result, read_sweep
+from cola_ds.learnt import is_run, read_learnt, run_config
+from cola_ds.rows import read_sweep
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
-BAD_RESULT = "result.json cannot be read"
 _SIGNIFICANT = 0.05
 _NOTE = 5000  # characters: names of several runs
 _COMPARED_APART = ("deepspeed", "data.task", "model.path", "run.seed")
@@ -43,6 +44,8 @@ class Outcome:
     """Of a failed run: its status and what it said last."""
     result: dict[str, Any] = field(default_factory=dict)
     """Of a finished run: its result.json."""
+    damaged: bool = False
+    """What is there is not what the run left."""
 
     @property
     def is_task(self) -> bool:
@@ -99,9 +102,8 @@ class Outcome:
 
     @functools.cached_property
     def _read_config(self) -> RunConfig | str | None:
-        path = self.folder / "run.yaml"
         try:
-            return load_config(path) if path.is_file() else None
+            return run_config(self.folder) if is_run(self.folder) else None
         except UserError as error:
             return str(error)
 
@@ -117,9 +119,12 @@ def _same_content(one: str | None, other: str | None) -> bool:
 def _files_of(config: RunConfig) -> Iterator[Path]:
     """The local files that a run of this config is made from."""
     data, links = config.data, Path(config.model.links or "")
-    for name in (config.deepspeed, data.task, data.train, data.eval):
+    for name in (config.deepspeed, data.task):
         if name and Path(name).is_file():
             yield Path(name)
+    for name in data.local_names:
+        with contextlib.suppress(UserError):  # what cannot be read is said by the run
+            yield from find_files(name)
     yield from Path(config.model.path).glob("*.json")
     yield from Path(config.model.path).glob("*.safetensors")
     if data.dir and data.task:
@@ -132,17 +137,17 @@ def _files_of(config: RunConfig) -> Iterator[Path]:
 def read_outcome(folder: Path, seed: int) -> Outcome:
     """How far the run of that folder is. A start that was refused later than it finished makes it a failed one: what is there is
     not what the sweep asks for."""
-    path, (status, said) = folder / "result.json", _last_start(folder.with_name(folder.name + ".log"))
-    if path.is_file() and status in (None, 0, 75):
+    status, said = _last_start(folder.with_name(folder.name + ".log"))
+    if (folder / "result.json").is_file() and status in (None, 0, 75):
         try:
-            result = read_result(path)
-            if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
-                return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
-            return Outcome(folder, seed, "finished", result=result)
-        except (ValueError, OSError) as error:
-            return Outcome(folder, seed, "failed", f"{BAD_RESULT}: {error}")
+            result = read_learnt(folder).result
+        except UserError as error:
+            return Outcome(folder, seed, "failed", str(error), damaged=True)
+        if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
+            return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
+        return Outcome(folder, seed, "finished", result=result)
     if status in (None, 75):
-        return Outcome(folder, seed, "stopped" if (folder / "environment.json").exists() else "missing")
+        return Outcome(folder, seed, "stopped" if is_run(folder) else "missing")
     diverged = said.startswith("training failed: ") and "finite" in said
     return Outcome(folder, seed, "diverged" if diverged else "failed", one_line(f"status {status}: {said}", 400))
 
@@ -212,6 +217,8 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
         }
         for group in groups
     ]
+    if (folder / "sweep.json").exists():
+        read_groups(folder)  # else it is somebody else's
     scratch = folder / f"sweep.json.{uuid.uuid4().hex}"  # tasks of an array may be other machines' processes
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +234,9 @@ def read_groups(folder: Path) -> list[Group]:
     try:
         groups = read_sweep(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): cola-ds sweep writes it anew") from None
+        raise UserError(
+            f"{path} is not what cola-ds sweep writes ({error}); without it the same sweep writes it anew"
+        ) from None
     return [
         Group(
             group["task"],

@@ -64,7 +64,8 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards while this object is alive, and only then: keep it until the model is loaded.
-    sharding = HfDeepSpeedConfig(engine_config) if engine_config["zero_optimization"]["stage"] == 3 else None
+    sharded = engine_config["zero_optimization"]["stage"] == 3
+    sharding = HfDeepSpeedConfig(engine_config) if sharded else None
     try:
         with _freed_memory_goes_back():
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -83,6 +84,11 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
+    if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device())
+    else:  # the engine would move it too, but a restored run ties its links before there is one
+        model.to(device())
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -414,10 +420,10 @@ def random_state() -> Tensor:  # -> (n,) uint8
 
 
 def set_random_state(state: Tensor) -> None:
-    """Restore what `random_state` returned on the same kind of device."""
+    """Restore what `random_state` returned; on another kind of device, the host's alone."""
     host = torch.get_rng_state().numel()
     torch.set_rng_state(state[:host].clone())
-    if state.numel() > host:
+    if state.numel() > host and get_accelerator().device_name() != "cpu":
         get_accelerator().set_rng_state(state[host:].clone())
 
 

@@ -288,7 +288,10 @@ def test_engine_config_is_completed(engine):
             {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
             "zero_hpz_partition_size 2 is not supported",
         ),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device nvme is not"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'offload_param.device "nvme" is not',
+        ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
     ],
 )

@@ -14,6 +14,7 @@ from cola_ds.evaluation import evaluation_config
 from cola_ds.fingerprint import model_fingerprint
 from tests.distributed import run_distributed
 from tests.jobs import run_job
+from tests.recorded import recorded
 from tests.runs import three_links, train_in
 from tests.test_chain import make_chain
 from tests.test_cli import cola_ds
@@ -147,7 +148,7 @@ def test_evaluate_takes_a_run_and_a_model(toy, tmp_path, task):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/run.yaml").write_bytes((tmp_path / "run/run.yaml").read_bytes())
     for words, message in (
-        ([tmp_path / "unfinished"], "has no result.json: the run has not finished"),
+        ([tmp_path / "unfinished"], "unfinished is no run's folder: it has no run.json"),
         ([tmp_path / "run", f"model.path={model}"], "belongs to another base model"),
         ([tmp_path / "run", "method=cola"], "method cola contradicts model.links"),
         ([tmp_path / "nothing/here/at/all"], "is not a folder, and cannot be a name on the Hugging Face hub"),
@@ -176,7 +177,7 @@ def test_a_run_is_evaluated_on_its_own_dev_and_test(tmp_path):
     for name, more in (("same", []), ("other", ["run.seed=4"])):
         assert said_by(*words, "--out", tmp_path / name, *more) == (0, "")
     run, same, other = (
-        json.loads((tmp_path / name / "environment.json").read_text(encoding="utf-8"))["identity"]["eval"]
+        json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8"))["facts"]["identity"]["eval"]
         for name in ("run", "same", "other")
     )
     assert run == same != other
@@ -189,6 +190,7 @@ def test_a_run_is_evaluated_on_its_own_revision_of_the_hubs_data(tmp_path):
     (tmp_path / "run").mkdir()
     save_run(tmp_path / "run/run.yaml", config)
     (tmp_path / "run/result.json").write_text("{}", encoding="utf-8")
+    recorded(tmp_path / "run")
     found = {
         (task, folder): evaluation_config(str(tmp_path / "run"), "zero-shot", task, folder, None, 1, []).data
         for task, folder in (("rte", None), ("rte", "rows"), ("cb", None))

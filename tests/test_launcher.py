@@ -103,7 +103,7 @@ def test_several_machines_without_mpi4py(environment, monkeypatch, values):
 
 def test_numbers_that_are_none_are_refused(environment):
     environment(dict(zip(NAMES, ("zero", "0", "1", "host", "1"), strict=True)))
-    with pytest.raises(UserError, match="must be whole numbers"):
+    with pytest.raises(UserError, match="RANK must be a whole number from 0 to 1000000; it is 'zero'"):
         identify()
 
 

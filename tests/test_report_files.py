@@ -4,14 +4,15 @@ runs and sweeps."""
 import csv
 import io
 import json
-import sys
 
 import pytest
 
 from cola_ds.cli import main
 from cola_ds.report_files import csv_bytes
 from cola_ds.tables import markdown, one_line
+from tests.recorded import recorded
 from tests.sweeps import save_base, write_sweep
+from tests.test_cli import cola_ds
 from tests.test_tables import COLA, LORA, save_result, save_sweep, tables
 
 
@@ -46,6 +47,7 @@ def test_names_from_folders_are_harmless(tmp_path, capsys):
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         result |= {"task": None, "scores": {"loss": 2.5, "perplexity": 12.18, "examples": 3}}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        recorded(folder)
     save_result(tmp_path / "runs/task", 0.5, task="=HYPERLINK(1)\n|x", losses=[2.0], **LORA)
     words = [
         "report",
@@ -153,14 +155,14 @@ def test_a_damaged_result(tmp_path, capsys, fault):
     said_in_one_line(capsys, "report", bad)
     assert main(["report", str(tmp_path / "r"), "--csv", str(tmp_path / "x.csv")]) == 0
     text = capsys.readouterr().out
-    assert f"Failed: {bad}: result.json cannot be read: " in text
+    assert f"Failed: {bad}: {bad / 'result.json'} is not what the run in this folder wrote" in text
     assert "| cb | accuracy | 50.00 (1) |" in text
     assert main(["report", str(good)]) == 0
 
 
 def test_a_result_without_figures(tmp_path):
-    """null, or of an earlier version: not there at all."""
-    for number, figures in enumerate(({"training_flops": None, "profiled_flops": None, "peak_memory_bytes": None}, {})):
+    """null where they could not be found."""
+    for number, figures in enumerate(({"training_flops": None, "profiled_flops": None, "peak_memory_bytes": None},)):
         for seed in range(2):
             for kind, options in (("lora", LORA), ("cola", COLA), ("step", {**COLA, "lora": {"rank": [8, 4]}})):
                 folder = save_result(tmp_path / f"{number}/{kind}{seed}", 0.5, seed=seed, **options)
@@ -168,6 +170,7 @@ def test_a_result_without_figures(tmp_path):
                 for key in ("training_flops", "profiled_flops", "peak_memory_bytes"):
                     del result[key]
                 (folder / "result.json").write_text(json.dumps(result | figures), encoding="utf-8")
+                recorded(folder)
         text = tables(tmp_path / str(number), csv_file=tmp_path / f"{number}.csv")
         assert "| cb | -; - | -; - | -; - |" in text
         assert "50.00; - |" in text
@@ -215,7 +218,9 @@ def test_a_damaged_sweep(tmp_path, capsys, fault):
         }
         change = json.dumps({"groups": [group | dict([change])]})
     (tmp_path / "sweep.json").write_bytes(change.encode(errors="surrogateescape"))
-    assert f"{tmp_path / 'sweep.json'} cannot be read (" in said_in_one_line(capsys, "report", tmp_path)
+    assert f"{tmp_path / 'sweep.json'} is not what cola-ds sweep writes (" in said_in_one_line(
+        capsys, "report", tmp_path
+    )
 
 
 _END = b"cola-ds sweep: exit status "
@@ -277,6 +282,7 @@ def test_rows_that_lack_what_they_may_lack(tmp_path, capsys):
     (folder / "knots.jsonl").write_text('{"step": 1, "link": 1, "lora_rank": 8, "delta_norm": 1}\n')
     (folder / "events.jsonl").write_text('{"event": "stopped"}\n{"event": "skipped"}\n')
     (folder / "result.json").unlink()
+    recorded(folder)
     assert main(["inspect", str(folder)]) == 0
     assert "stopped on ? after step ?" in capsys.readouterr().out
     save_result(tmp_path / "b", 0.5, **LORA)
@@ -285,10 +291,8 @@ def test_rows_that_lack_what_they_may_lack(tmp_path, capsys):
     tables(tmp_path / "b", plot=tmp_path / "x.png", figures=tmp_path / "f")
 
 
-def test_what_cannot_be_printed(tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_printed(tmp_path):
     """An encoding that lacks letters of a name."""
     save_result(tmp_path / "ü", 0.5, **LORA)
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", out)
-    assert main(["report", str(tmp_path / "ü")]) == 0
-    assert b"50.00 (1)" in out.buffer.getvalue()
+    done = cola_ds("report", tmp_path / "ü", PYTHONIOENCODING="ascii")
+    assert (done.returncode, "50.00 (1)" in done.stdout) == (0, True), done.stderr

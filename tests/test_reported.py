@@ -15,6 +15,7 @@ from cola_ds import rundir
 from cola_ds.errors import UserError
 from cola_ds.rundir import RunFolder, describe_environment
 from tests.jobs import run_job
+from tests.recorded import recorded
 from tests.toys import rows, run_config, save_model, save_run
 
 
@@ -121,7 +122,7 @@ def journal(tmp_path):
     from cola_ds.journal import Journal
 
     monitor = SimpleNamespace(write=lambda *args: None)
-    return Journal(RunFolder(tmp_path), monitor, 5, 1)
+    return Journal(RunFolder(recorded(tmp_path)), monitor, 5, 1)
 
 
 def test_a_figure_that_cannot_be_found(journal, tmp_path, capsys):
@@ -136,9 +137,7 @@ def test_a_figure_that_cannot_be_found(journal, tmp_path, capsys):
     "error", [OSError(errno.ENOSPC, "full"), ValueError("closed"), UnicodeEncodeError("a", "b", 0, 1, "c")]
 )
 def test_outputs_that_take_nothing(journal, tmp_path, monkeypatch, error):
-    """What the journal itself says, and what others print inside a run."""
-    from cola_ds.output import tolerant_output
-
+    """What the journal itself says; what others print: see streams.py."""
     monkeypatch.setattr(sys, "stdout", Full(error))
     monkeypatch.setattr(sys, "stderr", Full(error))
     journal.say("ü")
@@ -147,19 +146,12 @@ def test_outputs_that_take_nothing(journal, tmp_path, monkeypatch, error):
          "loss_after": 1.0}
     )  # fmt: skip
     journal.close()
-    with tolerant_output():
-        print("ü", flush=True)
-        print("ü", file=sys.stderr, flush=True)
-    assert isinstance(sys.stdout, Full)
     assert rows(tmp_path / "knots.jsonl")[0]["delta_norm"] is None
 
 
 def test_outputs_that_are_closed():
     """What is opened next must not take their numbers: it would be printed into."""
-    code = (
-        "from cola_ds.output import tolerant_output\nwith tolerant_output():\n    print(1)\n"
-        "    exit(open('/dev/null').fileno() < 3)"
-    )
+    code = "from cola_ds import streams; streams.harden(); print(1); exit(open('/dev/null').fileno() < 3)"
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', code])
     assert done.returncode == 0
 
@@ -226,7 +218,7 @@ def test_hosts_whose_names_are_no_text():
 
 
 def test_rows_that_wait_are_read_too(tmp_path, monkeypatch, capsys):
-    folder = RunFolder(tmp_path)
+    folder = RunFolder(recorded(tmp_path))
     folder.append("evals.jsonl", {"step": 1, "loss": 2.0})
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "_write_waiting", no_space)

@@ -23,7 +23,7 @@ def example(prompt, *answers, prompts=None):
     """An example from ids; `prompts` gives each candidate a prompt of its own."""
     prompts = prompts or [prompt] * len(answers)
     whole = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
-    return Encoded(whole, [len(a) for a in answers], list(prompts[0]), False)
+    return Encoded(whole, [len(a) for a in answers], list(prompts[0]), "")
 
 
 def make_examples():

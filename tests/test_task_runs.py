@@ -9,6 +9,7 @@ import yaml
 
 from cola_ds.config import load_config
 from cola_ds.data.task_table import TASKS
+from cola_ds.data.tokens import PROMPT_BEGIN
 from cola_ds.errors import UserError
 from cola_ds.inspect import inspect
 from cola_ds.report import report
@@ -275,10 +276,8 @@ def test_texts_too_long_are_counted(model, tmp_path):
         model, tmp_path, "sst2", reviews(3), [*long, *reviews(1)], data={"max_length": 100, "num_test": 11}
     )
     prepared = prepare(load_config(save_run(tmp_path / "run.yaml", config)), 1)
-    assert [each.shortened for each in (prepared.train, prepared.held_out, prepared.test)] == [0, 0, 3]
-    assert "test 11; 3 examples lost their beginning, too long for the model or data.max_length" in summarize(
-        prepared, 1
-    )
+    assert [each.lost for each in (prepared.train, prepared.held_out, prepared.test)] == [{}, {}, {PROMPT_BEGIN: 3}]
+    assert "test 11; 3 lost the beginning of their prompt, too long for data.max_length" in summarize(prepared, 1)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +289,7 @@ def test_texts_too_long_are_counted(model, tmp_path):
         (["data.prompt=x"], "data.prompt contradicts data.task"),
         (["data.max_length=2048"], "data.max_length 2048 is more than the model's 1024 positions"),
         (["data.task=null"], "data.dir needs data.task"),
-        (["data.task=missing.yaml"], "data.task missing.yaml cannot be read: No such file or directory"),
+        (["data.task=missing.yaml"], "cannot read data.task missing.yaml: No such file or directory"),
     ],
 )
 def test_mistakes_are_one_line(model, tmp_path, words, message):

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy
 import pytest
@@ -28,6 +27,7 @@ from cola_ds.data.tasks import (
     task_from_yaml,
     with_demonstrations,
 )
+from cola_ds.data.tokens import ANSWER_BEGIN, PROMPT_BEGIN, WHOLE_PROMPT
 from cola_ds.errors import UserError
 from tests.toys import REAL_TASKS
 
@@ -358,6 +358,10 @@ def without(name, field):
     [
         ("rte", '{"premise": "p"', "not valid JSON: Expecting ',' delimiter"),
         ("rte", "[1, 2]", "a row must be an object with fields; it is [1, 2]"),
+        ("rte", '{"premise": ' + "9" * 5000 + "}", "not usable JSON: a number of 5000 digits"),
+        ("rte", '{"premise": "p", "label": 0, "label": 1}', "key label is given twice"),
+        ("rte", '{"premise": ' + "[" * 5000 + "}", "nested too deeply"),
+        ("rte", '{"premise": "bad \\ud83d end"}', "half a letter"),
         ("rte", without("rte", "premise"), "field premise is missing; this row has hypothesis, label"),
         ("rte", GOOD["rte"] | {"premise": "  "}, "field premise is empty"),
         ("rte", GOOD["rte"] | {"premise": 3}, "field premise must be text; it is 3"),
@@ -403,7 +407,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, name, row, message):
 
 def test_bytes_that_are_not_text(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'{"premise": "\xff"}\n')
-    with pytest.raises(UserError, match=r"train\.jsonl:1: not valid JSON"):
+    with pytest.raises(UserError, match=r"train\.jsonl:1: not UTF-8"):
         read_rows(TASKS["rte"], tmp_path, "train")
 
 
@@ -413,7 +417,7 @@ def test_bytes_that_are_not_text(tmp_path):
 def test_halves_of_letters(tmp_path, line):
     """Which no tokenizer takes."""
     (tmp_path / "train.jsonl").write_bytes(line + b"\n")
-    with pytest.raises(UserError, match=r"train\.jsonl:1: not valid JSON"):
+    with pytest.raises(UserError, match=r"train\.jsonl:1: (not UTF-8|.* half a letter)"):
         read_rows(TASKS["rte"], tmp_path, "train")
 
 
@@ -442,13 +446,13 @@ def test_spans_of_wsc_are_those_of_its_sentence(row, spans):
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     path = write(tmp_path / "train.jsonl", [GOOD["rte"]])
 
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError) as caught:
         read_rows(TASKS["rte"], tmp_path, "train")
-    assert str(caught.value) == f"cannot read {path}: Permission denied"
+    assert str(caught.value) == f"{path} cannot be read: Permission denied"
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -562,7 +566,7 @@ def test_real_instructions(tokenizer, tmp_path):
 
     with pytest.raises(UserError, match=r"alpaca/train.jsonl:244: answer is empty: '{output}' finds no text"):
         read_rows(task, path.parent, "train")
-    with pytest.raises(UserError, match=r"alpaca/train.jsonl: row 244 has '' in column output; it must be text"):
+    with pytest.raises(UserError, match=r"alpaca/train.jsonl:244 has '' in column output; it must be text"):
         load(path)
     assert (len(lines), len(read_rows(task, tmp_path, "train").examples)) == (1000, 998)
     assert len(load(tmp_path / "train.jsonl")) == 998
@@ -668,7 +672,7 @@ def test_ids_of_prompt_and_candidates(tokenizer, name):
     assert [spelled(tokenizer, ids) for ids in encoded.candidate_ids] == ["<s>" + example.prompt + end for end in ends]
     assert encoded.answer_lengths == [len(end) for end in ends]
     assert spelled(tokenizer, encoded.prompt_ids) == "<s>" + example.prompt
-    assert not encoded.truncated
+    assert not encoded.lost
 
 
 def test_white_space_at_the_ends(tokenizer):
@@ -699,6 +703,15 @@ def test_end_of_text_is_not_part_of_an_answer(template):
     assert encoded.answer_lengths == [1, 2]
 
 
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_special_tokens_of_the_text_itself(template):
+    """BOS once; an EOS that a prompt or an answer holds is kept."""
+    encoded = encode(Example("<s>Q a</s>", ("b", "c</s>"), (0,)), make_tokenizer(template))
+    pieces = [spelled(make_tokenizer(template), ids) for ids in [*encoded.candidate_ids, encoded.prompt_ids]]
+    assert pieces == ["<s>Q a</s>b", "<s>Q a</s>c</s>", "<s>Q a</s>"]
+    assert encoded.answer_lengths == [1, 2]
+
+
 @pytest.mark.parametrize("template", ["<s> $A", "$A"])
 @pytest.mark.parametrize("max_length", [2, 5, 11, 12, 13, 14, 15])
 def test_a_long_prompt_loses_its_beginning_but_not_bos(template, max_length):
@@ -715,7 +728,10 @@ def test_a_long_prompt_loses_its_beginning_but_not_bos(template, max_length):
     assert encoded.answer_lengths == [
         min(n, len(kept) - 1) for n, kept in zip(answers, encoded.candidate_ids, strict=True)
     ]
-    assert encoded.truncated == (lost > 0)
+    whole_prompt = "<s>" in template and max_length in (5,)
+    answer = max_length == 2 or (max_length < 5 and "<s>" not in template)
+    expected = ANSWER_BEGIN if answer else WHOLE_PROMPT if whole_prompt else PROMPT_BEGIN if lost else ""
+    assert encoded.lost == expected
 
 
 def test_room_for_new_tokens(tokenizer):
@@ -723,7 +739,7 @@ def test_room_for_new_tokens(tokenizer):
     assert len(encode(example, tokenizer, 20).prompt_ids) == 11
     encoded = encode(example, tokenizer, 20, reserve=14)
     assert spelled(tokenizer, encoded.prompt_ids) == "<s>56789"
-    assert encoded.truncated
+    assert encoded.lost == PROMPT_BEGIN
     with pytest.raises(UserError, match="maximum length 20 has no room for a prompt beside 19 new tokens"):
         encode(example, tokenizer, 20, reserve=19)
 
@@ -741,7 +757,7 @@ def test_room_for_new_tokens(tokenizer):
     ],
 )
 def test_common_prefix(ids, lengths, expected):
-    assert common_prefix(Encoded(ids, lengths, [], False)) == expected
+    assert common_prefix(Encoded(ids, lengths, [], "")) == expected
 
 
 # Demonstrations
@@ -985,8 +1001,8 @@ def test_a_task_that_is_no_yaml(tmp_path, text, message):
 def test_how_a_task_is_scored_is_part_of_what_a_run_is(tmp_path):
     """A finished run of a metric does not answer for another."""
     example = generated("p", " a\n", "a")
-    digests = set()
+    digests, none = set(), collections.Counter()
     for metric, generates, objective in (("f1", True, "answer"), ("accuracy", True, "answer"), (None, False, "answer")):
         task = dataclasses.replace(TASKS["squad"], metric=metric, generates=generates, objective=objective)
-        digests.add(TaskData(task, [example], [Encoded([[1, 2]], [1], [1], False)], [2], [1], 0, 2).fingerprint())
+        digests.add(TaskData(task, [example], [Encoded([[1, 2]], [1], [1], "")], [2], [1], none, 2).fingerprint())
     assert len(digests) == 3

@@ -50,6 +50,27 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def save_metaspace_tokenizer(folder: Path) -> None:
+    """A tokenizer as Llama-2's: a text begins with a space, written `▁`, which may belong to its first piece, and BOS is put in
+    front. Bytes that it does not know have ids of their own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    pieces += ["▁4", "42", "▁42"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("▁", "4"), ("4", "2"), ("▁4", "2")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
 def save_model(folder: Path, architecture: str = "llama", **sizes: Any) -> Path:
     """A random causal LM of a known architecture, with a tokenizer, as a model folder."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, is_task_file, parse_yaml
+from cola_ds.config import RunConfig, is_task_file
 from cola_ds.data.batching import PADDING, Batch, collate
 from cola_ds.data.packing import PackedBatch, pack, packed_length
 from cola_ds.data.task_table import Example, Task, task_named
 from cola_ds.data.tasks import Encoded, encode, read_rows, sample, task_from_yaml, with_demonstrations
-from cola_ds.errors import UserError
+from cola_ds.reading import parse_yaml, read_text
 
 NEW_TOKENS = 50  # at most, of a generated answer (protocol of MeZO, as COLA follows it)
 
@@ -29,7 +29,8 @@ class TaskData:
     """Positions of each example in a batch."""
     loss_tokens: list[int]
     """What the training loss's mean counts: each example once where candidates are compared, else the answer's tokens."""
-    shortened: int
+    lost: collections.Counter[str]
+    """Examples that lost something to the maximum length, by what they lost."""
     largest_id: int
 
     def __len__(self) -> int:
@@ -90,11 +91,7 @@ def find_task(name: str) -> Task:
     """The task of that name, or the one that a YAML file describes. Raises UserError."""
     if not is_task_file(name):
         return task_named(name)
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.task {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return task_from_yaml(parse_yaml(text, f"data.task {name}"), name)
+    return task_from_yaml(parse_yaml(read_text(name, "data.task"), f"data.task {name}"), name)
 
 
 def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length: int) -> TaskData:
@@ -106,4 +103,5 @@ def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length:
         taught = [_taught(example, each) for example, each in zip(examples, encoded, strict=True)]
         lengths, counted = [len(ids) for ids, _ in taught], [len(ids) - start for ids, start in taught]
     largest = max((max(ids) for each in encoded for ids in each.candidate_ids), default=0)
-    return TaskData(task, examples, encoded, lengths, counted, sum(each.truncated for each in encoded), largest)
+    lost = collections.Counter(each.lost for each in encoded if each.lost)
+    return TaskData(task, examples, encoded, lengths, counted, lost, largest)

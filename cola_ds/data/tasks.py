@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy
 
-from cola_ds.data.sources import keep_end, without_end
+from cola_ds.data.files import check_text, json_rows
+from cola_ds.data.hub import load_hub
 from cola_ds.data.task_table import Example, Row, Task, fields_of, list_of, nearest, strip
-from cola_ds.errors import UserError, first_line
+from cola_ds.data.tokens import ANSWER_BEGIN, PROMPT_BEGIN, WHOLE_PROMPT, ids_of, keep_end
+from cola_ds.errors import UserError
 
 # Reading
 
@@ -78,26 +79,13 @@ def _file_rows(folder: Path, split: str) -> tuple[str, Iterator[tuple[str, Row]]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} has no {' or '.join(names)}, which the task's {split} split is read from")
-    return str(found[0]), _json_rows(found[0])
+    return str(found[0]), _of_text(json_rows(found[0]))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows with their file and line. Lines end at newlines alone: Python's text files would also end them elsewhere."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            json.dumps(row, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not valid JSON: {first_line(error)}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a row must be an object with fields; it is {reprlib.repr(row)}")
+def _of_text(rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    """The rows; any of their texts may be read."""
+    for place, row in rows:
+        check_text(place, json.dumps(row, ensure_ascii=False))
         yield place, row
 
 
@@ -107,10 +95,10 @@ def _hub_rows(task: Task, split: str, revision: str | None) -> tuple[str, Iterat
     path, config = task.hub
     source = f"{path} {config or ''}".rstrip() + f" {split}"
     try:
-        rows = datasets.load_dataset(path, config, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
+        rows = load_hub(path, config, split, revision)
+    except UserError as error:
         raise UserError(
-            f"cannot load {source} from the hub: {first_line(error)}; or name a folder with train.jsonl and validation.jsonl"
+            f"cannot load {source} from the hub: {error}; or name a folder with train.jsonl and validation.jsonl"
         ) from None
     return source, ((f"{source} row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -179,35 +167,39 @@ class Encoded:
     """How many ids at the end of each belong to the answer; at least 1."""
     prompt_ids: list[int]
     """The prompt alone, with room for an answer to be generated."""
-    truncated: bool
-    """Some of them lost ids to the maximum length."""
+    lost: str
+    """What the maximum length took from them, as in tokens.py; empty where nothing is lost."""
 
 
 def encode(example: Example, tokenizer: Any, max_length: int = 2048, reserve: int = 0) -> Encoded:
     """Token ids of at most `max_length`, and of the prompt alone of at most `max_length - reserve`.
 
-    Too long a text loses its beginning, but not the BOS id. Special tokens are the tokenizer's, but for an EOS at the end.
+    Too long a text loses its beginning, but not the BOS id. Special tokens are the tokenizer's, and BOS is there once; but no EOS
+    is added at the end.
     """
     if max_length - reserve < 2:
         raise UserError(f"maximum length {max_length} has no room for a prompt beside {reserve} new tokens")
     bos = tokenizer.bos_token_id
-    prompt, *whole = _ids(_texts(example), tokenizer)
+    prompt, *whole = ids_of(_texts(example), tokenizer)
     # The same number of ids from all: what remains of the prompt they still share, and it is computed once.
     excess = max(0, max(map(len, whole)) - max_length)
     kept = [keep_end(ids, max(len(ids) - excess, min(len(ids), 2)), bos) for ids in whole]
     kept_prompt = keep_end(prompt, max_length - reserve, bos)
     # By the difference of lengths: a tokenizer may merge the prompt's end with the answer's beginning.
     lengths = [max(1, min(len(w) - len(prompt), len(k) - 1)) for w, k in zip(whole, kept, strict=True)]
-    return Encoded(kept, lengths, kept_prompt, [prompt, *whole] != [kept_prompt, *kept])
+    lost = PROMPT_BEGIN if kept_prompt != prompt else ""
+    if excess:
+        shown = [ids[: len(ids) - count] for ids, count in zip(kept, lengths, strict=True)]
+        if any(count < len(ids) - len(prompt) for ids, count in zip(whole, lengths, strict=True)):
+            lost = ANSWER_BEGIN
+        else:
+            lost = WHOLE_PROMPT if [bos] in shown else PROMPT_BEGIN
+    return Encoded(kept, lengths, kept_prompt, lost)
 
 
 def _texts(example: Example) -> list[str]:
     """The prompt, and the prompt with each candidate or with the answer."""
     return [strip(example.prompt + end) for end in ("", *(example.candidates or (example.answer,)))]
-
-
-def _ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    return [without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(texts).input_ids]
 
 
 def common_prefix(encoded: Encoded) -> int:
@@ -236,7 +228,7 @@ def with_demonstrations(
 
     def fits(first: int) -> bool:
         prompt, *whole = _texts(after(first))
-        return max(map(len, _ids([prompt] if reserve else whole, tokenizer))) + reserve <= max_length
+        return max(map(len, ids_of([prompt] if reserve else whole, tokenizer))) + reserve <= max_length
 
     return after(bisect.bisect_left(range(len(shown)), True, key=fits))
 
