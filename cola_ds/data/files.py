@@ -407,7 +407,7 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
         with _opened(path):  # a pointer of Git LFS is named as such
             pass
         raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {_cut(first_line(error))}") from None
