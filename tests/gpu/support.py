@@ -11,6 +11,8 @@ from cola_ds.config import load_config
 from tests.toys import run_config, save_run
 
 ON_CPU = os.environ.get("COLA_DS_GPU_TESTS_ON") == "cpu"
+if ON_CPU:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a machine with a GPU too; read when deepspeed is imported
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # On the CPU, where the logic alone is looked at.
 TINY = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
