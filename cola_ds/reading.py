@@ -144,6 +144,9 @@ for _kind in (_Loader, _Dumper):
     )
 
 
+_Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: node.value)  # "=" is a text
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """What a YAML says. Raises UserError that names `source`, also for what is too large or too deep to be meant."""
     if len(text) > _MOST_BYTES:

@@ -7,6 +7,7 @@ Examples are drawn by hypothesis, the same ones each time. COLA_DS_FUZZ=50 draws
 import copy
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -68,7 +69,8 @@ def refused_or(action, *arguments):
     except UserError as error:
         said = str(error)
         assert 10 < len(said) <= 1000, said
-        assert all(letter == " " or not letter.isspace() for letter in said), said
+        assert len(said.splitlines()) == 1, said
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f]", said), said  # what a terminal obeys
         assert len(error.args[0]) < 50_000  # nor is a long one made first
         return None
     finally:
