@@ -29,6 +29,7 @@ def nested(depth):
         ({"k" * 10**6: 1}, "{'kkk"),
         ("a\nb\x1b[31m", "'a\\nb\\x1b[31m'"),
     ],
+    ids=lambda value: "",
 )
 def test_values_are_shown_short(value, shown):
     begin = time.monotonic()
