@@ -505,6 +505,10 @@ def test_what_is_set_anyway_may_be_said(engine, more):
         ({"zero_optimization": [3]}, "zero_optimization must be an object like {...}; it is [3]"),
         ({**ZERO3, "bf16": {"enabled": "yes"}}, 'bf16.enabled must be true or false; it is "yes"'),
         ({**ZERO3, "fp16": {"enabled": 0}}, "fp16.enabled must be true or false; it is 0"),
+        ({**ZERO3, "flops_profiler": {"enabled": None}}, "flops_profiler.enabled must be true or false; it is null"),
+        ({**ZERO3, "wall_clock_breakdown": 1}, "wall_clock_breakdown must be true or false; it is 1"),
+        ({**ZERO3, "aio": "x"}, 'aio must be an object like {...}; it is "x"'),
+        ({**ZERO3, "timers": None}, "timers must be an object like {...}; it is null"),
         ({**ZERO3, "fp16": [[[["x" * 5000] * 9] * 5]]}, "fp16 must be an object like {...}; it is [[[["),
         (
             {"zero_optimization": {"stage": 3, "offload_param": 0}},
