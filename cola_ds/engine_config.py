@@ -62,6 +62,10 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise UserError(f"{path}: {key} must be true or false; it is {_shown(value)}")
+    for key in ("gradient_predivide_factor", "steps_per_print"):
+        value = engine.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise UserError(f"{path}: {key} must be a positive number; it is {_shown(value)}")
     _check_keys(engine, config, path)
     _check_zero(engine.get("zero_optimization"), path)
     _check_precision(engine, config, path)

@@ -17,6 +17,7 @@ from cola_ds.knots import place_knots
 from cola_ds.optim import learning_rate
 from cola_ds.reading import parse_yaml
 from cola_ds.sweep_plan import read_yaml
+from tests.distributed import process_group, run_distributed
 from tests.toys import REPOSITORY
 
 MINIMAL = """
@@ -507,6 +508,8 @@ def test_what_is_set_anyway_may_be_said(engine, more):
         ({**ZERO3, "fp16": {"enabled": 0}}, "fp16.enabled must be true or false; it is 0"),
         ({**ZERO3, "flops_profiler": {"enabled": None}}, "flops_profiler.enabled must be true or false; it is null"),
         ({**ZERO3, "wall_clock_breakdown": 1}, "wall_clock_breakdown must be true or false; it is 1"),
+        ({**ZERO3, "steps_per_print": "x"}, 'steps_per_print must be a positive number; it is "x"'),
+        ({**ZERO3, "steps_per_print": 0}, "steps_per_print must be a positive number; it is 0"),
         ({**ZERO3, "aio": "x"}, 'aio must be an object like {...}; it is "x"'),
         ({**ZERO3, "timers": None}, "timers must be an object like {...}; it is null"),
         ({**ZERO3, "fp16": [[[["x" * 5000] * 9] * 5]]}, "fp16 must be an object like {...}; it is [[[["),
@@ -535,6 +538,32 @@ def test_hostile_engine_files_are_one_short_line(engine, content, message):
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
+
+
+def refused_by_deepspeed(process, contents):
+    from cola_ds.zero import check_engine_config
+
+    process_group(process)
+    said = []
+    for content in contents:
+        with pytest.raises(UserError) as caught:
+            check_engine_config({**content, "train_batch_size": 1})
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_deepspeed_trips_over_is_one_line():
+    """Of wrong types where its config is no schema."""
+    contents = [
+        {"zero_optimization": {"stage": 3, "leaf_module": "x"}},
+        {**ZERO3, "communication_data_type": 3},
+        {**ZERO3, "checkpoint": {"tag_validation": None}},
+        {**ZERO3, "checkpoint": {"parallel_write": []}},
+    ]
+    (found,) = run_distributed(refused_by_deepspeed, 1, contents)
+    for said in found:
+        assert re.match("DeepSpeed refuses the config: .", said)
+        assert len(said.splitlines()) == 1
 
 
 def test_missing_engine_file(load):
