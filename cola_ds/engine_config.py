@@ -16,10 +16,12 @@ from cola_ds.reading import parse_json, read_text
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 _PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
+_OBJECTS = (
+    "zero_optimization", *_PRECISIONS, *MONITORS, "aio", "checkpoint", "comms_logger", "data_types", "flops_profiler", "timers",
+)  # fmt: skip
+_FLAGS = ("disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")
 _ENGINE_FACTS = (
-    "zero_optimization", *_PRECISIONS, *MONITORS, "aio", "checkpoint", "comms_logger", "communication_data_type",
-    "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor", "log_level",
-    "memory_breakdown", "prescale_gradients", "steps_per_print", "timers", "wall_clock_breakdown",
+    *_OBJECTS, *_FLAGS, "communication_data_type", "gradient_predivide_factor", "log_level", "steps_per_print",
 )  # fmt: skip
 _SAID_BY_THE_YAML = {
     "optimizer": "optim.name and optim.lr",
@@ -52,9 +54,18 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     if not isinstance(engine, dict):
         raise UserError(f"{path} must hold a JSON object; it is {_shown(engine)}")
     engine = _without_auto(engine)
-    for key in ("zero_optimization", *_PRECISIONS, *MONITORS):
+    for key in _OBJECTS:
         if not isinstance(engine.get(key, {}), dict):
             raise UserError(f"{path}: {key} must be an object like {{...}}; it is {_shown(engine[key])}")
+    flags = {key: engine[key] for key in _FLAGS if key in engine}
+    flags |= {f"{key}.enabled": engine[key]["enabled"] for key in _OBJECTS if "enabled" in engine.get(key, {})}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} must be true or false; it is {_shown(value)}")
+    for key in ("gradient_predivide_factor", "steps_per_print"):
+        value = engine.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise UserError(f"{path}: {key} must be a positive number; it is {_shown(value)}")
     _check_keys(engine, config, path)
     _check_zero(engine.get("zero_optimization"), path)
     _check_precision(engine, config, path)
@@ -136,8 +147,6 @@ def _check_precision(engine: dict[str, Any], config: RunConfig, path: str) -> No
     for key, dtype in _PRECISIONS.items():
         section = engine.get(key, {})
         enabled = section.get("enabled", config.model.dtype == dtype)
-        if not isinstance(enabled, bool):
-            raise UserError(f"{path}: {key}.enabled must be true or false; it is {_shown(enabled)}")
         if enabled != (config.model.dtype == dtype):
             raise UserError(
                 f"{path}: {key}.enabled {str(enabled).lower()} contradicts model.dtype {config.model.dtype}; "

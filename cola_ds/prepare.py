@@ -84,7 +84,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
 def _model_path(path: str) -> str:
     """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
     if not os.path.isdir(path):
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or len(path) > 96:
             raise UserError(f"model.path {cut(path)} is not a folder, and cannot be a name on the Hugging Face hub")
         return path
     if not os.path.isfile(os.path.join(path, "config.json")):

@@ -82,6 +82,23 @@ class _Loader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2].replace("timestamp", "date")
             raise _Refused(f"{quoted(node.value)} cannot be read as {kind}", node.start_mark) from None
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in front what `<<` brings in, the first of several last: of a key that comes again, the last one counts.
+
+        PyYAML 6.0.4 takes the first, where what is brought in has a `<<` of its own.
+        """
+        brought, own = [], []
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                own.append((key, value))
+                continue
+            for source in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                if not isinstance(source, yaml.MappingNode):
+                    raise _Refused("<< takes a mapping, or a list of mappings", value.start_mark)
+                self.flatten_mapping(source)
+                brought += source.value
+        node.value = brought + own
+
     def _measure(self, node: yaml.Node) -> tuple[int, int]:
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(node)
@@ -125,6 +142,9 @@ for _kind in (_Loader, _Dumper):
         re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
         list("-+.0123456789"),
     )
+
+
+_Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: node.value)  # "=" is a text
 
 
 def parse_yaml(text: str, source: str) -> Any:

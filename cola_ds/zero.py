@@ -48,7 +48,7 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"DeepSpeed refuses {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (AssertionError, ValueError, KeyError, DeepSpeedConfigError) as error:
+    except (AssertionError, ValueError, LookupError, TypeError, AttributeError, DeepSpeedConfigError) as error:
         raise UserError(f"DeepSpeed refuses the config: {first_line(error)}") from None
 
 
