@@ -111,7 +111,7 @@ class RunFolder:
                 f"{needed / 2**20:,.0f} MiB; make room, name another run.dir, or lower checkpoint.keep"
             )
 
-    def create(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any] | None = None) -> None:
+    def create(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any]) -> None:
         """Make the folder anew, with run.json, run.yaml and environment.json; an earlier run's files in it are removed, and
         nothing else. Raises UserError when it cannot be written."""
         try:
@@ -125,7 +125,7 @@ class RunFolder:
             self.marker.write()
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.filename}: {error.strerror}") from None
-        self.describe(config, environment, facts or {})
+        self.describe(config, environment, facts)
 
     def describe(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any]) -> None:
         """Write run.yaml, environment.json, and what the run is. Raises UserError when they cannot be written."""

@@ -198,7 +198,6 @@ def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start
             found = _go_back(folder, prepared, found)
         else:
             folder.create(config, environment, facts)
-            folder.create(config, environment)
         folder.keep_engine(engine_facts(prepared.engine_json))
         folder.event(
             "resumed" if saved else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts

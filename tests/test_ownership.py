@@ -222,7 +222,7 @@ def test_a_run_that_is_half_removed_is_begun_anew(toy, tmp_path):
 
     config = load_config(save_run(tmp_path / "run.yaml", run_config(toy[0], toy[1], tmp_path / "run")))
     folder = RunFolder(tmp_path / "run")
-    folder.create(config, {})
+    folder.create(config, {}, {})
     folder.event("checkpoint", step=3)
     folder.mine.begun = False
     folder.mine.write()
@@ -230,7 +230,7 @@ def test_a_run_that_is_half_removed_is_begun_anew(toy, tmp_path):
     assert not again.holds_a_run()
     again.check_is_free(config, fresh=False)
     first = again.mine.id
-    again.create(config, {})
+    again.create(config, {}, {})
     assert not (tmp_path / "run/events.jsonl").exists()
     assert RunFolder(tmp_path / "run").mine.id != first
 
