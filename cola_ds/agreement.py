@@ -7,7 +7,6 @@ wrong, or a run that cannot go on elsewhere.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import socket
@@ -22,6 +21,7 @@ from cola_ds.data.taskdata import TaskData
 from cola_ds.errors import UserError
 from cola_ds.fingerprint import data_fingerprint
 from cola_ds.prepare import Prepared
+from cola_ds.rundir import version_of
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
 SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts after a while
@@ -57,8 +57,8 @@ def versions() -> dict[str, str]:
         code.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return {
         "Python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        "cola_ds": f"{importlib.metadata.version('cola_ds')} ({code.hexdigest()[:8]})",
+        **{name: version_of(name) for name in _PACKAGES},
+        "cola_ds": f"{version_of('cola_ds')} ({code.hexdigest()[:8]})",
     }
 
 

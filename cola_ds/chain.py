@@ -60,7 +60,8 @@ class ChainState:
     ended_step: int | None = None
     """Where eval.patience has ended the run."""
     change_square: float = 0.0
-    """Squared norm of all links' sum: of the change of the base weights that was wanted. On process 0 alone."""
+    """Squared norm of all links' sum: of the change of the base weights that was wanted; below 0 where not known. On process 0
+    alone."""
     link_hashes: list[str] = field(default_factory=list)
     """SHA-256 of each tied link's file. On process 0 alone."""
     remainders: dict[str, Tensor] = field(default_factory=dict)
@@ -121,7 +122,7 @@ def tune_lora(chain: Chain) -> None:
         examples = step_examples(chain, state.step)
         lr = learning_rate(optim, chain.timetable, state.link, state.step_in_link)
         loss = train_step(chain.engine, examples, lr, chain.world_size)
-        stop, loss_is_bad = processes.largest_of_processes([signals.requested(), not torch.isfinite(loss)])
+        stop, loss_is_bad = processes.largest_of_processes([signals.requested(), ~torch.isfinite(loss)])
         state.step += 1
         state.step_in_link += 1
         state.examples_seen += examples.examples
@@ -203,10 +204,11 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
             f"a weight is not finite once link {state.link} is added to it (step {state.step}); the link was not saved"
         )
     if folder:
-        earlier = map(folder.read_link, range(1, state.link))
-        state.change_square += tied.delta_square + 2 * overlap(
-            tied.tensors, earlier, [config.lora.alpha / r for r in config.lora_ranks[: state.link]]
-        )
+        shared = chain.journal.figure("rounding_error", lambda: _shared_with_earlier(chain, folder, tied.tensors))
+        if shared is None or state.change_square < 0:
+            state.change_square = -1.0
+        else:
+            state.change_square += tied.delta_square + 2 * shared
         try:
             digest = folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
             state.link_hashes.append(digest)
@@ -225,6 +227,16 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
         "bytes_moved": tied.bytes_moved,
         "peak_memory_bytes": int(processes.max_over_processes(processes.peak_memory_bytes())),
     }
+
+
+def _shared_with_earlier(chain: Chain, folder: RunFolder, tensors: dict[str, Tensor]) -> float:
+    """Inner product of the link that was just tied and the sum of those before it, which are read again from the folder."""
+    config, link = chain.config, chain.state.link
+    scalings = [config.lora.alpha / r for r in config.lora_ranks[:link]]
+    shared = overlap(tensors, map(folder.read_link, range(1, link)), scalings)
+    if not math.isfinite(shared):
+        raise ValueError("a link before it is not finite where it lies")
+    return shared
 
 
 def extend_chain(chain: Chain) -> float:

@@ -11,6 +11,7 @@ RUN_DIR/checkpoints/
 
 Nothing of it depends on the number of processes but the random generators. A folder appears whole or not at all: it is
 written beside, flushed to the disk, and renamed. Which one a run goes on from is decided by what verifies, not by `latest`.
+Of what lies there, only the files that the run itself wrote are ever removed: run.json names them (marker.py).
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cola_ds.errors import UserError, first_line
-from cola_ds.fingerprint import sha256_of
-from cola_ds.rundir import RunFolder, sync_folder, write_atomically, write_synced
+from cola_ds.files import publish, sha256_of, sync_folder, write_atomically, write_synced
+from cola_ds.marker import CHECKPOINT_FILE
+from cola_ds.rundir import RunFolder
 
 _STEP = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(r"state\.json|(trained-\d{5}|link-\d{4}|random)\.safetensors")
 _HASHED_AGAIN = 2**30  # bytes of a checkpoint up to which keeping it is decided by its hashes, not by sizes alone
 
 
@@ -203,7 +204,7 @@ def _verify(path: Path, hashes: bool) -> dict[str, str]:
     if not good:
         raise DamagedError("manifest.json does not match its own hash")
     for name, size, digest in entries:
-        if not _FILE.fullmatch(name):
+        if not CHECKPOINT_FILE.fullmatch(name) or name == "manifest.json":
             raise DamagedError(f"manifest.json names {name!r}, which is no file of a checkpoint")
         file = _own_file(path, name)
         if file.stat().st_size != size:
@@ -237,12 +238,20 @@ class CheckpointFolder:
         self.folder, self.path = folder, folder.path / "checkpoints"
 
     def steps(self) -> list[Path]:
-        """Every checkpoint, the newest first, verified or not."""
-        found = [path for path in self.path.glob("step-*") if _STEP.fullmatch(path.name)]
+        """Every checkpoint but those set aside, the newest first, verified or not."""
+        aside = self.folder.marker.aside if self.folder.marker else set()
+        found = [p for p in self.path.glob("step-*") if _STEP.fullmatch(p.name) and self._name(p) not in aside]
         return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+    def _name(self, path: Path) -> str:
+        return f"checkpoints/{path.name}"
 
     def at(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
+
+    def is_own(self, path: Path) -> bool:
+        """Whether the run of this folder wrote it; another's may have been put here."""
+        return self.folder.mine.owns_below(self._name(path))
 
     def pointer(self, name: Literal["latest", "best"]) -> str | None:
         """What `latest` or `best` says; None without it."""
@@ -253,8 +262,8 @@ class CheckpointFolder:
 
     def ever_written(self) -> bool:
         """Whether there is any trace of a complete checkpoint, even if none is left."""
-        noted = any(row.get("event") == "checkpoint" for row in self.folder.rows("events.jsonl"))
-        return noted or any(not path.name.startswith("partial-") for path in self.path.glob("*"))
+        noted = any(row.get("event") == "checkpoint" for row in self.folder.rows("events.jsonl", skip_damaged=True))
+        return noted or any((self.path / name).exists() for name in ("latest", "best")) or bool(self.steps())
 
     def sound(self, path: Path) -> bool:
         """Whether a checkpoint is there and holds; a very large one by its sizes alone."""
@@ -263,20 +272,20 @@ class CheckpointFolder:
             _verify(path, hashes=size <= _HASHED_AGAIN)
         except (OSError, DamagedError):
             return False
-        return True
+        return self._name(path) not in self.folder.mine.aside
 
-    def set_aside(self, later_than: int) -> list[str]:
-        """Take checkpoints after a step out of the way: damaged ones, or those of a run that went on from an earlier step.
+    def set_aside(self, later_than: int) -> None:
+        """Go on from none of the run's own after a step: they are damaged, or of a run that went on from an earlier step.
 
-        The next checkpoint that is complete removes them. Returns their names.
+        The next checkpoint that is complete removes them.
         """
-        names = [path.name for path in self.steps() if int(path.name[5:]) > later_than]
-        (self.path / "latest").unlink(missing_ok=True)
-        (self.path / "best").unlink(missing_ok=True)
-        for name in names:
-            shutil.rmtree(self.path / f"aside-{name}", ignore_errors=True)
-            (self.path / name).rename(self.path / f"aside-{name}")
-        return names
+        marker = self.folder.mine
+        marker.aside |= {
+            self._name(path) for path in self.steps() if int(path.name[5:]) > later_than and self.is_own(path)
+        }
+        marker.write()
+        marker.remove("checkpoints/latest")
+        marker.remove("checkpoints/best")
 
     def tidy(self, step: int, keep: int, best_step: int) -> None:
         """After the checkpoint of `step` is complete: remove what is neither new nor the best, and point to it.
@@ -284,49 +293,61 @@ class CheckpointFolder:
         At least `keep` checkpoints that verify are kept, whatever else there is. Nothing depends on the pointers, or on this
         being done at all: where the disk is full, the next checkpoint does it.
         """
-        kept = 0
+        marker, kept, doomed = self.folder.mine, 0, set()
         with contextlib.suppress(OSError):
-            for path in self.steps():
+            for path in filter(self.is_own, self.steps()):
                 if kept < keep and (int(path.name[5:]) == step or self.sound(path)):
                     kept += 1
                 elif path != self.at(best_step):
-                    path.rename(self.path / f"partial-{path.name}")  # a half-removed one is never taken for one
-            self.clear()
-            write_atomically(self.path / "latest", f"{self.at(step).name}\n".encode())
+                    doomed.add(self._name(path))
+            if doomed:  # a half-removed one is never taken for one
+                marker.aside |= doomed
+                marker.write()
+            for name in sorted(marker.aside):
+                marker.remove(f"{name}/")
+            self._point("latest", self.at(step))
         self.mark_best(best_step)
-
-    def clear(self) -> None:
-        """Remove what was being written or removed when a process died, and what was set aside."""
-        for doomed in (*self.path.glob("partial-*"), *self.path.glob("aside-*")):
-            shutil.rmtree(doomed, ignore_errors=True)
 
     def take_in(self, found: Checkpoint) -> Checkpoint:
         """A copy of another run's checkpoint, as one of this run's."""
-        target = self.path / found.path.name
-        scratch = self.path / f"partial-{target.name}"
-        shutil.rmtree(scratch, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(found.path, scratch)
-        scratch.rename(target)
-        sync_folder(self.path)
-        return read_checkpoint(target)
+        scratch = self.folder.mine.scratch(self.path)
+        scratch.mkdir()
+        files = [*found.files, "manifest.json"]
+        for name in files:
+            shutil.copyfile(found.path / name, scratch / name)
+        self.show(scratch, self.path / found.path.name, files)
+        return read_checkpoint(self.path / found.path.name)
+
+    def show(self, scratch: Path, target: Path, files: list[str]) -> None:
+        """Let a complete checkpoint appear under its name. May raise OSError, also where a file there is not the run's."""
+        marker, name = self.folder.mine, self._name(target)
+        marker.remove(f"{name}/")  # what is there does not verify, or was set aside
+        marker.aside.discard(name)
+        marker.own((f"{name}/{file}" for file in files), {})
+        publish(scratch, target, last="manifest.json")
 
     def mark_best(self, step: int) -> None:
         """Point `best` to the checkpoint of a step, if there is one."""
         if step and self.at(step).exists():
             with contextlib.suppress(OSError):
-                write_atomically(self.path / "best", f"{self.at(step).name}\n".encode())
+                self._point("best", self.at(step))
+
+    def _point(self, name: str, target: Path) -> None:
+        self.folder.mine.own([f"checkpoints/{name}"])
+        write_atomically(self.path / name, f"{target.name}\n".encode(), self.folder.mine.id)
 
 
 class CheckpointWriter:
     """Writes one checkpoint file by file; it appears with `finish`. Any of it may raise OSError."""
 
     def __init__(self, checkpoints: CheckpointFolder, step: int):
-        self.target = checkpoints.at(step)
-        self.scratch = checkpoints.path / f"partial-{self.target.name}"
+        self.checkpoints, self.step = checkpoints, step
+        marker = checkpoints.folder.mine
+        self.scratch = marker.scratch(checkpoints.path)
         self.files: dict[str, dict[str, Any]] = {}
         self.pieces = 0
-        checkpoints.clear()
+        marker.clear_scratch()
         self.scratch.mkdir(parents=True)
 
     def add_trained(self, tensors: dict[str, Tensor]) -> None:
@@ -347,12 +368,7 @@ class CheckpointWriter:
         self._add("state.json", state.model_dump_json(indent=1).encode())
         write_synced(self.scratch / "manifest.json", _manifest(self.files))
         sync_folder(self.scratch)
-        if self.target.exists():  # and does not verify, or it would have stood
-            aside = self.target.with_name(f"aside-{self.target.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.target.rename(aside)
-        self.scratch.rename(self.target)
-        sync_folder(self.target.parent)
+        self.checkpoints.show(self.scratch, self.checkpoints.at(self.step), [*self.files, "manifest.json"])
         return sum(entry["bytes"] for entry in self.files.values())
 
     def abandon(self) -> None:

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cola_ds import lock, signals, watch
+from cola_ds import arrival, lock, signals, streams, watch
 from cola_ds.config import RunConfig, load_config
-from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line
+from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line, one_line
 from cola_ds.launcher import Process, identify
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ _LAST_WORDS_S = 3  # before that, for what they have to say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status."""
+    """Run one command: of `argv`, or of this process, whose output is then this command's. Returns the exit status."""
+    if argv is None:
+        streams.harden()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on positional arguments that follow an option; overrides may stand anywhere.
@@ -70,6 +72,16 @@ def main(argv: list[str] | None = None) -> int:
             f"cola-ds: {error.filename or 'a file'}: {error.strerror or error}; the same command goes on once it is mended",
             process,
         )
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+        watch.leave(status)
+        _say("cola-ds: interrupted", process)
+    except (MemoryError, RecursionError) as error:  # ten thousand lines of traceback would say no more
+        status = 3 if args.run is _train else 1
+        watch.leave(status)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = "out of memory" if isinstance(error, MemoryError) else "something that was read is nested too deeply"
+        _say(f"cola-ds: {what} ({first_line(error)}; {where.filename}, line {where.lineno})", process)
     except Exception as error:  # a defect, or a fault of the machine: all that is known of it
         status = 3 if args.run is _train else 1
         if process and process.world_size > 1:
@@ -101,6 +113,8 @@ def _say(message: str, process: Process | None, arriving: bool = False) -> None:
     Process 0 speaks at once. A process that sees it go on after a while found what process 0 did not (a file missing on its
     node, say): it names itself. Where processes do not find each other, the first one of each machine speaks at once.
     """
+    message = one_line(message)
+    arrival.say_why(message)
     if process is None or process.rank == 0 or (arriving and process.local_rank == 0):
         print(message, file=sys.stderr, flush=True)
         if arriving:
@@ -160,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hf: the merged model; peft: the whole chain as one adapter; links: an adapter for each link",
     )
     export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("overrides", nargs="*", metavar="model.path=FOLDER", help="where the base model lies now")
     export.set_defaults(run=_export)
 
     doctor = commands.add_parser("doctor", help="tell whether a run would work here: alone, or under any launcher")
@@ -203,6 +218,8 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         )
     if not args.dry_run:
         _listen(process)
+    if not args.dry_run and args.freeze is None:
+        arrival.begin(process, _exit_now)
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
         from cola_ds.engine_config import read_engine_config
@@ -212,13 +229,19 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         print(f"wrote {freeze(config, Path(args.freeze))}")
         return
     if args.dry_run:
-        _prepare(config, process, args.processes or process.world_size)
+        from cola_ds.prepare import summarize
+
+        world_size = args.processes or process.world_size
+        prepared = _prepare(config, process, world_size)
+        if process.rank == 0:
+            _print(summarize(prepared, world_size))
         return
     _start(config, process, args.resume, args.fresh, tuple(args.allow_change))
 
 
 def _evaluate(args: argparse.Namespace, process: Process) -> None:
     _listen(process)
+    arrival.begin(process, _exit_now)
     from cola_ds.evaluation import evaluation_config
 
     config = evaluation_config(
@@ -232,20 +255,21 @@ def _listen(process: Process) -> None:
 
 
 def _prepare(config: RunConfig, process: Process, world_size: int) -> Prepared:
-    from cola_ds.prepare import prepare, summarize  # torch takes seconds to import: not for a misspelt key
+    from cola_ds.prepare import prepare  # torch takes seconds to import: not for a misspelt key
 
     _quiet_libraries(process)
-    prepared = prepare(config, world_size)
-    if process.rank == 0:
-        print(summarize(prepared, world_size), flush=True)
-    return prepared
+    return prepare(config, world_size)
 
 
 def _start(
     config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: tuple[str, ...] = ()
 ) -> NoReturn:
     """Run a config to its end."""
+    from cola_ds.prepare import summarize
+
     prepared = _prepare(config, process, process.world_size)
+    if process.rank == 0:
+        print(summarize(prepared, process.world_size), flush=True)
     from cola_ds import processes  # and deepspeed more
     from cola_ds.resume import Wish
     from cola_ds.rundir import RunFolder
@@ -290,7 +314,7 @@ def _export(args: argparse.Namespace, process: Process) -> None:
 
     _quiet_libraries(process)
     with _readable(args.run_dir):
-        print(f"wrote {export(args.run_dir, args.to, args.out)}")
+        print(f"wrote {export(args.run_dir, args.to, args.out, args.overrides)}")
 
 
 def _doctor(args: argparse.Namespace, process: Process) -> None:
@@ -311,6 +335,7 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
         _leave_now(1)
 
     signals.listen(lambda message: None, end)
+    arrival.begin(process, end)
     try:
         works = doctor(config, engine_json, folder, args.wait, process, end)
     except UserError as error:  # of the machines, not of the call
@@ -328,18 +353,19 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
 def _inspect(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.inspect import inspect
 
-    with _readable(args.run_dir):
+    with _reachable(args.run_dir):
         text = inspect(args.run_dir)
     _print(text)
 
 
 def _print(text: str) -> None:
-    """For a reader who may have enough before the end, such as head."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the exit of the interpreter flushes the rest
-        sys.exit(128 + signal.SIGPIPE)
+    """What a command is for. Its status says so where that does not arrive: a full disk, a reader who has enough."""
+    print(text, flush=True)
+    if error := streams.lost(sys.stdout):
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        print(f"cola-ds: standard output: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _sweep(args: argparse.Namespace, process: Process) -> None:
@@ -362,9 +388,18 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
 def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report import report
 
-    with _readable(", ".join(args.runs)):
+    with _reachable(", ".join(args.runs)):
         text = report(args.runs, args.plot, args.csv, args.paper, args.figures)
     _print(text)
+
+
+@contextmanager
+def _reachable(what: str) -> Iterator[None]:
+    """Turn what a file system may refuse into a UserError; files that are damaged are named where they are read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or what}: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -376,5 +411,5 @@ def _readable(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None

@@ -10,25 +10,33 @@ import bisect
 import dataclasses
 import difflib
 import itertools
-import re
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, cut, quoted
 from cola_ds.knots import place_knots
+from cola_ds.reading import dump_yaml, parse_yaml, read_text
+
+_EXPLAINED = 4  # mistakes in one message
+_LIMIT = 2**31  # nothing is counted as far
+_Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _counts(value: Any) -> bool:
+    return type(value) is int and 1 <= value < _LIMIT
+
+
 def _lora_ranks(value: Any) -> Any:
     ranks = value if isinstance(value, list) else [value]
-    if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
+    if not ranks or not all(_counts(r) for r in ranks):
         raise ValueError("must be a whole number of at least 1, or one such number per link, like [8, 4]")
     return value
 
@@ -38,7 +46,7 @@ def _knots(value: Any) -> Any:
         return value
     if isinstance(value, dict) and len(value) == 1 and set(value) <= {"epochs", "steps"}:
         (at,) = value.values()
-        if isinstance(at, list) and at and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in at):
+        if isinstance(at, list) and at and all(_counts(k) for k in at):
             if any(b <= a for a, b in itertools.pairwise(at)):
                 raise ValueError("are out of order: each knot must come after the one before it")
             return value
@@ -51,8 +59,19 @@ def _targets(value: Any) -> Any:
     raise ValueError("must be all-linear or a list of module name suffixes, like [q_proj, v_proj]")
 
 
+def _path(value: str) -> str:
+    if "\0" in value or len(os.fsencode(value)) > 3000:
+        raise ValueError("is no path")
+    if longest := [part for part in value.split("/") if len(os.fsencode(part)) > 255]:
+        raise ValueError(f"has a name of {len(longest[0])} letters, and file systems take 255")
+    return value
+
+
+_Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+
+
 def _eval_every(value: Any) -> Any:
-    if value in ("epoch", "link", "end") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if value in ("epoch", "link", "end") or _counts(value):
         return value
     raise ValueError("must be epoch, link, end or a positive number of steps")
 
@@ -65,13 +84,13 @@ def _files(value: Any) -> Any:
 
 
 class ModelConfig(_Section):
-    path: str = Field(min_length=1)
+    path: _Path
     """A Hugging Face hub name or a local folder with safetensors weights."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """What the weights are stored in and computed in; DeepSpeed keeps fp32 masters of what is trained."""
     revision: str | None = None
     trust_remote_code: bool = False
-    links: str | None = None
+    links: _Path | None = None
     """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
@@ -90,7 +109,7 @@ class LoraConfig(_Section):
 
 
 class ChainConfig(_Section):
-    length: int = Field(default=1, ge=1)
+    length: int = Field(default=1, ge=1, le=10_000)
     """Number of links; 1 is plain LoRA."""
     knots: Annotated[str | dict[str, list[int]], BeforeValidator(_knots)] = "even"
     """Where links end. The last link ends with the run; an explicit list names the length - 1 knots before it."""
@@ -101,20 +120,20 @@ class ChainConfig(_Section):
 
 
 class DataConfig(_Section):
-    task: str | None = Field(default=None, min_length=1)
+    task: _Path | None = None
     """A task's name, such as rte, or the path of a task's YAML; instead of `train` and `eval`."""
-    dir: str | None = None
+    dir: _Path | None = None
     """The task's folder, with train.jsonl and validation.jsonl; null: the Hugging Face hub."""
-    num_train: int = Field(default=1000, ge=1)
-    num_dev: int | None = Field(default=None, ge=1)
+    num_train: _Count = 1000
+    num_dev: _Count | None = None
     """null: 100 for cb and copa, 500 for the others."""
-    num_test: int = Field(default=1000, ge=1)
-    demonstrations: int = Field(default=32, ge=1)
+    num_test: _Count = 1000
+    demonstrations: _Count = 32
     """Solved examples in front of each prompt, with method icl."""
-    train: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    train: Annotated[_Path | list[_Path] | None, BeforeValidator(_files)] = None
     """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or (with `text`) .txt file, a folder of such, one that
     Dataset.save_to_disk wrote, or a glob; or a list of these. With `hub`, the name of a split."""
-    eval: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    eval: Annotated[_Path | list[_Path] | None, BeforeValidator(_files)] = None
     """Held-out data, likewise."""
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
@@ -126,7 +145,7 @@ class DataConfig(_Section):
     tokenized as one text; a token that has letters of both is the completion's."""
     text: str | None = None
     """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
-    max_length: int = Field(default=512, ge=2)
+    max_length: int = Field(default=512, ge=2, lt=_LIMIT)
     """Tokens per example. A longer one loses the beginning of its prompt (the BOS token stays), then the end of its completion.
     With a task it is 2048 by default, or the model's positions if they are fewer."""
 
@@ -163,19 +182,19 @@ class OptimConfig(_Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     schedule_over: Literal["chain", "link"] = "chain"
     """Whether the schedule runs once over the whole chain, or anew in each link."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, lt=_LIMIT)
     """Linear warm-up at the start of each link, in steps."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Global gradient norm to clip to; null or 0 turns clipping off."""
-    epochs: int | None = Field(default=None, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
+    epochs: _Count | None = None
+    max_steps: _Count | None = None
     """Steps of the whole run, whatever its epochs; null: the epochs decide."""
-    global_batch_size: int = Field(default=8, ge=1)
+    global_batch_size: _Count = 8
     """Examples per step, over all processes."""
-    micro_batch_size: int = Field(default=4, ge=1)
+    micro_batch_size: _Count = 4
     """Examples per forward pass and process."""
-    max_skips_in_a_row: int = Field(default=5, ge=0)
+    max_skips_in_a_row: int = Field(default=5, ge=0, lt=_LIMIT)
     """Updates left out because the loss or a gradient was not finite: one more in a row, and training has failed."""
 
     @model_validator(mode="after")
@@ -188,16 +207,16 @@ class OptimConfig(_Section):
 class EvalConfig(_Section):
     every: Annotated[str | int, BeforeValidator(_eval_every)] = "epoch"
     """epoch, link, end, or a number of steps. The end of the run is always evaluated."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: _Count | None = None
     """Evaluations in a row without a new best after which the run ends; null: it goes on."""
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: _Count | None = None
     """Examples per forward pass and process; null: as in training."""
 
 
 class CheckpointConfig(_Section):
-    every_steps: int | None = Field(default=200, ge=1)
+    every_steps: _Count | None = 200
     """Steps between checkpoints; null: only when a signal stops the run, and before its last knot."""
-    keep: int = Field(default=2, ge=1)
+    keep: _Count = 2
     """The newest checkpoints that are kept."""
     best: bool = True
     """Also write and keep a checkpoint of the lowest held-out loss."""
@@ -206,11 +225,13 @@ class CheckpointConfig(_Section):
 
 
 class RunSection(_Section):
-    dir: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    log_every_steps: int = Field(default=10, ge=1)
-    hang_after_s: int | None = Field(default=600, ge=1)
+    dir: _Path
+    seed: int = Field(default=0, ge=0, lt=_LIMIT)
+    log_every_steps: _Count = 10
+    hang_after_s: _Count | None = 600
     """Seconds without progress of some process after which it is named and the run ends; null: never."""
+    deterministic: bool = False
+    """Have the accelerator give the same bits each time, as the CPU does anyway."""
 
 
 class RunConfig(_Section):
@@ -225,7 +246,7 @@ class RunConfig(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunSection
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: _Path = "ds_configs/zero3.json"
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
@@ -235,7 +256,7 @@ class RunConfig(_Section):
                 f"method {self.method} contradicts chain.length {length}: set chain.length=1 or method=cola"
             )
         if isinstance(ranks, list) and len(ranks) != length:
-            raise ValueError(f"lora.rank {ranks} names {len(ranks)} links, but chain.length is {length}")
+            raise ValueError(f"lora.rank {quoted(ranks)} names {len(ranks)} links, but chain.length is {length}")
         if isinstance(self.chain.knots, dict):
             (at,) = self.chain.knots.values()
             if len(at) != length - 1:
@@ -298,50 +319,15 @@ def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# YAML as people write it: 5e-4 is a number (YAML 1.2; PyYAML's YAML 1.1 reads it as text), and a key given twice is an error.
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else None)
-        return super().construct_mapping(node, deep=deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that _Loader would read as a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-        list("-+.0123456789"),
-    )
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none, for one
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run's YAML, apply `section.key=value` overrides in order, and check it.
 
     Raises UserError, in one line, for a missing file, bad YAML, an unknown key, a wrong type, a value out of range, or
     keys that contradict each other.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the run's YAML {path}: {getattr(error, 'strerror', None) or error}") from None
-    raw = parse_yaml(text, str(path))
+    raw = parse_yaml(read_text(path, "the run's YAML"), str(path))
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no keys; a run's YAML has sections such as model, data and optim")
+        raise UserError(f"{cut(str(path))} holds no keys; a run's YAML has sections such as model, data and optim")
     return check_config(raw, overrides or [], str(path))
 
 
@@ -352,27 +338,35 @@ def check_config(raw: dict[str, Any], overrides: list[str], source: str) -> RunC
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(explain(dict(e)) for e in error.errors())) from None
+        raise UserError(f"{cut(source)}: {explain_some(error)}") from None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set what `section.key=value` says in a config's keys. Raises UserError for one that does not look like that."""
     name, separator, text = override.partition("=")
     if not separator or not name:
-        raise UserError(f"override {override!r} must look like section.key=value, for example optim.lr=5e-4")
+        raise UserError(f"override {quoted(override)} must look like section.key=value, for example optim.lr=5e-4")
     *sections, key = name.split(".")
     target: Any = raw
     for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise UserError(f"override {name}: {section} is a value, not a section")
+        inner = target.get(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override {cut(name)}: {cut(section)} is a value, not a section")
+        target[section] = target = dict(inner)  # an alias may have made it another section, too
     target[key] = parse_yaml(text, f"override {name}")
+
+
+def explain_some(error: ValidationError) -> str:
+    """The first few of a pydantic error's mistakes, and how many there are more."""
+    mistakes = list(dict.fromkeys(explain(dict(each)) for each in error.errors(include_url=False)[:_EXPLAINED]))
+    more = error.error_count() - _EXPLAINED
+    return "; ".join(mistakes) + (f"; and {more} more" if more > 0 else "")
 
 
 def explain(error: dict[str, Any]) -> str:
     """One pydantic error as a sentence that names the key, the value and the remedy."""
     # Only names of keys stay: pydantic adds the tags of unions and positions in lists.
-    names = [str(part) for part in error["loc"]]
+    names = [cut(str(part), 80) for part in error["loc"]]
     key, kind, message = ".".join(names), error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         known = keys_of(names[:-1])
@@ -385,11 +379,11 @@ def explain(error: dict[str, Any]) -> str:
         return message
     value = error["input"]
     if kind == "value_error":
-        return f"{key} {message}; it is {value!r}"
-    quoted = " (text: write numbers without quotes)" if isinstance(value, str) and "number" in message + kind else ""
+        return f"{key} {message}; it is {quoted(value)}"
+    as_text = " (text: write numbers without quotes)" if isinstance(value, str) and "number" in message + kind else ""
     message = message.removeprefix("Input ").replace("should be", "must be")
     message = message.replace("a valid integer", "an integer").replace("a valid ", "a ")
-    return f"{key} {message}; it is {value!r}{quoted}"
+    return f"{key} {message}; it is {quoted(value)}{as_text}"
 
 
 def keys_of(names: list[str]) -> list[str]:
@@ -408,11 +402,6 @@ def is_task_file(task: str) -> bool:
 def dump_config(config: RunConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal one."""
     return dump_yaml(config.model_dump(exclude_unset=True))
-
-
-def dump_yaml(content: Any) -> str:
-    """What `parse_yaml` reads back to the same."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 @dataclass(frozen=True)

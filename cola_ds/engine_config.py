@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import difflib
 import json
-from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, Timetable
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, cut, quoted
+from cola_ds.reading import parse_json, read_text
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 _PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
+_OBJECTS = (
+    "zero_optimization", *_PRECISIONS, *MONITORS, "aio", "checkpoint", "comms_logger", "data_types", "flops_profiler", "timers",
+)  # fmt: skip
+_FLAGS = ("disable_allgather", "dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")
 _ENGINE_FACTS = (
-    "zero_optimization", *_PRECISIONS, *MONITORS, "aio", "checkpoint", "comms_logger", "communication_data_type",
-    "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor", "log_level",
-    "memory_breakdown", "prescale_gradients", "steps_per_print", "timers", "wall_clock_breakdown",
+    *_OBJECTS, *_FLAGS, "communication_data_type", "gradient_predivide_factor", "log_level", "steps_per_print",
 )  # fmt: skip
 _SAID_BY_THE_YAML = {
     "optimizer": "optim.name and optim.lr",
     "scheduler": "optim.schedule",
     "activation_checkpointing": "model.activation_checkpointing",
 }
+# The optimizers are torch's own: AdaGrad and SGD are unknown to DeepSpeed's list, but are as element-wise as Adam.
+_SET_HERE = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+_SET_ANYWAY = {**_SET_HERE, "amp": {"enabled": False}, "sparse_gradients": False}
+"""Keys that JSONs made for other trainers hold: those of which these values, and no others, change nothing."""
 _UNSUPPORTED_ZERO = {
     "zero_hpz_partition_size": 1,
     "mics_shard_size": -1,
@@ -43,34 +49,46 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     Values of "auto" (as Hugging Face's integration uses them) are dropped: the run's YAML or DeepSpeed's default stands in.
     Raises UserError.
     """
-    path = Path(config.deepspeed)
-    try:
-        engine = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the DeepSpeed JSON {path}: {getattr(error, 'strerror', None) or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    path = cut(config.deepspeed)
+    engine = parse_json(read_text(config.deepspeed, "the DeepSpeed JSON"), path, by_hand=True)
     if not isinstance(engine, dict):
-        raise UserError(f"{path} must hold a JSON object")
+        raise UserError(f"{path} must hold a JSON object; it is {_shown(engine)}")
     engine = _without_auto(engine)
-    for key in ("zero_optimization", *_PRECISIONS, *MONITORS):
+    for key in _OBJECTS:
         if not isinstance(engine.get(key, {}), dict):
-            raise UserError(f"{path}: {key} must be an object like {{...}}; it is {json.dumps(engine[key])}")
+            raise UserError(f"{path}: {key} must be an object like {{...}}; it is {_shown(engine[key])}")
+    flags = {key: engine[key] for key in _FLAGS if key in engine}
+    flags |= {f"{key}.enabled": engine[key]["enabled"] for key in _OBJECTS if "enabled" in engine.get(key, {})}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} must be true or false; it is {_shown(value)}")
+    for key in ("gradient_predivide_factor", "steps_per_print"):
+        value = engine.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise UserError(f"{path}: {key} must be a positive number; it is {_shown(value)}")
     _check_keys(engine, config, path)
     _check_zero(engine.get("zero_optimization"), path)
     _check_precision(engine, config, path)
     return engine
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        raise ValueError(f"a key is given twice among {', '.join(key for key, _ in pairs)}")
-    return seen
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, cut."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = quoted(value)
+    return f'"{text[1:-1]}"' if isinstance(value, str) else text
 
 
 def _without_auto(value: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in value.items() if v != "auto"}
+    """Without what is "auto", and without objects that hold nothing else."""
+    kept = {k: _without_auto(v) if isinstance(v, dict) else v for k, v in value.items() if v != "auto"}
+    return {k: v for k, v in kept.items() if v != {} or value[k] == {}}
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Equal, and true is not 1."""
+    return bool(value == wanted) and isinstance(value, bool) == isinstance(wanted, bool)
 
 
 def _derived(config: RunConfig) -> dict[str, Any]:
@@ -81,45 +99,51 @@ def _derived(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _check_keys(engine: dict[str, Any], config: RunConfig, path: Path) -> None:
+def _check_keys(engine: dict[str, Any], config: RunConfig, path: str) -> None:
     derived = _derived(config)
     for key, value in engine.items():
         if key in _SAID_BY_THE_YAML:
             raise UserError(f"{path}: remove {key}; the run's YAML says it ({_SAID_BY_THE_YAML[key]})")
-        if key in derived and value != derived[key]:
+        if key in derived and not _is(value, derived[key]):
             yaml_key = {"gradient_clipping": "optim.max_grad_norm", "train_batch_size": "optim.global_batch_size"}.get(
                 key, "optim.micro_batch_size"
             )
-            raise UserError(f"{path}: {key} {value} contradicts {yaml_key} {derived[key]}; remove it from the JSON")
+            raise UserError(
+                f"{path}: {key} {_shown(value)} contradicts {yaml_key} {derived[key]}; remove it from the JSON"
+            )
+        if key in _SET_ANYWAY and not _is(value, _SET_ANYWAY[key]):
+            raise UserError(f"{path}: {key} {_shown(value)} is not supported; remove it")
         # gradient_accumulation_steps depends on the number of processes: compared when it is known, in complete().
-        if key not in (*derived, "gradient_accumulation_steps", *_ENGINE_FACTS):
+        if key not in (*derived, "gradient_accumulation_steps", *_SET_ANYWAY, *_ENGINE_FACTS):
+            key = cut(key, 80)
             nearest = difflib.get_close_matches(key, _ENGINE_FACTS, n=1)
             raise UserError(
                 f"{path}: unknown or unsupported key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
             )
 
 
-def _check_zero(zero: Any, path: Path) -> None:
+def _check_zero(zero: Any, path: str) -> None:
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (2, 3):
-        raise UserError(f"{path}: zero_optimization.stage is {stage}; a chain runs at stage 2 or 3")
+    if type(stage) is not int or stage not in (2, 3):
+        shown = None if stage is None else _shown(stage)
+        raise UserError(f"{path}: zero_optimization.stage is {shown}; a chain runs at stage 2 or 3")
     for key, harmless in _UNSUPPORTED_ZERO.items():
-        if zero.get(key, harmless) != harmless:
-            raise UserError(f"{path}: zero_optimization.{key} {zero[key]} is not supported; remove it")
+        if not _is(zero.get(key, harmless), harmless):
+            raise UserError(f"{path}: zero_optimization.{key} {_shown(zero[key])} is not supported; remove it")
     for key in ("offload_param", "offload_optimizer"):
-        section = zero.get(key) or {}
+        section = {} if zero.get(key) is None else zero[key]
         if not isinstance(section, dict):
-            raise UserError(
-                f"{path}: zero_optimization.{key} must be an object like {{...}}; it is {json.dumps(section)}"
-            )
+            raise UserError(f"{path}: zero_optimization.{key} must be an object like {{...}}; it is {_shown(section)}")
         device = section.get("device", "none")
         if device not in ("none", "cpu"):
-            raise UserError(f"{path}: zero_optimization.{key}.device {device} is not supported; use cpu or none")
+            raise UserError(
+                f"{path}: zero_optimization.{key}.device {_shown(device)} is not supported; use cpu or none"
+            )
         if key == "offload_param" and device == "cpu" and stage != 3:
             raise UserError(f"{path}: zero_optimization.offload_param needs stage 3; the stage is {stage}")
 
 
-def _check_precision(engine: dict[str, Any], config: RunConfig, path: Path) -> None:
+def _check_precision(engine: dict[str, Any], config: RunConfig, path: str) -> None:
     for key, dtype in _PRECISIONS.items():
         section = engine.get(key, {})
         enabled = section.get("enabled", config.model.dtype == dtype)
@@ -137,16 +161,15 @@ def complete(engine: dict[str, Any], config: RunConfig, timetable: Timetable) ->
     Raises UserError for a gradient_accumulation_steps in the JSON that differs from the derived one.
     """
     said = engine.get("gradient_accumulation_steps", timetable.micro_steps)
-    if said != timetable.micro_steps:
+    if not _is(said, timetable.micro_steps):
         raise UserError(
-            f"{config.deepspeed}: gradient_accumulation_steps {said} contradicts the {timetable.micro_steps} that follow "
-            "from optim.global_batch_size, optim.micro_batch_size and the number of processes; remove it from the JSON"
+            f"{cut(config.deepspeed)}: gradient_accumulation_steps {_shown(said)} contradicts the {timetable.micro_steps} "
+            "that follow from optim.global_batch_size, optim.micro_batch_size and the number of processes; remove it"
         )
-    complete = {key: value for key, value in engine.items() if key not in MONITORS}
+    complete = {key: value for key, value in engine.items() if key not in (*MONITORS, *_SET_ANYWAY)}
     complete |= _derived(config) | {"gradient_accumulation_steps": timetable.micro_steps}
     if config.model.dtype != "fp32":
         complete[config.model.dtype] = {**engine.get(config.model.dtype, {}), "enabled": True}
-    # The optimizers are torch's own: AdaGrad and SGD are unknown to DeepSpeed's list, but are as element-wise as Adam.
-    complete |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    complete |= _SET_HERE
     complete.setdefault("steps_per_print", 2**31)
     return complete

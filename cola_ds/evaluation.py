@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, check_config
-from cola_ds.rundir import RunFolder
+from cola_ds.learnt import Learnt, is_run, read_learnt
+from cola_ds.rundir import ENGINE
 from cola_ds.tables import file_name
 
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
@@ -20,16 +22,15 @@ def evaluation_config(
     model: dict[str, Any] = {"path": target}
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    raw: dict[str, Any] = {}
-    if (Path(target) / "run.yaml").is_file():
-        run = RunFolder(target)
-        run.result()
-        config = run.config()
-        model, raw["deepspeed"] = config.model.model_dump(), config.deepspeed
+    raw: dict[str, Any] = {"deepspeed": _default_engine()}
+    if is_run(Path(target)) or os.path.isfile(os.path.join(target, "run.yaml")):
+        learnt = read_learnt(target)
+        config = learnt.config
+        model, raw["deepspeed"] = config.model.model_dump(), _engine_of(learnt)
         if config.method == "full":
-            model["path"] = str(run.path / "model")
+            model["path"] = str(learnt.folder / "model")
         elif config.trains_lora:
-            model["links"] = str(run.path)
+            model["links"] = str(learnt.folder.resolve())  # the evaluation's own folder is read from elsewhere, too
         section["seed"] = config.run.seed
         if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
             its_own = {"revision"} if task == config.data.task and data_dir is None else set()
@@ -47,7 +48,20 @@ def evaluation_config(
     return check_config(raw, overrides, "cola-ds evaluate")
 
 
+def _engine_of(run: Learnt) -> str:
+    """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started."""
+    kept = run.folder.resolve() / ENGINE
+    return str(kept) if kept.is_file() else run.config.deepspeed
+
+
+def _default_engine() -> str:
+    """The default DeepSpeed JSON, here or, in another folder, where this program lies."""
+    name = str(RunConfig.model_fields["deepspeed"].default)
+    beside = Path(__file__).resolve().parent.parent / name
+    return name if Path(name).is_file() or not beside.is_file() else str(beside)
+
+
 def _words(target: str) -> str:
     """A folder's path, or a name on the hub, as one name: the last part of it alone may be seed=0."""
-    path, here = Path(target).resolve() if Path(target).is_dir() else Path(target), Path.cwd()
+    path, here = Path(target).resolve() if os.path.isdir(target) else Path(target), Path.cwd()
     return file_name(str(path.relative_to(here) if here in path.parents else path))

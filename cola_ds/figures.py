@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cola_ds.errors import UserError
+from cola_ds.report_files import PNG_TEXT, check_picture, write_file
 from cola_ds.rundir import RunFolder
-from cola_ds.tables import Cell, budget, file_name
+from cola_ds.tables import Cell, budget, file_name, one_line
 
 _NAMED = 12  # curves: the legend of more would hide them
 
@@ -25,10 +28,12 @@ def _pyplot(option: str) -> Any:
     return pyplot
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def _save(pyplot: Any, figure: Any, option: str, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png", metadata=PNG_TEXT)
     pyplot.close(figure)
+    check_picture(option, path)
+    write_file(option, path, content.getvalue())
 
 
 def _finish(axes: Any, legend: Mapping[str, Any] | None = None, **labels: str) -> None:
@@ -50,18 +55,27 @@ def draw_losses(runs: Mapping[str, Path], path: Path) -> None:
         knots = [row["step"] for row in folder.rows("knots.jsonl")][:-1]  # the last is the end of the run
         if not metrics:  # no training: a level to compare with
             if evaluations:
-                held_out.axhline(evaluations[-1]["loss"], label=name, color="gray", linestyle=":")
+                held_out.axhline(evaluations[-1]["loss"], label=_label(name), color="gray", linestyle=":")
             continue
-        (line,) = train.plot([r["step"] for r in metrics], _smoothed([r["loss"] for r in metrics]), label=name)
+        (line,) = train.plot([r["step"] for r in metrics], _smoothed([_loss(r) for r in metrics]), label=_label(name))
         color = line.get_color()
         steps, losses = [r["step"] for r in evaluations], [r["loss"] for r in evaluations]
-        held_out.plot(steps, losses, "o-", label=name, color=color)
+        held_out.plot(steps, losses, "o-", label=_label(name), color=color)
         for axes in (train, held_out):
             for knot in knots:
                 axes.axvline(knot, color=color, linestyle="--", linewidth=0.8)
     for axes, what in ((train, "training loss (mean of 5 rows)"), (held_out, "held-out loss")):
         _finish(axes, title=f"{what}; dashed: knots", xlabel="step", ylabel="loss (nats per token)")
-    _save(pyplot, figure, path)
+    _save(pyplot, figure, "--plot", path)
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return math.nan if row.get("loss") is None else row["loss"]
+
+
+def _label(name: str) -> str:
+    """A name as a legend shows it: matplotlib takes $ for mathematics, and leaves out what begins with _."""
+    return " " * name.startswith("_") + one_line(name, 100).replace("$", r"\$")
 
 
 def _smoothed(values: list[float], width: int = 5) -> list[float]:
@@ -79,9 +93,9 @@ def draw_figures(cells: Sequence[Cell], folder: Path) -> None:
         for cell in cells:
             curve = _mean_losses(cell) if cell.group.task == task else {}
             if curve:
-                axes.plot(list(curve), _smoothed(list(curve.values())), label=cell.group.name)
-        _finish(axes, title=f"{task}: training loss", xlabel="step", ylabel="loss (mean of seeds and 5 rows)")
-        _save(pyplot, figure, folder / f"loss-{file_name(task)}.png")
+                axes.plot(list(curve), _smoothed(list(curve.values())), label=_label(cell.group.name))
+        _finish(axes, title=f"{_label(task)}: training loss", xlabel="step", ylabel="loss (mean of seeds and 5 rows)")
+        _save(pyplot, figure, "--figures", folder / f"loss-{file_name(task)}.png")
     for by in ("length", "rank"):
         lines = _score_lines(cells, by)
         if not lines:
@@ -90,12 +104,12 @@ def draw_figures(cells: Sequence[Cell], folder: Path) -> None:
         for line, points in lines.items():
             xs = sorted(points)
             spread = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
-            axes.errorbar(xs, [statistics.mean(points[x]) for x in xs], spread, fmt="o-", capsize=3, label=line)
+            axes.errorbar(xs, [statistics.mean(points[x]) for x in xs], spread, fmt="o-", capsize=3, label=_label(line))
         axes.set_xticks(sorted({x for points in lines.values() for x in points}))
         label = {"length": "chain length", "rank": "LoRA rank"}[by]
         beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # scores may lie anywhere
         _finish(axes, beside, title=f"test score by {label}", xlabel=label, ylabel="test score (mean ± deviation)")
-        _save(pyplot, figure, folder / f"score-by-{by}.png")
+        _save(pyplot, figure, "--figures", folder / f"score-by-{by}.png")
 
 
 def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[float]]]:
@@ -121,6 +135,6 @@ def _mean_losses(cell: Cell) -> dict[int, float]:
     losses: dict[int, list[float]] = {}
     for outcome in cell.finished:
         for row in RunFolder(outcome.folder).rows("metrics.jsonl"):
-            if row["loss"] is not None:
+            if row.get("loss") is not None:
                 losses.setdefault(row["step"], []).append(row["loss"])
     return {step: statistics.mean(values) for step, values in sorted(losses.items())}

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 from cola_ds.config import ModelConfig
 from cola_ds.data.sources import TokenizedData
 from cola_ds.data.taskdata import TaskData
 from cola_ds.errors import UserError
+from cola_ds.files import sha256_of
+from cola_ds.model_files import weight_files
+from cola_ds.model_folder import model_folder
 
 _READ_WHOLE = 2**30  # bytes of weights up to which all of them are hashed: a second or two
 _SAMPLE = 4096  # bytes of every tensor otherwise
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as held:
-        while block := held.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def model_fingerprint(config: ModelConfig) -> str:
     """SHA-256 of a base model: its config.json; each weight file's name and size and its tensors' names, dtypes and shapes; and
     their data, all of it in models of up to 1 GiB, else the first 4096 bytes of every tensor.
 
-    Raises UserError for a weight file that is not safetensors, and where there is none.
+    Raises UserError for a weight file that is not safetensors, or not there, and where there is none.
     """
-    folder = _model_folder(config)
+    folder = model_folder(config)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:  # those that were loaded came from elsewhere: the hub may offer a conversion in another revision
         raise UserError(
             f"model.path {config.path} has no safetensors beside its config.json; save it as such in a folder"
@@ -45,8 +38,6 @@ def model_fingerprint(config: ModelConfig) -> str:
             continue
         with open(path, "rb") as held:
             size = int.from_bytes(held.read(8), "little")
-            if size > path.stat().st_size:
-                raise UserError(f"{path} is not a safetensors file")
             header = held.read(size)
             digest.update(header)
             for name, tensor in sorted(json.loads(header).items()):
@@ -55,24 +46,6 @@ def model_fingerprint(config: ModelConfig) -> str:
                     held.seek(8 + size + begin)
                     digest.update(held.read(min(_SAMPLE, end - begin)))
     return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that loading reads: a folder may hold others, such as an adapter or the same weights in another layout."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _model_folder(config: ModelConfig) -> Path:
-    """The local folder of a model; for a hub name, where the hub's cache keeps that revision."""
-    if Path(config.path).is_dir():
-        return Path(config.path)
-    from transformers.utils import cached_file
-
-    return Path(cached_file(config.path, "config.json", revision=config.revision)).parent
 
 
 def data_fingerprint(data: TokenizedData | TaskData | None) -> str | None:

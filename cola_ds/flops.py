@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 
 import torch
 
 from cola_ds import zero
+from cola_ds.errors import first_line
 from cola_ds.lora import inject, start_link
 from cola_ds.prepare import Prepared, count_adapters
+
+_COUNT_WITHIN_S = 60.0
 
 
 def training_flops(prepared: Prepared, link_tokens: list[int]) -> int:
@@ -34,9 +39,37 @@ def profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
 
     The pass is that of the first micro batch, on the meta device: nothing is computed. A backward pass counts as two, though the
     gradients of frozen weights are not computed.
+
+    Raises RuntimeError for a model whose forward pass cannot be counted: one that looks at values, which the meta device has none
+    of, or that takes more than a minute.
     """
     if not prepared.config.trains:
         return 0
+    return _within(_COUNT_WITHIN_S, lambda: _profiled_flops(prepared, link_tokens))
+
+
+def _within(limit_s: float, count: Callable[[], int]) -> int:
+    """What `count` returns. RuntimeError for whatever goes wrong in it: it runs a model's own code. A thread that takes too long
+    is left behind, and goes with the process."""
+    found: list[int | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(count())
+        except BaseException as error:  # also an exit: it is not this program's
+            found.append(error)
+
+    thread = threading.Thread(target=work, name="flops", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not found:
+        raise RuntimeError(f"the forward pass on the meta device did not end within {limit_s:g} s")
+    if isinstance(found[0], BaseException):
+        raise RuntimeError(f"the forward pass on the meta device: {first_line(found[0])}") from found[0]
+    return found[0]
+
+
+def _profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
     size = min(prepared.config.optim.micro_batch_size, len(prepared.train))
     batch = prepared.train.collate(list(range(size)))
     forward_tokens = sum(prepared.train.lengths[:size])

@@ -8,8 +8,11 @@ from typing import Any
 
 from cola_ds import lock
 from cola_ds.checkpoint import CheckpointFolder, DamagedError, read_checkpoint
+from cola_ds.config import load_config
 from cola_ds.errors import UserError
-from cola_ds.fingerprint import sha256_of
+from cola_ds.files import sha256_of
+from cola_ds.learnt import read_learnt, run_config, run_marker
+from cola_ds.marker import Marker
 from cola_ds.rundir import RunFolder
 
 
@@ -18,10 +21,10 @@ def inspect(run: str) -> str:
 
     Raises UserError for a folder that no run left.
     """
+    marker = run_marker(Path(run))
     folder = RunFolder(run)
-    if not folder.path.is_dir() or not folder.left():
-        raise UserError(f"{run} is no run's folder")
-    config, checkpoints = folder.config(), CheckpointFolder(folder)
+    damage = _damage(folder, marker)
+    config, checkpoints = load_config(folder.path / "run.yaml"), CheckpointFolder(folder)
     found = {path.name: _state(path) for path in checkpoints.steps()}
     good = [state for state in found.values() if not isinstance(state, str)]
     metrics, evaluations, events = (folder.rows(f"{name}.jsonl") for name in ("metrics", "evals", "events"))
@@ -31,9 +34,12 @@ def inspect(run: str) -> str:
         f"run          {folder.path}",
         f"method       {config.method}, {config.model.path} ({config.model.dtype})",
         f"status       {_status(folder, events)}",
+        *([f"DAMAGED      {damage}"] if damage else []),
         f"steps        {last['step']}{total} logged" + (f", loss {last['loss']:.4f}" if last.get("loss") else ""),
+        f"steps        {last['step']}{total} logged"
+        + (f", loss {last['loss']:.4f}" if last.get("loss") is not None else ""),
     ]
-    skipped = [row for row in events if row["event"] == "skipped"]
+    skipped = [row for row in events if row["event"] == "skipped" and "step" in row]
     if skipped:
         lines.append(
             f"skipped      {len({row['step'] for row in skipped})} updates, the last at step {skipped[-1]['step']}"
@@ -42,7 +48,7 @@ def inspect(run: str) -> str:
     if losses:
         best = min(losses, key=lambda row: row["loss"])
         lines.append(f"best         held-out loss {best['loss']:.4f} at step {best['step']}")
-    on_dev = [row for row in evaluations if row.get("split") == "dev"]
+    on_dev = [row for row in evaluations if row.get("split") == "dev" and {"score", "metric"} <= row.keys()]
     if on_dev:
         best = max(on_dev, key=lambda row: row["score"])
         lines.append(f"best         {best['metric']} {best['score']:.4f} on dev at step {best['step']}")
@@ -50,7 +56,7 @@ def inspect(run: str) -> str:
         lines.append(f"links        {_count_links(folder)} of {config.chain.length} tied")
     for row in folder.rows("knots.jsonl"):
         at = f"  link {row['link']}     step {row['step']}, LoRA rank {row['lora_rank']}, |delta| {row['delta_norm']:.4g}"
-        lines.append(at + (f", rounding error {row['rounding_error']:.2%}" if row["rounding_error"] else ""))
+        lines.append(at + (f", rounding error {row['rounding_error']:.2%}" if row.get("rounding_error") else ""))
     lines.append(f"checkpoints  {len(found) or 'none'}")
     marks = {"latest": checkpoints.pointer("latest"), "best": checkpoints.pointer("best")}
     for name, state in found.items():
@@ -66,19 +72,32 @@ def _state(path: Path) -> Any:
         return f"DAMAGED: {error}"
 
 
+def _damage(folder: RunFolder, marker: Marker) -> str:
+    """What is not as the run left it; nothing where all is."""
+    try:
+        run_config(folder.path, marker)
+        if (folder.path / "result.json").exists():
+            read_learnt(folder.path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _status(folder: RunFolder, events: list[dict[str, Any]]) -> str:
     last = next(
         (row for row in reversed(events) if row["event"] in ("started", "resumed", "stopped", "finished")), None
     )
     starts = sum(row["event"] in ("started", "resumed") for row in events)
-    when = f" ({last['time']}, start {starts})" if last else ""
+    when = f" ({last.get('time', '?')}, start {starts})" if last else ""
     held = lock.holder(folder.path)
     if held:
         return f"going on: process {held.get('pid')} on {held.get('host')}{when}"
     if (folder.path / "result.json").exists():
         return f"finished{when}"
     if last and last["event"] == "stopped":
-        return f"stopped on {last['signal']} after step {last['step']}; the same command goes on{when}"
+        return (
+            f"stopped on {last.get('signal', '?')} after step {last.get('step', '?')}; the same command goes on{when}"
+        )
     return f"ended before it was finished; the same command goes on from its newest checkpoint{when}"
 
 

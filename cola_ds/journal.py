@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,11 @@ from tqdm import tqdm
 
 from cola_ds import processes, zero
 from cola_ds.data.batching import StepExamples
+from cola_ds.errors import first_line
 from cola_ds.evaluate import HeldOut, TaskScore
 from cola_ds.rundir import RunFolder
+
+T = TypeVar("T")
 
 
 class Journal:
@@ -50,17 +55,35 @@ class Journal:
         self._loss.fill_(loss[rank])
         self._losses, self._steps, self._tokens = state["losses"], state["steps"], state["tokens"]
         self._carried_s = state["seconds"]
-        self.bar.update(step)
+        self._move(step)
 
     def say(self, message: str) -> None:
         """One line, from process 0."""
         if self.folder:
-            self.bar.write(f"cola-ds: {message}", file=sys.stderr)
+            self._print(f"cola-ds: {message}", sys.stderr)
+
+    def _print(self, line: str, file: Any = None) -> None:
+        with contextlib.suppress(OSError, ValueError):  # full, or closed
+            self.bar.write(line, file=file)
+
+    def figure(self, name: str, find: Callable[[], T]) -> T | None:
+        """What `find` returns: a figure that is only reported. Whatever keeps it from being found costs that figure alone: it is
+        None then, and a line and an event say why."""
+        try:
+            return find()
+        except Exception as error:
+            self.say(f"warning: no {name}: {first_line(error)}")
+            self.event("no figure", figure=name, reason=first_line(error))
+            return None
 
     def event(self, what: str, **facts: Any) -> None:
         """Something that happened to the run."""
         if self.folder:
             self.folder.event(what, **facts)
+
+    def _move(self, steps: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.update(steps)
 
     def restart_clock(self) -> None:
         """Leave out of step_s what happened since the last row: an evaluation, a knot, loading."""
@@ -77,13 +100,13 @@ class Journal:
             self._losses += 1
         self._steps += 1
         self._tokens += examples.tokens
-        self.bar.update()
+        self._move(1)
         if where["step"] % self.log_every_steps and not now:
             return
         total = processes.sum_over_processes(self._loss).item()
         mean_loss = total / self._losses if self._losses else math.nan
         seconds = time.perf_counter() - self._since
-        tokens_per_s = self._tokens / seconds
+        tokens_per_s = self._tokens / seconds if seconds > 0 else math.nan  # a clock may be coarse
         if self.folder:
             row = {
                 **where,
@@ -112,7 +135,7 @@ class Journal:
             seconds = f"tied in {row['tie_s']:.2f} s"
             if row["rebuild_s"] is not None:
                 seconds += f", rebuilt in {row['rebuild_s']:.2f} s"
-            self.bar.write(
+            self._print(
                 f"knot: link {row['link']} (rank {row['lora_rank']}) tied at step {row['step']}: "
                 f"|delta| {row['delta_norm']:.4g}, loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}, {seconds}"
             )
@@ -128,10 +151,11 @@ class Journal:
             scalars = {f"Eval/{found.split}_{found.metric}": found.score}
         if self.folder:
             self.folder.append("evals.jsonl", {**where, **asdict(found)})
-            self.bar.write(line)
+            self._print(line)
         self.monitor.write(where["step"], scalars)
         self.restart_clock()
 
     def close(self) -> None:
         """Take the bar down."""
-        self.bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()

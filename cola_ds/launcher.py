@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, first_line, quoted
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MOST_PROCESSES = 1_000_000
 _ENDED_WITHIN_S = 3  # mpirun ends the others soon after the first that fails: where all do, one of them speaks
 
 
@@ -32,7 +33,7 @@ def identify() -> Process:
     """Read what the launcher set; without any launcher, be a run of one process.
 
     Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher says the same by other names. Raises
-    UserError when only some of them can be known.
+    UserError when only some of them can be known, and for values that no launcher sets.
     """
     given = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
     # MASTER_* may linger in a shell; only RANK and WORLD_SIZE say that a launcher started this process.
@@ -41,11 +42,28 @@ def identify() -> Process:
     missing = [name for name in _NAMES if name not in given]
     if missing:
         raise UserError(f"the launcher set some of {', '.join(_NAMES)}, but not {', '.join(missing)}")
+    process = Process(*(_number(name, given[name], _MOST_PROCESSES) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    if process.rank >= process.world_size:
+        raise UserError(
+            f"RANK {process.rank} is not below WORLD_SIZE {process.world_size}, as a process's number is, from 0 on; let "
+            "the launcher set them, or unset both"
+        )
+    if _number("MASTER_PORT", given["MASTER_PORT"], 2**16 - 1) == 0:
+        raise UserError("MASTER_PORT 0 is no port that the processes could meet at; set one from 1 to 65535")
+    if not re.fullmatch(r"[\w.:%\[\]-]+", address := given["MASTER_ADDR"]):
+        raise UserError(f"MASTER_ADDR {quoted(address)} is no host's name or address; set that of process 0's machine")
     os.environ.update(given)
-    try:
-        return Process(*(int(given[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    except ValueError:
-        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers") from None
+    return process
+
+
+def _number(name: str, text: str, most: int = 2**63) -> int:
+    """What a launcher's variable says. Raises UserError that names it."""
+    if not re.fullmatch(r"\s*[0-9]{1,20}\s*", text) or int(text) > most:
+        limits = f"from 0 to {most}" if most < 2**63 else "from 0 on"
+        raise UserError(
+            f"{name} must be a whole number {limits}; it is {quoted(text)}: let the launcher set it, or unset it"
+        )
+    return int(text)
 
 
 def _alone() -> dict[str, str]:
@@ -129,7 +147,8 @@ def _from_srun() -> dict[str, str] | None:
     """A task of a Slurm job step. In a batch script itself, outside srun, there is no step of this program."""
     if "SLURM_PROCID" not in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
         return None
-    job = int(os.environ.get("SLURM_JOB_ID", 0)) * 31 + int(os.environ.get("SLURM_STEP_ID", 0))
+    job_id, step_id = (_number(name, os.environ.get(name) or "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job = job_id * 31 + step_id
     found = {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ.get("SLURM_LOCALID", ""),

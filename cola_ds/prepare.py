@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from cola_ds.data.sources import TokenizedData, load_split
 from cola_ds.data.taskdata import TaskData, load_task
 from cola_ds.data.tokens import LOSSES
 from cola_ds.engine_config import complete, read_engine_config
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, cut, first_line
 from cola_ds.lora import find_targets
+from cola_ds.model_files import check_folder
+from cola_ds.model_folder import check_no_adapter
 from cola_ds.packable import check_packable
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
@@ -50,6 +53,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     tokenizer, skeleton = _describe_model(config)
     targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
     limit = getattr(skeleton.config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) else None
     max_length = config.data.max_length
     if config.data.task is not None and "max_length" not in config.data.model_fields_set:
         max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
@@ -79,12 +83,13 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
 
 def _model_path(path: str) -> str:
     """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
-    if not Path(path).is_dir():
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-            raise UserError(f"model.path {path} is not a folder, and cannot be a name on the Hugging Face hub")
+    if not os.path.isdir(path):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or len(path) > 96:
+            raise UserError(f"model.path {cut(path)} is not a folder, and cannot be a name on the Hugging Face hub")
         return path
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path {path} has no config.json: it is not a model's folder")
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"model.path {cut(path)} has no config.json: it is not a model's folder")
+    check_folder(Path(path))
     return str(Path(path).resolve())
 
 
@@ -93,6 +98,8 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
 
     model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    check_no_adapter(model)
+    local = os.path.isdir(model.path)
     try:
         model_config = AutoConfig.from_pretrained(model.path, **options)
         tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
@@ -100,14 +107,10 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
             skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever a folder's files or a missing package make transformers raise
         reason = first_line(error)
-        where = "" if Path(model.path).is_dir() else "is not a folder here, and the hub does not give it: "
-        raise UserError(f"model.path {model.path}: {where}{reason}") from None
+        where = "" if local else "is not a folder here, and the hub does not give it: "
+        raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
     if getattr(model_config, "quantization_config", None):
         raise UserError(f"model.path {model.path} is quantised, which is not supported; use the model it was made from")
-    if Path(model.path).is_dir() and not any(Path(model.path).glob("*.safetensors")):
-        raise UserError(
-            f"model.path {model.path} has no *.safetensors; pickled weights are not read, so convert them first"
-        )
     return tokenizer, skeleton
 
 

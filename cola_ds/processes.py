@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -47,21 +47,17 @@ def start_processes(
     """Join the process group over the accelerator's own backend, once all processes have arrived. Collective.
 
     `begin_watch` is called as soon as they have, with a function that gives all what process 0 has: a group that does not begin
-    is waited for long, and without a word. Raises UserError when this machine has fewer accelerators than processes, when the
-    port of process 0 is taken, when an interrupted compilation has left a lock that DeepSpeed's own would wait for, and when
-    processes do not arrive in time.
+    is waited for long, and without a word. Raises UserError when this machine has fewer accelerators than processes, when two
+    processes have the same one, when the port of process 0 is taken, when an interrupted compilation has left a lock that
+    DeepSpeed's own would wait for, and when processes do not arrive in time.
     """
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu" and process.local_rank >= accelerator.device_count():
-        raise UserError(
-            f"process {process.rank} is number {process.local_rank + 1} on its machine, which has "
-            f"{accelerator.device_count()} accelerators; start one process per accelerator"
-        )
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens there
-    if process.rank == 0 and not agent and not dist.is_initialized():
+    _take_device(process)
+    # fp32 means fp32: some containers' images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, and ties would lose 13 bits of 24.
+    torch.set_float32_matmul_precision("highest")
+    agent = arrival.by_agent()
+    if process.world_size == 1 and not agent and not dist.is_initialized():
         _check_port(int(os.environ["MASTER_PORT"]))
     _check_compilation()
-    accelerator.set_device(process.local_rank)
     store = None
     if process.world_size > 1 and not agent and not dist.is_initialized():
         # Process 0 keeps it: the group that begins below finds its server.
@@ -71,16 +67,65 @@ def start_processes(
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
     )
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(dist_backend=_backend(), auto_mpi_discovery=False, verbose=False)
+        index = device().index  # None on the CPU; elsewhere NCCL would guess it from the rank
+        dist.barrier(device_ids=None if index is None else [index])
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise UserError(
+            f"process {process.rank} on {socket.gethostname()} has the same accelerator as another process; "
+            "start one process per accelerator"
+        ) from None
     # On the CPU each process shares a buffer of 66 MiB with those on its machine, under a name that DeepSpeed never removes. Once
     # all have opened it the name can go: the memory itself then goes with the processes, however they end.
-    dist.barrier()
     name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(os.getuid(), **os.environ)
     Path("/dev/shm", name).unlink(missing_ok=True)
     if begin_watch and store is None:
         begin_watch(from_process_0)
+
+
+def _take_device(process: Process) -> None:
+    """Compute on the accelerator of this process: the one of its number on its machine or, where the launcher lets each process
+    see one alone, that one."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return
+    index, count = process.local_rank, accelerator.device_count()
+    (seen_by,) = accelerator.visible_devices_envs()[:1]
+    if index and count == 1 and os.environ.get(seen_by):  # as srun --gpus-per-task=1 does
+        index = 0
+        for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # where DeepSpeed looks for the device's number
+            if name in os.environ:
+                os.environ[name] = "0"
+    if index >= count:
+        raise UserError(
+            f"process {process.rank} is number {index + 1} on its machine, which has {count} accelerators; "
+            "start one process per accelerator"
+        )
+    accelerator.set_device(index)
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Have torch choose kernels that give the same bits each time, or let it choose the fastest. Before the first matrix product.
+
+    Of attention's kernels that leaves the flash and the memory-efficient one, with the deterministic variants of their backward
+    passes, and the plain one. An operation that has no such kernel raises. On the CPU nothing but a few scatters changes.
+    Raises UserError for a CUBLAS_WORKSPACE_CONFIG under which cuBLAS is not deterministic.
+    """
+    if wanted:
+        # cuBLAS's streams would share their workspace otherwise, in any order; read when the first product is computed.
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if workspace not in (":4096:8", ":16:8"):
+            raise UserError(
+                f"run.deterministic needs CUBLAS_WORKSPACE_CONFIG :4096:8 or :16:8; it is {workspace[:40]}, unset it"
+            )
+    if torch.are_deterministic_algorithms_enabled() != wanted:
+        torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    # What is left unwritten, nobody reads: the engine's buckets alone are gigabytes to fill.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _open_store(process: Process, timeout_s: float) -> TCPStore:
@@ -102,9 +147,7 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise UserError(
-                f"MASTER_PORT {port} on {socket.gethostname()}: {error.strerror}; set another MASTER_PORT"
-            ) from None
+            raise arrival.port_taken(port, error) from None
 
 
 def _extensions() -> Path:
@@ -197,9 +240,17 @@ def max_over_processes(value: float) -> float:
     return float(held.item())
 
 
-def largest_of_processes(values: list[float]) -> list[float]:
-    """The largest of each of some numbers per process. Collective."""
-    held = torch.tensor(values, dtype=torch.float64, device=device())
+def largest_of_processes(values: Sequence[float | Tensor]) -> list[float]:
+    """The largest of each of some numbers per process: plain ones, or tensors () on its device. Collective.
+
+    The device is waited for once, when the answer is read.
+    """
+    here = device()
+    numbers = [
+        value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=here)
+        for value in values
+    ]
+    held = torch.stack(numbers)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return [float(value) for value in held.tolist()]
 
@@ -262,7 +313,7 @@ def tensor_from_process_0(tensor: Tensor | None, count: int) -> Tensor:  # -> (c
 
 def texts_of_processes(text: str, size: int = 256) -> list[str]:
     """One text per process, in the order of their ranks; cut after `size` bytes. Collective. Nothing is pickled."""
-    encoded = text.encode()[:size].ljust(size, b"\0")
+    encoded = text.encode(errors="replace")[:size].ljust(size, b"\0")  # a host's name may be any bytes
     mine = torch.tensor(list(encoded), dtype=torch.uint8, device=device())
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)

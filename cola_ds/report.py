@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 from cola_ds.config import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.figures import draw_figures, draw_losses
-from cola_ds.rundir import RunFolder
+from cola_ds.learnt import read_learnt, run_config
+from cola_ds.report_files import check_csv, check_picture, csv_bytes, write_file
 from cola_ds.tables import (
     Cell,
     Group,
@@ -22,6 +22,7 @@ from cola_ds.tables import (
     comparison_table,
     markdown,
     notes,
+    one_line,
     read_cell,
     read_groups,
     read_outcome,
@@ -29,10 +30,6 @@ from cola_ds.tables import (
 )  # fmt: skip
 
 _COLUMNS = ("run", "method", "links", "steps", "held-out loss", "perplexity", "seconds", "peak memory (GiB)")
-_CSV_COLUMNS = (
-    "task", "name", "state", "chosen", "method", "links", "lora_ranks", "lr", "optimizer", "num_train", "seed", "dev", "test",
-    "metric", "best_step", "steps", "flops", "profiled_flops", "seconds", "folder",
-)  # fmt: skip
 
 # The numbers of COLA's paper (arXiv 2401.04151). Columns: a method, a chain's length, or its LoRA ranks.
 _PAPER = {
@@ -86,10 +83,16 @@ def report(paths: Sequence[str], plot: str | None, csv_file: str | None, paper: 
     `plot`: a PNG of loss curves; `csv_file`: a line a run; `paper`: the table of the paper whose numbers stand beside ours;
     `figures`: a folder for pictures of training loss, and of the score against chain length and LoRA rank.
     """
+    if csv_file:  # before anything is read: what is asked for cannot be
+        check_csv(Path(csv_file))
+    if plot:
+        check_picture("--plot", Path(plot))
     cells, plain, unfinished = _find(paths)
     tasks = [cell for cell in cells if not any(o.result and not o.is_task for o in cell.all)]
     if csv_file:
-        _write_csv(Path(csv_file), [*cells, *(read_cell(_alone(name, outcome)) for name, outcome in plain.items())])
+        every = [*cells, *(read_cell(_alone(name, outcome)) for name, outcome in plain.items())]
+        rows = csv_bytes(_csv_row(cell, outcome) for cell in every for outcome in cell.all)
+        write_file("--csv", Path(csv_file), rows)
     plain |= {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
     if plot:
         curves = {name: outcome.folder for name, outcome in plain.items()}
@@ -99,7 +102,7 @@ def report(paths: Sequence[str], plot: str | None, csv_file: str | None, paper: 
     parts = [markdown(_COLUMNS, [_row(name, outcome.result) for name, outcome in plain.items()])] if plain else []
     if tasks:
         parts += _task_tables(tasks, paper)
-    return "\n\n".join([*parts, *notes(cells), *unfinished])
+    return "\n\n".join([*parts, *notes(cells), *map(one_line, unfinished)])
 
 
 def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
@@ -169,7 +172,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
     for path in map(Path, paths):
         if (path / "run.yaml").is_file() or (path / "result.json").is_file():
             if not (path / "result.json").is_file():
-                RunFolder(path).result()  # says so
+                read_learnt(path)  # says so
             loose[path.name if path.name not in loose else str(path)] = path
             continue
         sweeps = [found.parent for found in sorted(path.rglob("sweep.json"))]
@@ -177,15 +180,27 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
             raise UserError(f"{path} is a part of the sweep in {above}: name that, or a run")
         for sweep in sweeps:
             by_sweep.setdefault(sweep.resolve(), read_groups(sweep))
-        marks = sorted({found.parent for name in ("environment.json", "result.json") for found in path.rglob(name)})
+        marks = sorted({found.parent for found in path.rglob("run.json")})
         runs = [run for run in marks if not any(sweep in run.parents for sweep in sweeps)]
         if not sweeps and not runs:
             raise UserError(f"{path} holds no run")
         for run in runs:
             name = str(run.relative_to(path))
             loose[name if loose.get(name, run) == run else str(run)] = run
-    configs = {name: RunFolder(path).config() for name, path in loose.items()}
-    outcomes = {name: read_outcome(path, configs[name].run.seed) for name, path in loose.items()}
+    configs: dict[str, RunConfig] = {}
+    damaged: list[str] = []
+    for name, run in loose.items():
+        try:
+            configs[name] = run_config(run)
+        except UserError as error:
+            damaged.append(f"Unreadable: {run}: {error}")
+    if damaged and not configs and not by_sweep:
+        raise UserError(one_line(damaged[0].partition(": ")[2]))
+    outcomes = {name: read_outcome(loose[name], config.run.seed) for name, config in configs.items()}
+    if len(loose) == len(outcomes) == 1 and not by_sweep:  # nothing beside it to show
+        (outcome,) = outcomes.values()
+        if outcome.damaged:
+            raise UserError(outcome.why)
     tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
     groups = _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
     groups = [*_told_apart(by_sweep, {group.task for group in groups}), *groups]
@@ -196,7 +211,7 @@ def _find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[st
         for outcome in plain.values()
         if not outcome.result
     ]
-    return cells, {name: outcome for name, outcome in plain.items() if outcome.result}, unfinished
+    return cells, {name: outcome for name, outcome in plain.items() if outcome.result}, [*unfinished, *damaged]
 
 
 def _told_apart(by_sweep: Mapping[Path, list[Group]], elsewhere: set[str]) -> list[Group]:
@@ -266,11 +281,16 @@ def _row(name: str, result: dict[str, Any]) -> list[str]:
         result["method"],
         str(result["links"]),
         str(result["steps"]),
-        f"{scores['loss']:.4f}" if scores else "-",
-        f"{scores['perplexity']:.2f}" if scores else "-",
-        f"{result['wall_time_s']:.0f}",
-        f"{result['peak_memory_bytes'] / 2**30:.2f}",
+        _number(scores.get("loss"), 4),
+        _number(scores.get("perplexity"), 2),
+        _number(result["wall_time_s"], 0),
+        _number(result["peak_memory_bytes"], 2, 2**30),
     ]
+
+
+def _number(value: float | None, places: int, unit: float = 1.0) -> str:
+    """In that unit; "-" where the run has none."""
+    return "-" if value is None else f"{value / unit:.{places}f}"
 
 
 def _flops_table(cells: Sequence[Cell]) -> str | None:
@@ -278,13 +298,17 @@ def _flops_table(cells: Sequence[Cell]) -> str | None:
     lines: dict[str, dict[str, str]] = {}
     for cell in cells:
         if cell.config and cell.config.trains and cell.finished:
-            means = (
-                statistics.mean(o.result[key] for o in cell.finished) for key in ("training_flops", "profiled_flops")
-            )
-            lines.setdefault(cell.group.task, {})[cell.group.name] = "; ".join(f"{mean / 1e12:.4g}" for mean in means)
+            texts = [_mean_flops(cell, key) for key in ("training_flops", "profiled_flops")]
+            lines.setdefault(cell.group.task, {})[cell.group.name] = "; ".join(texts)
     names = list(dict.fromkeys(name for line in lines.values() for name in line))
     rows = [[task, *(line.get(name, "-") for name in names)] for task, line in lines.items()]
     return markdown(["task", *names], rows) if rows else None
+
+
+def _mean_flops(cell: Cell, key: str) -> str:
+    """Over the seeds whose runs could count it."""
+    counted = [outcome.result[key] for outcome in cell.finished if outcome.result[key] is not None]
+    return f"{statistics.mean(counted) / 1e12:.4g}" if counted else "-"
 
 
 def _rank_table(cells: Sequence[Cell]) -> str | None:
@@ -300,8 +324,8 @@ def _rank_table(cells: Sequence[Cell]) -> str | None:
             continue
         text, base = f"{statistics.mean(cell.scores.values()):.2f}", whole[place]
         if base is not cell:
-            flops = {outcome.seed: outcome.result["training_flops"] for outcome in cell.finished}
-            saved = [o.result["training_flops"] - flops[o.seed] for o in base.finished if o.seed in flops]
+            flops, of_base = _flops_by_seed(cell), _flops_by_seed(base)
+            saved = [of_base[seed] - flops[seed] for seed in of_base if seed in flops]
             text += f"; {sum(saved):.2e} ({len(saved)})" if saved else "; -"
         ranks = f"({', '.join(map(str, config.lora_ranks))})"
         lines.setdefault((cell.group.name, ranks), {})[cell.group.task] = text
@@ -310,18 +334,13 @@ def _rank_table(cells: Sequence[Cell]) -> str | None:
     return markdown(["method", "LoRA ranks", *tasks], rows) if rows else None
 
 
+def _flops_by_seed(cell: Cell) -> dict[int, float]:
+    found = {outcome.seed: outcome.result["training_flops"] for outcome in cell.finished}
+    return {seed: flops for seed, flops in found.items() if flops is not None}
+
+
 def _family(config: RunConfig) -> tuple[Any, ...]:
     return config.chain.length, config.lora_ranks[0], *budget(config)
-
-
-def _write_csv(path: Path, cells: Sequence[Cell]) -> None:
-    """A line for every run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, _CSV_COLUMNS)
-        writer.writeheader()
-        for cell in cells:
-            writer.writerows(_csv_row(cell, outcome) for outcome in cell.all)
 
 
 def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
@@ -336,9 +355,6 @@ def _csv_row(cell: Cell, outcome: Outcome) -> dict[str, Any]:
         row |= {"dev": outcome.dev, "test": outcome.test if outcome.is_task else None}
         row |= {"metric": result["scores"].get("metric", "loss"), "best_step": result["scores"].get("best_step")}
         row |= {"links": result["links"], "steps": result["steps"]}
-        row |= {
-            "flops": result["training_flops"],
-            "profiled_flops": result["profiled_flops"],
-            "seconds": result["wall_time_s"],
-        }
+        row |= {"flops": result["training_flops"], "profiled_flops": result["profiled_flops"]}
+        row |= {"seconds": result["wall_time_s"]}
     return row

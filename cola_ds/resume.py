@@ -6,7 +6,6 @@ reads, and sends to the others.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from cola_ds.checkpoint import (
 from cola_ds.config import RunConfig, Timetable, flat_keys, is_free
 from cola_ds.errors import UserError
 from cola_ds.fingerprint import model_fingerprint
+from cola_ds.learnt import read_learnt
 from cola_ds.lora import inject, lora_layers, start_link
 from cola_ds.rundir import RunFolder, read_link
 from cola_ds.tie import tie_link
@@ -70,44 +70,65 @@ def engine_facts(engine_json: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in engine_json.items() if key not in _ENGINE_LOG}
 
 
-def choose_start(folder: RunFolder, config: RunConfig, identity: Identity, wish: Wish) -> Checkpoint | str:
+def choose_start(
+    folder: RunFolder, config: RunConfig, identity: Identity, wish: Wish, timetable: Timetable
+) -> Checkpoint | str:
     """The checkpoint to go on from, or "anew", or "finished".
 
-    Raises UserError when the folder holds another run, a config that has changed, or checkpoints of which none verifies.
+    Raises UserError when the folder holds another run, a config that has changed, checkpoints of which none verifies, or a result
+    that is not the run's own.
     """
     if wish.fresh and wish.resume not in ("auto", "never"):
         raise UserError(f"--fresh starts anew, --resume {wish.resume} goes on: give one of them")
-    if wish.fresh or wish.resume == "never" or (wish.resume == "auto" and not folder.left()):
-        folder.check_is_free(wish.fresh)
+    if wish.fresh or wish.resume == "never" or (wish.resume == "auto" and not folder.holds_a_run()):
+        folder.check_is_free(config, wish.fresh)
         return "anew"
     checkpoints = CheckpointFolder(folder)
+    folder.check_is_ours(config)
     if wish.resume != "auto":
         found = _asked_for(Path(wish.resume))
         here = found.path.resolve().parent == checkpoints.path.resolve()
         if here or not checkpoints.ever_written():
-            if not here:
-                folder.check_is_a_run()
             _compare(found.path, found.state, config, identity, wish)
             return found
         _warn(f"{folder.path} has checkpoints of its own: it goes on from them, and not from {found.path}")
-    folder.check_is_a_run()
+    more = False
     if (folder.path / "result.json").exists():
-        _compare(folder.path, _described(folder), config, identity, wish)
+        read_learnt(folder.path)
+        more = _compare(folder.path, _described(folder), config, identity, wish)
         _check_base(folder, config)
-        return "finished"
+        if not more:
+            return "finished"
     newest = _newest(checkpoints)
     if newest is not None:
         _compare(newest.path, newest.state, config, identity, wish)
+    if more:
+        _check_more(folder, newest, timetable)
+    if newest is not None:
         return newest
     if checkpoints.ever_written():
         raise UserError(
             f"run.dir {folder.path} has no checkpoint that can be used, but has had some; "
             "put one back, or start the run anew with --fresh"
         )
-    if (folder.path / "run.yaml").exists():  # or it died while it wrote that
-        _compare(folder.path, _described(folder), config, identity, wish)
+    _compare(folder.path, _described(folder), config, identity, wish)
     _warn(f"{folder.path} holds a run that ended before its first checkpoint: it starts again from step 0")
     return "anew"
+
+
+def _check_more(folder: RunFolder, newest: Checkpoint | None, timetable: Timetable) -> None:
+    """Raise UserError where a finished run that is asked for more, by --allow-change, would train nothing."""
+    reason = None
+    if newest is None:
+        reason = "it has no checkpoint to go on from"
+    elif newest.state.chain.ended_step is not None:
+        reason = f"eval.patience has ended it at step {newest.state.chain.ended_step}"
+    elif newest.step >= timetable.total_steps:
+        reason = f"it is at step {newest.step}, where the changed config ends: a larger optim.epochs or optim.max_steps goes on"
+    if reason:
+        raise UserError(
+            f"the run in {folder.path} has finished, and the change trains nothing: {reason}; else another run.dir, or --fresh"
+        )
 
 
 def _asked_for(path: Path) -> Checkpoint:
@@ -168,13 +189,14 @@ class _Described:
 
 
 def _described(folder: RunFolder) -> _Described:
-    """What run.yaml and environment.json say."""
-    identity = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))["identity"]
-    return _Described(folder.config().model_dump(mode="json"), identity["engine"], identity["train"], identity["eval"])
+    """What run.json says."""
+    facts = folder.mine.facts
+    return _Described(facts["config"], **facts["identity"])
 
 
-def _compare(where: Path, saved: Described, config: RunConfig, identity: Identity, wish: Wish) -> None:
-    """Raise UserError for a config under which a run would not have come to where it is."""
+def _compare(where: Path, saved: Described, config: RunConfig, identity: Identity, wish: Wish) -> bool:
+    """Raise UserError for a config under which a run would not have come to where it is. Returns whether --allow-change has let
+    anything through."""
     known = flat_keys(config.model_dump(mode="json")).keys()
     for key in wish.allow_change:
         if key not in known:
@@ -186,9 +208,12 @@ def _compare(where: Path, saved: Described, config: RunConfig, identity: Identit
         for key, text in differences.items()
         if not is_free(key) and key not in _BY_CONTENT and key not in of_data
     }
+    let_through = False
     for key, before, now in (("data.train", saved.train, identity.train), ("data.eval", saved.eval, identity.eval)):
         mine = {k: text for k, text in of_data.items() if k == key or k not in ("data.train", "data.eval")}
-        if before != now and not (mine.keys() | {key}) & set(wish.allow_change):
+        if before != now and (mine.keys() | {key}) & set(wish.allow_change):
+            let_through = True
+        elif before != now:
             changed |= mine or {key: f"{key}: its examples are not those that the run began with"}
     if saved.engine != identity.engine:
         changed["deepspeed"] = f"deepspeed: {config.deepspeed} does not say what the run began with"
@@ -202,21 +227,22 @@ def _compare(where: Path, saved: Described, config: RunConfig, identity: Identit
             f"the config has changed since {where}: {'; '.join(refused)} "
             f"({remedy}to start anew: another run.dir, or --fresh)"
         )
+    return let_through or bool(changed)
 
 
 def _check_base(folder: RunFolder, config: RunConfig) -> None:
     """Raise UserError where a run that has finished was one of another base model, or of other links tied to it. A run that goes
     on is checked when its model is loaded.
     """
-    held = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-    hub_name = config.model.path == folder.config().model.path and not Path(config.model.path).is_dir()
+    held = folder.mine.facts
+    hub_name = config.model.path == held["config"]["model"]["path"] and not Path(config.model.path).is_dir()
     base = held["base"] if hub_name else model_fingerprint(config.model)  # its weights need not be here any more
     if base != held["base"]:
         raise UserError(
             f"model.path {config.model.path} is not the base model of the run that has finished in {folder.path}: its "
             f"fingerprint is {base[:16]}, that run's {held['base'][:16]} (another run.dir, or --fresh)"
         )
-    if links_of(config) != held.get("links"):
+    if links_of(config) != held["base_links"]:
         raise UserError(
             f"model.links {config.model.links} has other links than when the run in {folder.path} was finished "
             "(another run.dir, or --fresh)"
@@ -225,7 +251,7 @@ def _check_base(folder: RunFolder, config: RunConfig) -> None:
 
 def links_of(config: RunConfig) -> list[str] | None:
     """The hashes of the links that are tied to the base before anything else; None where there are none."""
-    return None if config.model.links is None else RunFolder(config.model.links).result()["link_sha256"]
+    return None if config.model.links is None else read_learnt(config.model.links).link_hashes
 
 
 def check_fits(saved_knots: list[int], link: int, step: int, timetable: Timetable) -> None:
@@ -252,8 +278,13 @@ def restore_model(
     """
     device = processes.device()
     processes.on_process_0(lambda: _check_links(model, config, link, found))
+    exact = config.chain.merge == "exact"
     for past in range(1, link):
-        _tie_again(model, config, past, read_link(found.link_path(past)) if found else {}, remainders, last=False)
+        tensors = read_link(found.link_path(past)) if found else {}
+        lora_rank = config.lora_ranks[past - 1]
+        _tie_again(
+            model, lora_rank, config.lora.alpha / lora_rank, tensors, remainders, config.chain.tie == "local", exact
+        )
     if config.trains_lora:
         start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
@@ -265,41 +296,35 @@ def restore_model(
 
 
 def _tie_again(
-    model: nn.Module,
-    config: RunConfig,
-    link: int,
-    tensors: dict[str, Tensor],
-    remainders: dict[str, Tensor],
-    last: bool,
-) -> None:
+    model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Tensor],
+    local: bool, exact: bool, last: bool = False,
+) -> None:  # fmt: skip
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():
-        lora_rank = config.lora_ranks[link - 1]
         lora_A, lora_B = (
             processes.tensor_from_process_0(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
             for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
             for count in [shape[0] * shape[1]]
         )
-        layer.reset(lora_A, config.lora.alpha / lora_rank, processes.device())
+        layer.reset(lora_A, scaling, processes.device())
         layer.lora_B.data.copy_(lora_B)
-    local, exact = config.chain.tie == "local", config.chain.merge == "exact"
     tie_link(model, remainders, local=local, exact=exact, last=last, keep_tensors=False)
 
 
-def tie_run(model: nn.Module, run: RunFolder, base: str, reads: bool) -> None:
+def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
     """Give a run's base model, whose fingerprint is `base`, all that the run has learnt, and freeze it. Collective; the links are
     what process 0, which alone `reads`, finds.
 
     Raises UserError for a run that has not finished, a link that has changed, or another base model.
     """
-    config = run.config()
     facts = processes.on_process_0(lambda: _facts_of_run(run, base))
     inject(model, facts["layers"], dropout=0.0, train_bias=False)
     remainders: dict[str, Tensor] = {}
-    for link in range(1, facts["links"] + 1):
-        tensors = run.read_link(link) if reads else {}
-        _tie_again(model, config, link, tensors, remainders, last=link == facts["links"])
-    if config.lora.bias == "lora_only":  # the last link's biases are the run's
+    for link in facts["links"]:
+        tensors = read_link(Path(link["file"])) if reads else {}
+        last = link is facts["links"][-1]
+        _tie_again(model, link["lora_rank"], link["scaling"], tensors, remainders, facts["local"], facts["exact"], last)
+    if facts["biases"]:  # the last link's are the run's
         for name, layer in lora_layers(model).items():
             if layer.bias is not None:
                 bias = processes.tensor_from_process_0(tensors.get(f"{name}.base_layer.bias"), layer.out_features)
@@ -309,18 +334,22 @@ def tie_run(model: nn.Module, run: RunFolder, base: str, reads: bool) -> None:
     model.requires_grad_(False)
 
 
-def _facts_of_run(run: RunFolder, base: str) -> dict[str, Any]:
-    links = run.tied_links()
+def _facts_of_run(run: str, base: str) -> dict[str, Any]:
+    learnt = read_learnt(run)
+    config, links = learnt.config, learnt.links
     if not links:
-        raise UserError(f"model.links {run.path} has no links: its method is {run.config().method}")
-    held = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))["base"]
-    if held != base:
+        raise UserError(f"model.links {run} has no links: its method is {config.method}")
+    if learnt.base != base:
         raise UserError(
-            f"model.links {run.path} belongs to another base model: its fingerprint is {held[:16]}, model.path's {base[:16]}"
+            f"model.links {run} belongs to another base model: its fingerprint is {learnt.base[:16]}, model.path's {base[:16]}"
         )
-    names = run.read_link(1)
-    layers = [name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")]
-    return {"links": len(links), "layers": layers}
+    return {
+        "links": [{"file": str(k.file), "lora_rank": k.lora_rank, "scaling": k.scaling} for k in links],
+        "layers": links[0].layers,
+        "local": config.chain.tie == "local",
+        "exact": config.chain.merge == "exact",
+        "biases": config.lora.bias == "lora_only",
+    }
 
 
 def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None) -> None:

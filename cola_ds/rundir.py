@@ -3,6 +3,7 @@
 RUN_DIR/
   run.yaml           the config, as load_config reads it
   environment.json   versions, git revision, hosts, world size
+  deepspeed.json     the DeepSpeed JSON, without what is only logged
   metrics.jsonl      a row a logged step
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
@@ -11,11 +12,13 @@ RUN_DIR/
   chain/link-0001/   each tied link as a PEFT adapter
   model/             method full alone: the trained model as a Hugging Face folder
   result.json        written last
-  lock.json          while a run goes on: whose folder this is (see lock.py)
+  lock.json          while a run goes on: which process holds it (see lock.py)
+  run.json           whose folder this is, and what the run wrote there (see marker.py)
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -23,23 +26,30 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cola_ds.config import RunConfig, dump_config, is_task_file, load_config
+from cola_ds.config import RunConfig, dump_config, is_task_file
 from cola_ds.errors import UserError
+from cola_ds.files import publish, scratch_beside, sha256_of, sync_folder, write_atomically, write_synced
+from cola_ds.marker import Marker
+from cola_ds.rows import read_row
 
+ENGINE = "deepspeed.json"
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
-_LEFT = ("run.yaml", *ROWS, "events.jsonl", "result.json", "chain", "model", "checkpoints", "environment.json")
+_FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", ENGINE, "environment.json")
+_FOLDERS = ("chain", "model", "checkpoints")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PEFT_PREFIX = "base_model.model."
+_GIT_WITHIN_S = 10
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
 
@@ -48,6 +58,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.marker = Marker.read(self.path)
+        """run.json; None where there is none."""
         self._unwritten: dict[str, list[str]] = {}
         self._whole: set[str] = set()
         """Files whose last row is known to be whole."""
@@ -63,20 +75,30 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise UserError(f"run.dir {self.path} cannot be written: no permission to write in {parent}")
 
-    def check_is_free(self, fresh: bool) -> None:
-        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run left."""
-        left = self.left()
-        if left and not fresh:
-            raise UserError(
-                f"run.dir {self.path} already holds a run ({left[0]}); name another, or start it anew with --fresh"
-            )
-        self.check_is_a_run()
+    @property
+    def mine(self) -> Marker:
+        """run.json of a folder that is a run's."""
+        assert self.marker is not None
+        return self.marker
 
-    def check_is_a_run(self) -> None:
-        """Raise UserError when the folder holds what a run leaves, but no run left it."""
-        left = self.left()
-        if left and not (self.path / "environment.json").exists():  # every run has it, and nothing else does
-            raise UserError(f"run.dir {self.path} holds {left[0]}, but no run left it there; name another folder")
+    def check_is_free(self, config: RunConfig, fresh: bool) -> None:
+        """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run wrote."""
+        if self.holds_a_run() and not fresh:
+            raise UserError(f"run.dir {self.path} already holds a run; name another, or start it anew with --fresh")
+        self.check_is_ours(config)
+
+    def check_is_ours(self, config: RunConfig) -> None:
+        """Raise UserError where a run of this config would write what is there, and no run wrote."""
+        if self.marker is None:
+            there = [name for name in (*_FILES, *_FOLDERS) if os.path.lexists(self.path / name)]
+        else:  # beside a run's own files others may lie, but not in their places
+            links = range(1, config.chain.length + 1)
+            places = [*_FILES, *(f"chain/link-{link:04d}/{name}" for link in links for name in _ADAPTER)]
+            if config.method == "full":
+                places += [f"model/{path.name}" for path in (self.path / "model").glob("*") if path.is_file()]
+            there = [name for name in places if name not in self.mine.wrote and os.path.lexists(self.path / name)]
+        if there:
+            raise UserError(f"run.dir {self.path} holds {there[0]}, but no run left it there; name another folder")
 
     def check_space(self, needed: int) -> None:
         """Raise UserError when the file system has not so many bytes left, beside what the run's links and checkpoints take
@@ -89,56 +111,67 @@ class RunFolder:
                 f"{needed / 2**20:,.0f} MiB; make room, name another run.dir, or lower checkpoint.keep"
             )
 
-    def create(self, config: RunConfig, environment: dict[str, Any]) -> None:
-        """Make the folder anew, with run.yaml and environment.json. Raises UserError when it cannot be written."""
-        try:
-            if (self.path / "checkpoints").exists():  # at once: a run that is half removed must not be gone on with
-                (self.path / "checkpoints").rename(self.path / f"removed-{uuid.uuid4().hex}")
-            for old in (
-                *self.path.glob("removed-*"),
-                *map(self.path.joinpath, self.left()),
-            ):  # environment.json is the last
-                _remove(old)
-        except OSError as error:
-            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
-        self.describe(config, environment)
-
-    def describe(self, config: RunConfig, environment: dict[str, Any]) -> None:
-        """Write run.yaml and environment.json. Raises UserError when they cannot be written."""
+    def create(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any]) -> None:
+        """Make the folder anew, with run.json, run.yaml and environment.json; an earlier run's files in it are removed, and
+        nothing else. Raises UserError when it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.marker is not None:
+                self.marker.begun = False  # a run that is half removed must not be gone on with
+                self.marker.write()
+                self.marker.remove()
+                self.marker.clear_scratch()
+            self.marker = Marker(self.path)
+            self.marker.write()
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.filename}: {error.strerror}") from None
+        self.describe(config, environment, facts)
+
+    def describe(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write run.yaml, environment.json, and what the run is. Raises UserError when they cannot be written."""
+        marker = self.mine
+        try:
+            marker.clear_scratch()
+            marker.begun = True
+            marker.facts = {"links": [], **marker.facts, **facts, "config": config.model_dump(mode="json")}
+            marker.write()
             self.write_json("environment.json", environment)
-            write_atomically(self.path / "run.yaml", dump_config(config).encode())
+            self._write("run.yaml", dump_config(config).encode())
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.filename}: {error.strerror}") from None
+
+    def holds_a_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.marker is not None and self.marker.begun
+
+    def rows(self, name: str, skip_damaged: bool = False) -> list[dict[str, Any]]:
+        """The rows of a .jsonl file, those included that wait for room on the disk; none if the run wrote none. What a killed run
+        left of its last row is no row.
+
+        Raises UserError naming the file and the row that is damaged, unless such rows are to be left out.
+        """
+        path, rows = self.path / name, []
+        waiting = [line.encode() for line in self._unwritten.get(name, ())]
+        for number, line in enumerate([*self._lines(name), *waiting], 1):
+            try:
+                rows.append(read_row(name, line))
+            except ValueError as error:
+                if not skip_damaged:
+                    raise UserError(f"{path}, row {number}: {error}; the row is damaged") from None
+        return rows
+
+    def _lines(self, name: str) -> list[bytes]:
+        """Without what follows the last line's end."""
+        path = self.path / name
+        return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+    def keep_engine(self, engine_json: Mapping[str, Any]) -> None:
+        """Keep the DeepSpeed JSON, without what is only logged: what reads the run later may not find it where it was. Raises
+        UserError when it cannot be written."""
+        try:
+            self.write_json(ENGINE, engine_json)
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
-
-    def left(self) -> list[str]:
-        """What there is of what a run leaves."""
-        return [name for name in _LEFT if (self.path / name).exists()]
-
-    def config(self) -> RunConfig:
-        """The run's config. Raises UserError when this is no run's folder."""
-        if not (self.path / "run.yaml").is_file():
-            raise UserError(f"{self.path} is no run's folder: it has no run.yaml")
-        return load_config(self.path / "run.yaml")
-
-    def result(self) -> dict[str, Any]:
-        """result.json. Raises UserError when the run has not finished."""
-        path = self.path / "result.json"
-        if not path.is_file():
-            raise UserError(f"{self.path} has no result.json: the run has not finished")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a .jsonl file; none if the run wrote none. What a killed run left of its last row is no row."""
-        return [json.loads(line) for line in self._lines(name)]
-
-    def _lines(self, name: str) -> list[str]:
-        path = self.path / name
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().split(b"\n")  # the last is what follows the last line's end
-        return [line.decode() for line in lines[:-1]]
 
     def row_counts(self) -> dict[str, int]:
         """How many rows there are in each of the files that a resumed run goes on with."""
@@ -149,23 +182,22 @@ class RunFolder:
 
         Where the disk is full, the row waits for the next one, and the first time a line says so.
         """
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         waiting = self._unwritten.setdefault(name, [])
-        waiting.append(json.dumps(finite, allow_nan=False) + "\n")
+        waiting.append(json.dumps(_as_json_has_it(row), allow_nan=False) + "\n")
         try:
             self._write_waiting(name)
         except OSError as error:
             if len(waiting) == 1:
-                path = self.path / name
-                print(
-                    f"cola-ds: {path} cannot be written ({error.strerror}); its rows wait", file=sys.stderr, flush=True
-                )
+                line = f"cola-ds: {self.path / name} cannot be written ({error.strerror}); its rows wait"
+                with contextlib.suppress(OSError, ValueError):
+                    print(line, file=sys.stderr, flush=True)
 
     def _write_waiting(self, name: str) -> None:
         path, waiting = self.path / name, self._unwritten[name]
+        self.mine.own([name])
         with open(path, "ab") as out:
             if name not in self._whole:  # what a process that was killed left of its last row
-                os.truncate(path, sum(len(line.encode()) + 1 for line in self._lines(name)))
+                os.truncate(path, sum(len(line) + 1 for line in self._lines(name)))
                 self._whole.add(name)
             size = path.stat().st_size
             try:
@@ -190,40 +222,61 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        write_atomically(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        self._write(name, _json(value))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: the run has finished."""
+        content = _json({"run": self.mine.id, **result})
+        before = self.mine.facts.get("result", [])[-1:]  # it stands until the new one takes its place
+        self.mine.own(["result.json"], {"result": [*before, hashlib.sha256(content).hexdigest()]})
+        self._write("result.json", content)
+
+    def _write(self, name: str, content: bytes) -> None:
+        self.mine.own([name])
+        write_atomically(self.path / name, content, self.mine.id)
 
     def link_path(self, link: int) -> Path:
         """Where a tied link lies."""
         return self.path / "chain" / f"link-{link:04d}"
-
-    def tied_links(self) -> list[Path]:
-        """The folders of a finished run's links. Raises UserError where one is missing, or is not the one that the run tied."""
-        hashes = self.result()["link_sha256"]
-        paths = [self.link_path(link) for link in range(1, len(hashes) + 1)]
-        for path, digest in zip(paths, hashes, strict=True):
-            file = path / "adapter_model.safetensors"
-            if not file.is_file():
-                raise UserError(f"{self.path} lacks {path.relative_to(self.path)}: a link of the chain is missing")
-            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                raise UserError(
-                    f"{path} is not the link that the run tied: it has changed; its checkpoints hold a copy"
-                )
-        return paths
 
     def read_link(self, link: int) -> dict[str, Tensor]:
         """A tied link's tensors, under the names that `write_link` was given."""
         return read_link(self.link_path(link) / "adapter_model.safetensors")
 
     def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> str:
-        """Write a link of the named layers as a PEFT adapter: its folder appears whole or not at all. Returns its SHA-256."""
-        lora_rank, alpha = config.lora_ranks[link - 1], config.lora.alpha
-        return write_adapter(self.link_path(link), config, lora_rank, alpha, layers, tensors)
+        """Write a link of the named layers as a PEFT adapter, and into run.json what it is: its folder appears whole or not at
+        all. Returns its SHA-256."""
+        lora_rank, alpha, target = config.lora_ranks[link - 1], config.lora.alpha, self.link_path(link)
+        files = adapter_files(config, lora_rank, alpha, layers, tensors)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        tied = {
+            "link": link, "lora_rank": lora_rank, "lora_alpha": alpha, "layers": layers,
+            "sha256": hashes["adapter_model.safetensors"], "config_sha256": hashes["adapter_config.json"],
+        }  # fmt: skip
+        links = [*self.mine.facts["links"][: link - 1], tied]
+        self.mine.own((f"chain/{target.name}/{name}" for name in files), {"links": links})
+        write_folder(target, files, self.mine.id)
+        return hashes["adapter_model.safetensors"]
+
+    def write_model(self, write: Callable[[Path], Any]) -> None:
+        """Have `write` write the trained model (method full) into a folder; it becomes the run's model/, whole or not at all."""
+        marker, target = self.mine, self.path / "model"
+        scratch = marker.scratch(self.path)
+        scratch.mkdir()
+        write(scratch)
+        files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+        names = {path: str(Path("model") / path.relative_to(scratch)) for path in files}
+        marker.remove("model/")
+        marker.own(names.values(), {"model": {names[path]: sha256_of(path) for path in files}})
+        publish(scratch, target)
 
     def forget_result(self) -> None:
         """The run is no longer finished: the first thing to be written down when it goes back."""
         if (self.path / "result.json").exists():
-            (self.path / "result.json").unlink()
+            self.mine.remove("result.json")
             sync_folder(self.path)
+            self.mine.facts.pop("result", None)
+            self.mine.write()
 
     def go_back(self, counts: Mapping[str, int]) -> None:
         """Forget the rows after the first so many of each file, and all tied links: a run that was stopped had gone further than
@@ -232,16 +285,21 @@ class RunFolder:
             lines = self._lines(name)
             if (self.path / name).exists():
                 kept = lines[: counts[name.removesuffix(".jsonl")]]
-                write_atomically(self.path / name, "".join(f"{line}\n" for line in kept).encode())
-        for name in ("chain", "model"):
-            _remove(self.path / name)
+                self._write(name, b"".join(line + b"\n" for line in kept))
+        for below in ("chain/", "model/"):
+            self.mine.remove(below)
+        self.mine.facts |= {"links": [], "model": {}}
+        self.mine.write()
 
 
-def write_adapter(
-    target: Path, config: RunConfig, lora_rank: int, alpha: float, layers: list[str], tensors: dict[str, Tensor]
-) -> str:
-    """Write A and B of the named layers as a PEFT adapter of the run's base model: the folder appears whole or not at all.
-    Returns the SHA-256 of its tensors' file."""
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_as_json_has_it(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+def adapter_files(
+    config: RunConfig, lora_rank: int, alpha: float, layers: list[str], tensors: dict[str, Tensor]
+) -> dict[str, bytes]:
+    """A and B of the named layers as the files of a PEFT adapter of the run's base model."""
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -254,17 +312,26 @@ def write_adapter(
         "bias": config.lora.bias,
         "inference_mode": True,
     }
-    scratch = target.with_name(target.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    content = save(named, metadata={"format": "pt"})
-    write_synced(scratch / "adapter_model.safetensors", content)
-    write_synced(scratch / "adapter_config.json", (json.dumps(adapter_config, indent=2) + "\n").encode())
-    sync_folder(scratch)
-    scratch.rename(target)
-    sync_folder(target.parent)
-    return hashlib.sha256(content).hexdigest()
+    return {
+        "adapter_model.safetensors": save(named, metadata={"format": "pt"}),
+        "adapter_config.json": (json.dumps(adapter_config, indent=2) + "\n").encode(),
+    }
+
+
+def write_folder(target: Path, files: Mapping[str, bytes], owner: str = "") -> None:
+    """Write a new folder of files, which appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_beside(target, owner)
+    scratch.mkdir()
+    try:
+        for name, content in files.items():
+            write_synced(scratch / name, content)
+        sync_folder(scratch)
+        publish(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def read_link(path: Path) -> dict[str, Tensor]:
@@ -272,57 +339,49 @@ def read_link(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file that was not there, and have it on the disk before this returns."""
-    with open(path, "xb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Have a folder's entries on the disk before this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write or replace a file, whole or not at all."""
-    scratch = path.with_name(path.name + ".partial")
-    scratch.unlink(missing_ok=True)
-    write_synced(scratch, content)
-    os.replace(scratch, path)
-    sync_folder(path.parent)
-
-
 def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
     """environment.json: what would be needed to run this again. No environment variables: they hold secrets."""
-    source = Path(__file__).resolve().parent
-    git = (
-        subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
     return {
-        "cola_ds": importlib.metadata.version("cola_ds"),
-        "git_revision": git.stdout.strip() if git and git.returncode == 0 else None,
+        "cola_ds": version_of("cola_ds"),
+        "git_revision": _git_revision(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "accelerator": accelerator,
         "world_size": len(hosts),
         "hosts": sorted(set(hosts)),
     }
+
+
+def version_of(package: str) -> str:
+    """The package's version; "unknown" where its metadata are missing: it may have been put on the path by hand."""
+    try:
+        return str(importlib.metadata.metadata(package)["Version"] or "unknown")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git_revision(source: Path) -> str | None:
+    """The commit that the code is of, where git can tell, and does so at once."""
+    try:
+        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_GIT_WITHIN_S)
+    except (OSError, subprocess.SubprocessError):  # there is none, or it hangs: on a network file system, say
+        return None
+    said = done.stdout.decode(errors="replace").strip()
+    return said if done.returncode == 0 and re.fullmatch("[0-9a-f]{40,64}", said) else None
+
+
+def _as_json_has_it(value: Any) -> Any:
+    """The value with null for each number that is not finite: JSON has no other word for it. Nor for half a character, as in a
+    path of other bytes."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, Mapping):
+        return {key: _as_json_has_it(inner) for key, inner in value.items()}
+    return [_as_json_has_it(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def freeze(config: RunConfig, folder: Path) -> Path:

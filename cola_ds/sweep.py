@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, apply_override, dump_yaml, is_task_file
-from cola_ds.errors import UserError
+from cola_ds.config import RunConfig, apply_override, is_task_file
+from cola_ds.errors import UserError, cut
+from cola_ds.reading import dump_yaml
 from cola_ds.signals import STOPPING
 from cola_ds.sweep_plan import FILES, Overrides, Plan, Run, command_words, override_word, read_yaml
 from cola_ds.tables import LOG_MARK, Choice, choose, show_dev, write_groups
@@ -92,13 +93,15 @@ class Runner:
     """Starts runs, and passes on the signals that ask this process to stop."""
 
     def __init__(self, plan: Plan, launcher: str | None):
-        words = launcher or plan.sweep.launcher or f"{shlex.quote(sys.executable)} -m cola_ds train {{run}}"
+        words = plan.sweep.launcher if launcher is None else launcher
+        if words is None:
+            words = f"{shlex.quote(sys.executable)} -m cola_ds train {{run}}"
         try:
             self.command = [word.replace("{run}", plan.sweep.base) for word in command_words(words)]
         except ValueError as error:
-            raise UserError(f"--launcher {words} {error}") from None
+            raise UserError(f"--launcher {cut(words)} {error}") from None
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"launcher {words}: there is no command {self.command[0]} here")
+            raise UserError(f"launcher {cut(words)}: there is no command {cut(self.command[0])} here")
         if "{run}" not in words:
             self.command.append(plan.sweep.base)
         self.stopped = 0
@@ -128,6 +131,7 @@ class Runner:
         env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_SETS}
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
+            _check_log(log)
             with open(log, "ab") as out:
                 _mark(log, f"{datetime.datetime.now().astimezone().isoformat()} {shlex.join(command)}")
                 # A group of its own: what a terminal sends to all arrives once, from here.
@@ -144,6 +148,13 @@ class Runner:
         status = 75 if self.stopped else status if status >= 0 else 128 - status
         _mark(log, f"exit status {status}")
         return status
+
+
+def _check_log(log: Path) -> None:
+    if log.exists():
+        with open(log, "rb") as held:
+            if held.read(len(LOG_MARK)) != LOG_MARK.encode():
+                raise UserError(f"{log} is not a log of this sweep's runs, which would go on in it; name another dir")
 
 
 def _mark(log: Path, text: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import itertools
 import json
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from cola_ds.config import (
     SECTIONS,
     RunConfig,
     apply_override,
-    explain,
+    check_config,
+    explain_some,
     is_task_file,
     keys_of,
-    load_config,
-    parse_yaml,
 )
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, cut, quoted, some_of
+from cola_ds.reading import parse_yaml, read_text
 from cola_ds.tables import Group, Outcome, file_name
 
 PAPER_GRIDS = {
@@ -35,6 +35,9 @@ PAPER_GRIDS = {
 """The learning rates that COLA's paper searches, by optimizer."""
 _METHODS = get_args(RunConfig.model_fields["method"].annotation)
 _NOT_TRAINED = ("zero-shot", "icl")
+_MOST_RUNS = 10_000  # of a sweep: more than anyone waits for
+_MOST_VALUES = 1000  # of a key of the grid
+_LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255
 FILES = ("deepspeed", "data.task")
 """Keys whose values are files that a sweep is frozen with."""
 _OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
@@ -53,6 +56,8 @@ def _tasks(value: Any) -> Any:
 def _values(value: Any) -> Any:
     if value == "paper":
         return value
+    if isinstance(value, list) and len(value) > _MOST_VALUES:
+        raise ValueError(f"has {len(value):,} values, more than {_MOST_VALUES:,}")
     if not isinstance(value, list) or not value or any(a == b for a, b in itertools.combinations(value, 2)):
         raise ValueError("must be a list of different values, or paper")
     return value
@@ -61,7 +66,7 @@ def _values(value: Any) -> Any:
 def _seeds(value: Any) -> Any:
     if value is None or value == "all":
         return value
-    numbers = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+    numbers = isinstance(value, list) and all(type(seed) is int and 0 <= seed < 2**31 for seed in value)
     if not value or not numbers or len(set(value)) < len(value):
         raise ValueError("must be a list of different whole numbers from 0")
     return value
@@ -76,9 +81,12 @@ def _launcher(value: Any) -> Any:
 def command_words(text: str) -> list[str]:
     """The words of a command as a shell takes them apart. Raises ValueError."""
     try:
-        return shlex.split(text)
+        words = shlex.split(text)
     except ValueError as error:
         raise ValueError(f"is no command: {str(error).lower()}") from None
+    if not words:
+        raise ValueError("is no command: it is empty")
+    return words
 
 
 class Sweep(BaseModel):
@@ -173,12 +181,14 @@ def load_plan(path: str, common: list[str]) -> Plan:
         apply_override(raw, override)
     for names in (sweep.tasks, sweep.methods):
         if len({file_name(_task_name(name)) for name in names}) < len(names):
-            raise UserError(f"{path}: two of {', '.join(names)} have the same folder; name them otherwise")
+            raise UserError(f"{path}: two of {some_of(list(names))} have the same folder; name them otherwise")
     series = []
     for (task, of_task), (name, of_method) in itertools.product(sweep.task_overrides().items(), sweep.methods.items()):
         here = {**of_task, **({"method": name} if name in _METHODS else {}), **(of_method or {})}
         _check_keys(path, here, [override.partition("=")[0] for override in common], sweep)
         series.append(_make_series(sweep, raw, common, task, name, here))
+        if sum(len(one.points) * len(one.group.seeds) for one in series) > _MOST_RUNS:
+            raise UserError(f"{path}: tasks, methods, grid and seeds make more than {_MOST_RUNS:,} runs; name fewer")
     runs: list[Run] = []
     for one in series:
         group = one.group
@@ -202,19 +212,16 @@ def _load_sweep(path: str) -> Sweep:
     try:
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(dict(error.errors()[0]))}") from None
+        raise UserError(f"{path}: {explain_some(error)}") from None
     if "paper" in [values for key, values in sweep.grid.items() if key != "optim.lr"]:
         raise UserError(f"{path}: grid: paper stands for the paper's values of optim.lr, and of nothing else")
     return sweep
 
 
 def read_yaml(path: str, what: str) -> dict[str, Any]:
-    try:
-        raw = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+    raw = parse_yaml(read_text(path, what), path)
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no keys")
+        raise UserError(f"{cut(path)} holds no keys")
     return raw
 
 
@@ -240,7 +247,7 @@ def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> 
 
 def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str, name: str, here: Overrides) -> Series:
     words = [override_word(key, value) for key, value in here.items()]
-    merged = copy.deepcopy(raw)
+    merged = dict(raw)
     for word in words:
         apply_override(merged, word)
     grid = {} if merged.get("method") in _NOT_TRAINED else {k: v for k, v in sweep.grid.items() if k not in here}
@@ -248,7 +255,7 @@ def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str
     points = {_point_name(point): [override_word(*item) for item in point.items()] for point in grid_points}
     seeds = tuple(sweep.seeds)
     search = seeds if sweep.search_seeds == "all" else tuple(sweep.search_seeds or seeds[:1])
-    folder = Path(sweep.dir) / file_name(task) / file_name(name)
+    folder = Path(sweep.dir) / _folder(file_name(task)) / _folder(file_name(name))
     paths = {(point, seed): folder / point / f"seed={seed}" for point in points for seed in {*seeds, *search}}
     if len(points) < len(grid_points):
         raise UserError(f"{task} / {name}: two points of the grid have the same name: {', '.join(points)}")
@@ -257,7 +264,7 @@ def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str
     for point, of_point in points.items():
         its_own = [override_word("run.seed", seeds[0]), override_word("run.dir", str(paths[point, seeds[0]]))]
         try:
-            configs[point] = load_config(sweep.base, [*common, *words, *of_point, *its_own])
+            configs[point] = check_config(dict(raw), [*words, *of_point, *its_own], sweep.base)
         except UserError as error:
             raise UserError(f"{task} / {name}: {error}") from None
     if len(points) > 1 and not all(map(_has_dev, configs.values())):
@@ -277,23 +284,46 @@ def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
         raise UserError("grid.optim.lr paper goes by optim.name, which the grid varies: make each optimizer a method")
     paper = PAPER_GRIDS.get(str(optimizer), PAPER_GRIDS["adamw"])  # another name is refused with the run's config
     lists = [paper if values == "paper" else values for values in grid.values()]
+    if math.prod(map(len, lists)) > _MOST_RUNS:
+        raise UserError(f"grid has {math.prod(map(len, lists)):,} points; a sweep takes {_MOST_RUNS:,}")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*lists)]
 
 
 def override_word(key: str, value: Any) -> str:
     """An override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./+=,-]+", value) and parse_yaml(value, key) == value:
+    if isinstance(value, str) and re.fullmatch(r"[\w./+=,-]+", value) and _is_its_own_yaml(value):
         return f"{key}={value}"
-    return f"{key}={json.dumps(value, default=str, ensure_ascii=False)}"
+    return f"{key}={_text(value, quotes=True)}"
+
+
+def _is_its_own_yaml(text: str) -> bool:
+    try:
+        return bool(parse_yaml(text, "it") == text)
+    except UserError:  # such as a date that is none
+        return False
 
 
 def _point_name(point: Overrides) -> str:
     last = [key.rpartition(".")[2] for key in point]
-    return ",".join(
+    parts = (
         f"{name if last.count(name) == 1 else key}={file_name(_text(value))}"
         for name, (key, value) in zip(last, point.items(), strict=True)
     )
+    return _folder(",".join(parts))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def _text(value: Any, quotes: bool = False) -> str:
+    """A value as JSON; a text without its quotes, unless they are asked for."""
+    if isinstance(value, str) and not quotes:
+        return value
+    try:
+        return json.dumps(value, default=str, ensure_ascii=not quotes)
+    except (TypeError, ValueError):  # keys that are dates, for one
+        raise UserError(f"{quoted(value)} is no value of a run's config") from None
+
+
+def _folder(name: str) -> str:
+    """A folder's name. Raises UserError for one that no file system takes."""
+    if len(name.encode()) > _LONGEST_NAME:
+        raise UserError(f"{cut(name, 80)} is too long for a folder's name: say it in at most {_LONGEST_NAME} letters")
+    return name

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, flat_keys, is_free, load_config
+from cola_ds.config import RunConfig, flat_keys, is_free
 from cola_ds.data.files import find_files
 from cola_ds.errors import UserError, some_of
+from cola_ds.learnt import is_run, read_learnt, run_config
+from cola_ds.rows import read_sweep
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
 _SIGNIFICANT = 0.05
+_NOTE = 5000  # characters: names of several runs
 _COMPARED_APART = ("deepspeed", "data.task", "model.path", "run.seed")
 
 
@@ -41,10 +44,12 @@ class Outcome:
     """Of a failed run: its status and what it said last."""
     result: dict[str, Any] = field(default_factory=dict)
     """Of a finished run: its result.json."""
+    damaged: bool = False
+    """What is there is not what the run left."""
 
     @property
     def is_task(self) -> bool:
-        return "test" in self.result.get("scores", {})
+        return self.result.get("scores", {}).get("test") is not None
 
     @property
     def test(self) -> float:
@@ -62,10 +67,7 @@ class Outcome:
     def is_of(self, config: RunConfig) -> bool:
         """Whether it is a run of this config, apart from its seed, and began after the last change of the files that this names.
         Where it is not, `cola-ds train` knows what matters."""
-        try:
-            mine = self.config
-        except UserError:  # of another version
-            return False
+        mine = self.config
         if mine is None or not _same_content(mine.deepspeed, config.deepspeed):
             return False
         if not _same_content(mine.data.task, config.data.task):
@@ -84,15 +86,26 @@ class Outcome:
         """The start of the last attempt that ended well, which has compared itself with the files that were there."""
         marks = _marks(self.folder.with_name(self.folder.name + ".log"))
         begun = [start for start, end in itertools.pairwise(marks) if end == "exit status 0"]
-        if begun:
+        with contextlib.suppress(ValueError, IndexError, OverflowError):  # a log that others have written to
             return datetime.datetime.fromisoformat(begun[-1].split()[0]).timestamp()
         return (self.folder / "environment.json").stat().st_mtime
 
-    @functools.cached_property
+    @property
     def config(self) -> RunConfig | None:
-        """The run's config; None where the run never began."""
-        path = self.folder / "run.yaml"
-        return load_config(path) if path.is_file() else None
+        """The run's config; None where the run never began, or its run.yaml cannot be read."""
+        return self._read_config if isinstance(self._read_config, RunConfig) else None
+
+    @property
+    def unreadable(self) -> str:
+        """Why run.yaml cannot be read: it is damaged, or of another version."""
+        return self._read_config if isinstance(self._read_config, str) else ""
+
+    @functools.cached_property
+    def _read_config(self) -> RunConfig | str | None:
+        try:
+            return run_config(self.folder) if is_run(self.folder) else None
+        except UserError as error:
+            return str(error)
 
 
 def _same_content(one: str | None, other: str | None) -> bool:
@@ -124,34 +137,39 @@ def _files_of(config: RunConfig) -> Iterator[Path]:
 def read_outcome(folder: Path, seed: int) -> Outcome:
     """How far the run of that folder is. A start that was refused later than it finished makes it a failed one: what is there is
     not what the sweep asks for."""
-    path, (status, said) = folder / "result.json", _last_start(folder.with_name(folder.name + ".log"))
-    if path.is_file() and status in (None, 0, 75):
+    status, said = _last_start(folder.with_name(folder.name + ".log"))
+    if (folder / "result.json").is_file() and status in (None, 0, 75):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
-                return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
-            return Outcome(folder, seed, "finished", result=result)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            return Outcome(folder, seed, "failed", f"result.json cannot be read: {type(error).__name__}")
+            result = read_learnt(folder).result
+        except UserError as error:
+            return Outcome(folder, seed, "failed", str(error), damaged=True)
+        if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
+            return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
+        return Outcome(folder, seed, "finished", result=result)
     if status in (None, 75):
-        return Outcome(folder, seed, "stopped" if (folder / "environment.json").exists() else "missing")
+        return Outcome(folder, seed, "stopped" if is_run(folder) else "missing")
     diverged = said.startswith("training failed: ") and "finite" in said
-    return Outcome(folder, seed, "diverged" if diverged else "failed", f"status {status}: {said}")
+    return Outcome(folder, seed, "diverged" if diverged else "failed", one_line(f"status {status}: {said}", 400))
+
+
+def _text_of(log: Path) -> str:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _marks(log: Path) -> list[str]:
     """A sweep's own lines in a run's log: when and how it was started, and how that ended, in turn."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    text = _text_of(log)
     return re.findall(rf"^{LOG_MARK}(.*)$", text, re.MULTILINE)
 
 
 def _last_start(log: Path) -> tuple[int | None, str]:
     """The exit status of the log's last start, None if it has not ended; and its last line of cola-ds's, or of anybody's."""
-    if not log.is_file():
-        return None, ""
-    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line.rstrip() for line in _text_of(log).splitlines()]
     marks = [i for i, line in enumerate(lines) if line.startswith(LOG_MARK)]
-    ended = re.fullmatch(rf"{LOG_MARK}exit status (\d+)", lines[marks[-1]]) if marks else None
+    ended = re.fullmatch(rf"{LOG_MARK}exit status (\d{{1,3}})", lines[marks[-1]]) if marks else None
     if ended is None:
         return None, ""
     printed = lines[marks[-2] + 1 if len(marks) > 1 else 0 : marks[-1]]
@@ -199,6 +217,8 @@ def write_groups(folder: Path, groups: Sequence[Group]) -> None:
         }
         for group in groups
     ]
+    if (folder / "sweep.json").exists():
+        read_groups(folder)  # else it is somebody else's
     scratch = folder / f"sweep.json.{uuid.uuid4().hex}"  # tasks of an array may be other machines' processes
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,19 +232,22 @@ def read_groups(folder: Path) -> list[Group]:
     """What `write_groups` wrote there, wherever the folder lies now. Raises UserError."""
     path = folder / "sweep.json"
     try:
-        return [
-            Group(
-                group["task"],
-                group["name"],
-                {(point, seed): folder / place for point, seed, place in group["paths"]},
-                tuple(group["points"]),
-                tuple(group["seeds"]),
-                tuple(group["search_seeds"]),
-            )
-            for group in json.loads(path.read_text(encoding="utf-8"))["groups"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): cola-ds sweep writes it anew") from None
+        groups = read_sweep(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not what cola-ds sweep writes ({error}); without it the same sweep writes it anew"
+        ) from None
+    return [
+        Group(
+            group["task"],
+            group["name"],
+            {(point, seed): folder / place for point, seed, place in group["paths"]},
+            tuple(group["points"]),
+            tuple(group["seeds"]),
+            tuple(group["search_seeds"]),
+        )
+        for group in groups
+    ]
 
 
 @dataclass(frozen=True)
@@ -348,7 +371,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = (columns, ["---"] * len(columns), *rows)
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(one_line(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """A text of others, such as a folder's name or a line of a log, as part of a line: no line ends in it, nothing that moves a
+    terminal's cursor, and it is not endless."""
+    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", text)
+    plain = plain.encode(errors="backslashreplace").decode()  # a name may be any bytes
+    return plain if len(plain) <= most else f"{plain[:most]}..."
 
 
 def _grid(cells: Sequence[Cell]) -> tuple[list[str], list[str], dict[tuple[str, str], Cell]]:
@@ -379,7 +410,7 @@ def score_table(cells: Sequence[Cell], paper: Mapping[tuple[str, str], str]) -> 
             if shown.get(name) == best and len(shown) > 1:
                 text = f"**{text}**"
             texts.append(text + (f" [{paper[task, name]}]" if (task, name) in paper else ""))
-        metrics = {o.result["scores"]["metric"] for cell in here.values() for o in cell.finished if o.is_task}
+        metrics = {o.result["scores"].get("metric", "?") for cell in here.values() for o in cell.finished if o.is_task}
         rows.append([task, ", ".join(sorted(metrics)) or "-", *texts])
     return markdown(["task", "metric", *names], rows)
 
@@ -452,11 +483,12 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         lines.append(f"Nothing chosen: {'. '.join(open_still)}.")
     outcomes = [outcome for cell in cells for outcome in cell.all]
     lines += [f"Failed: {o.folder}: {o.why}" for o in outcomes if o.state in ("failed", "diverged")]
+    lines += [f"Unreadable: {o.folder}: {o.unreadable}" for o in outcomes if o.unreadable]
     for state, word in (("stopped", "Not finished"), ("missing", "Missing")):
         found = [str(outcome.folder) for outcome in outcomes if outcome.state == state]
         if found:
             lines.append(f"{word}, {len(found)} runs: {some_of(found)}.")
-    return lines
+    return [one_line(line, _NOTE) for line in lines]
 
 
 def _waiting(group: Group) -> str:

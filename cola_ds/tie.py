@@ -33,7 +33,7 @@ def link_is_finite(model: nn.Module) -> bool:
     """Whether every A, B and trained bias is, on every process. Collective; parameters must be in their shards."""
     trained = [param for param in model.parameters() if param.requires_grad]
     finite = [torch.isfinite(zero.own_part(param)[0]).all().to(processes.device()) for param in trained]
-    return not processes.largest_of_processes([float(not bool(torch.stack(finite).all()))])[0]
+    return not processes.largest_of_processes([~torch.stack(finite).all()])[0]
 
 
 @torch.no_grad()

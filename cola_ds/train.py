@@ -29,6 +29,7 @@ from cola_ds.journal import Journal
 from cola_ds.launcher import Process
 from cola_ds.lock import RunLock
 from cola_ds.lora import inject, start_link
+from cola_ds.model_folder import write_model_folder
 from cola_ds.optim import make_optimizer
 from cola_ds.prepare import Prepared, count_trainable
 from cola_ds.resume import (
@@ -62,6 +63,7 @@ def build_chain(
     timetable = prepared.timetable if state.ended_step is None else prepared.timetable.ending_at(state.ended_step)
     engine_config = complete(prepared.engine_json, config, prepared.timetable)
     zero.check_engine_config({**prepared.engine_json, **engine_config})
+    processes.make_deterministic(config.run.deterministic)
     # Dropout alone draws from it, and differs by process.
     torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
     model = zero.load_model(config.model, engine_config)
@@ -71,7 +73,7 @@ def build_chain(
     else:
         model.requires_grad_(config.method == "full")
     if config.model.links is not None:
-        tie_run(model, RunFolder(config.model.links), base, reads=process.rank == 0)
+        tie_run(model, config.model.links, base, reads=process.rank == 0)
     if restored:
         restore_model(model, config, state.link, found, state.remainders)
     elif config.trains_lora:
@@ -163,7 +165,7 @@ def _choose_start(prepared: Prepared, folder: RunFolder | None, lock: RunLock | 
         nonlocal chosen
         assert folder is not None and lock is not None
         lock.take()
-        chosen = choose_start(folder, config, _identity(prepared), wish)
+        chosen = choose_start(folder, config, _identity(prepared), wish, prepared.timetable)
         if config.trains and chosen != "finished":
             trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
             folder.check_space(space_needed(config, trained))
@@ -185,17 +187,18 @@ def _begin(prepared: Prepared, process: Process, folder: RunFolder | None, start
     found = start.found
     environment = describe_environment(hosts, processes.accelerator_name())
     if folder:  # not before all that can be refused has been accepted
-        environment |= {
-            "identity": dataclasses.asdict(_identity(prepared)),
-            "base": chain.base,
-            "links": links_of(config),
-        }
+        facts = {
+            "identity": dataclasses.asdict(_identity(prepared)), "base": chain.base, "base_links": links_of(config),
+        }  # fmt: skip
         if found:
+            if not folder.holds_a_run():
+                folder.create(config, environment, facts)
             folder.forget_result()
-            folder.describe(config, environment)
+            folder.describe(config, environment, facts)
             found = _go_back(folder, prepared, found)
         else:
-            folder.create(config, environment)
+            folder.create(config, environment, facts)
+        folder.keep_engine(engine_facts(prepared.engine_json))
         folder.event(
             "resumed" if saved else "started", step=chain.state.step, world_size=process.world_size, hosts=hosts
         )
@@ -227,9 +230,24 @@ def _finish(chain: Chain, prepared: Prepared, loading_s: float, since: float, el
     if chain.folder:
         times = {"loading_s": loading_s, "wall_time_s": elapsed_s + time.perf_counter() - since}
         memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
-        chain.folder.flush_rows()
-        chain.folder.write_json("result.json", {**_result(prepared, chain, chain.folder), **times, **memory})
-        chain.folder.event("finished", step=chain.state.step)
+        _write_result(chain, prepared, chain.folder, times | memory)
+
+
+def _write_result(chain: Chain, prepared: Prepared, folder: RunFolder, more: dict[str, Any]) -> None:
+    """result.json, and beside it what is only reported: what of that fails costs no result."""
+    try:
+        folder.flush_rows()
+    except OSError as error:
+        chain.journal.say(f"warning: the last rows of {folder.path} are not written: {error.strerror or error}")
+    result = {**_result(prepared, chain, folder), **more}
+    folder.write_result(result)
+    folder.event("finished", step=chain.state.step)
+    # Counting runs the model's own code, which may do anything: the result is there already.
+    tokens = chain.state.link_tokens
+    counted = chain.journal.figure("profiled_flops", lambda: profiled_flops(prepared, tokens))
+    if counted is not None:
+        whole = {**result, "profiled_flops": counted}
+        chain.journal.figure("profiled_flops", lambda: folder.write_result(whole))
 
 
 def _identity(prepared: Prepared) -> Identity:
@@ -295,20 +313,23 @@ def _result(prepared: Prepared, chain: Chain, folder: RunFolder) -> dict[str, An
         "tokens": sum(chain.state.link_tokens),
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
-        "training_flops": training_flops(prepared, chain.state.link_tokens),
-        "profiled_flops": profiled_flops(prepared, chain.state.link_tokens),
+        "training_flops": chain.journal.figure(
+            "training_flops", lambda: training_flops(prepared, chain.state.link_tokens)
+        ),
+        "profiled_flops": None,  # it follows
         "link_sha256": chain.state.link_hashes,
     }
 
 
 def _scores(folder: RunFolder) -> dict[str, Any]:
-    evaluations = folder.rows("evals.jsonl")
+    evaluations = folder.rows("evals.jsonl", skip_damaged=True)
     return {key: evaluations[-1][key] for key in ("loss", "perplexity", "examples")} if evaluations else {}
 
 
 def _task_scores(folder: RunFolder, best_step: int) -> dict[str, Any]:
     """Of the best step by dev. The rows of a step are written together."""
-    rows = {row["split"]: row for row in folder.rows("evals.jsonl") if row["step"] == best_step}
+    evaluations = folder.rows("evals.jsonl", skip_damaged=True)
+    rows = {row["split"]: row for row in evaluations if row["step"] == best_step}
     scores = {"metric": rows["dev"]["metric"], "best_step": best_step}
     for split, row in rows.items():
         scores |= {split: row["score"], f"{split}_examples": row["examples"]}
@@ -319,5 +340,4 @@ def _save_whole_model(chain: Chain, prepared: Prepared, folder: RunFolder | None
     model = chain.engine.module
     state = zero.whole_state_dict(model)
     if folder:
-        model.save_pretrained(folder.path / "model", state_dict=state)
-        prepared.tokenizer.save_pretrained(folder.path / "model")
+        folder.write_model(lambda out: write_model_folder(model, prepared.config.model, out, state))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_ds import arrival
 from cola_ds.launcher import slurmstepd
 
 _EVERY_S = 1.0
@@ -102,14 +103,15 @@ def begun() -> bool:
 
 def leave(status: int) -> None:
     """This process ends now with that status, and has itself said why."""
+    arrival.leave(status)
     if _current:
         _current.leave(status)
 
 
 def process_0_leaves(within_s: float) -> bool:
-    """Wait until process 0 has ended or said that it does; whether it did in that time. Never without a watch."""
+    """Wait until process 0 has ended or said that it does; whether it did in that time. Never without a watch, or a meeting."""
     deadline = time.monotonic() + within_s
-    while _current is None or 0 in _current._peers:
+    while not arrival.process_0_left() if _current is None else 0 in _current._peers:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)

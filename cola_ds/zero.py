@@ -9,6 +9,7 @@ import ctypes
 import gc
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"DeepSpeed refuses {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (AssertionError, ValueError, KeyError, DeepSpeedConfigError) as error:
+    except (AssertionError, ValueError, LookupError, TypeError, AttributeError, DeepSpeedConfigError) as error:
         raise UserError(f"DeepSpeed refuses the config: {first_line(error)}") from None
 
 
@@ -63,7 +64,8 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers shards while this object is alive, and only then: keep it until the model is loaded.
-    sharding = HfDeepSpeedConfig(engine_config) if engine_config["zero_optimization"]["stage"] == 3 else None
+    sharded = engine_config["zero_optimization"]["stage"] == 3
+    sharding = HfDeepSpeedConfig(engine_config) if sharded else None
     try:
         with _freed_memory_goes_back():
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -82,6 +84,11 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
+    if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device())
+    else:  # the engine would move it too, but a restored run ties its links before there is one
+        model.to(device())
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -413,10 +420,10 @@ def random_state() -> Tensor:  # -> (n,) uint8
 
 
 def set_random_state(state: Tensor) -> None:
-    """Restore what `random_state` returned on the same kind of device."""
+    """Restore what `random_state` returned; on another kind of device, the host's alone."""
     host = torch.get_rng_state().numel()
     torch.set_rng_state(state[:host].clone())
-    if state.numel() > host:
+    if state.numel() > host and get_accelerator().device_name() != "cpu":
         get_accelerator().set_rng_state(state[host:].clone())
 
 
@@ -425,15 +432,31 @@ class Monitor:
 
     def __init__(self, engine_json: dict[str, Any]):
         """Raises UserError when a monitor's package is not installed."""
+        self._master: Any = None
         try:
             self._master = MonitorMaster(get_monitor_config(engine_json))
         except ImportError as error:
             raise UserError(f"the DeepSpeed JSON asks for a monitor whose package is missing: {error}") from None
+        except (ValidationError, AssertionError) as error:  # of the JSON itself
+            raise UserError(f"the DeepSpeed JSON asks for a monitor that cannot be: {first_line(error)}") from None
+        except Exception as error:  # no room in its folder, no network, no account
+            self._turn_off(error)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write named numbers at a step; process 0 alone does so."""
-        if self._master.enabled:
+        """Write named numbers at a step; process 0 alone does so. A monitor that fails is turned off, with one line that says so:
+        its disk or its network must not cost the run."""
+        if self._master is None or not self._master.enabled:
+            return
+        try:
             self._master.write_events([(name, value, step) for name, value in values.items()])
+        except Exception as error:  # whatever their packages raise
+            self._turn_off(error)
+
+    def _turn_off(self, error: Exception) -> None:
+        self._master = None
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            why = f"cola-ds: warning: the monitors are off from here on: {first_line(error)}"
+            print(why, file=sys.stderr, flush=True)
 
 
 def forward_flops(model: Any, input_ids: Tensor, positions: Tensor) -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cola_ds import streams
 from tests.distributed import _server, free_port
 
 
@@ -74,6 +75,7 @@ def _command(rank, world_size, port, words, log, sabotage, arguments):
     with open(log, "wb", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    streams.harden()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update(
         {name: str(value) for name, value in names.items()},
@@ -141,7 +143,7 @@ def at_file_event(rank, number):
             changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
         else:
             changes = event in ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
-        if changes and any(part in str(args[0]) for part in ("/checkpoints/", "/chain/")):
+        if changes and any(part in str(args) for part in ("/checkpoints/", "/chain/", "/run.json")):
             seen[0] += 1
             if seen[0] == number:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# DeepSpeed asks for GPUs as it is imported. Asked in the usual way, CUDA would have begun here, and fail in every forked process.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import datasets
 import deepspeed  # noqa: F401

@@ -18,6 +18,9 @@ import yaml
 yaml.SafeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from tests.recorded import recorded  # noqa: E402
+
 place, base, *words = sys.argv[1:]
 here = pathlib.Path(place)
 config = yaml.safe_load(pathlib.Path(base).read_text(encoding="utf-8"))
@@ -42,6 +45,7 @@ for part, status in told["fail"].items():
 if told.get("wait") and told["wait"] in name and not folder.exists():
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text("{}")
+    recorded(folder)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *args: sys.exit(1))  # as torchrun does
     time.sleep(60)
@@ -69,3 +73,4 @@ result = {
     "peak_memory_bytes": 1,
 }
 (folder / "result.json").write_text(json.dumps(result))
+recorded(folder)

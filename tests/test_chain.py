@@ -32,9 +32,10 @@ def make_chain(process: Process, config_path):
     config = load_config(config_path)
     process_group(process)
     folder = RunFolder(config.run.dir) if process.rank == 0 else None
+    chain = build_chain(prepare(config, process.world_size), process, folder)
     if folder:
-        folder.create(config, {})
-    return build_chain(prepare(config, process.world_size), process, folder)
+        folder.create(config, {}, {"base": chain.base, "base_links": None})
+    return chain
 
 
 def next_batch(chain):
@@ -361,7 +362,7 @@ def export_and_compare(process, path, out):
     logits, weights = outputs(chain, batch), whole_weights(chain)
     if process.rank:
         return None
-    chain.journal.folder.write_json("result.json", {"link_sha256": chain.state.link_hashes})
+    chain.journal.folder.write_result({})
     export(chain.config.run.dir, "hf", out)
     model = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():

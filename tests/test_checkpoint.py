@@ -247,11 +247,11 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(stopped, tmp_path):
 
 
 def test_what_a_kill_leaves_of_a_folder_that_begins(stopped, tmp_path):
-    """environment.json without run.yaml; a start from elsewhere before its first checkpoint; a result that is undone."""
+    """run.json without anything else; a start from elsewhere before its first checkpoint; a result that is undone."""
     folder, words = damaged_run(stopped, tmp_path)
     begun = tmp_path / "begun"
     begun.mkdir()
-    shutil.copy(folder / "environment.json", begun)
+    shutil.copy(folder / "run.json", begun)
     killed = {"sabotage": die_in, "arguments": ("write_link",)}
     statuses, said = run_job(tmp_path, [*words, f"run.dir={begun}", "--resume", folder], **killed)
     assert statuses == [-9, 3], said
@@ -391,10 +391,7 @@ def test_a_finished_run_of_another_config_is_not_overwritten(stopped, tmp_path):
     assert statuses == [2]
     assert f"the config has changed since {folder}: optim.lr 0.005 -> 1.0" in said
     statuses, said = run_job(tmp_path, [*words, "--resume", "never"], world_size=1)
-    assert (statuses, "already holds a run (run.yaml); name another, or start it anew with --fresh" in said) == (
-        [2],
-        True,
-    )
+    assert (statuses, "already holds a run; name another, or start it anew with --fresh" in said) == ([2], True)
 
 
 def test_inspect_of_a_stopped_run(stopped, tmp_path):

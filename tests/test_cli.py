@@ -91,7 +91,8 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     folder = tmp_path / "run"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "result.json", "events.jsonl",
+        "run.json", "run.yaml", "environment.json", "deepspeed.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl",
+        "result.json", "events.jsonl",
         "checkpoints/latest", "checkpoints/best", "checkpoints/step-00000006/manifest.json",
         "checkpoints/step-00000006/state.json", "checkpoints/step-00000006/random.safetensors",
         "checkpoints/step-00000006/trained-00001.safetensors", "checkpoints/step-00000006/link-0001.safetensors",

@@ -2,16 +2,22 @@
 
 import json
 import math
+import os
 import re
+import time
 
 import pytest
 import yaml
 
 from cola_ds.config import dump_config, load_config, resolve
+from cola_ds.data.taskdata import find_task
 from cola_ds.engine_config import complete, read_engine_config
 from cola_ds.errors import UserError
 from cola_ds.knots import place_knots
 from cola_ds.optim import learning_rate
+from cola_ds.reading import parse_yaml
+from cola_ds.sweep_plan import read_yaml
+from tests.distributed import process_group, run_distributed
 from tests.toys import REPOSITORY
 
 MINIMAL = """
@@ -138,6 +144,158 @@ def test_contradictions(load, overrides, message):
 def test_files_that_cannot_be_a_run(load, text, message):
     with pytest.raises(UserError, match=message):
         load(text)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+)
+MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x: " + "[" * 5000, "line 1: more than 50 levels lie in each other"),
+        ("{a: " * 5000, "line 1: more than 50 levels lie in each other"),
+        ("- " * 5000, "line 1: more than 50 levels lie in each other"),
+        (BOMB + MINIMAL, "line 5: its aliases written out, it has more than 50,000 values"),
+        (MINIMAL + "lora:\n  targets:\n" + re.sub("(?m)^a.*?: ", "  - ", BOMB), "it has more than 50,000 values"),
+        (MERGE_BOMB + MINIMAL, "its aliases written out, it has more than 50,000 values"),
+        ("a0: &a0 {}\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 99)), "more than 50 levels"),
+        ("x: &a [1, *a]", "line 1: an alias stands for what it is a part of"),
+        ("x: &a {<<: *a}", "line 1: an alias stands for what it is a part of"),
+        ("x: !!int ''", "line 1: '' cannot be read as int"),
+        ("x: !!float x", "line 1: 'x' cannot be read as float"),
+        ("x: !!bool x", "line 1: 'x' cannot be read as bool"),
+        ("a: 1\nx: 2021-02-31", "line 2: '2021-02-31' cannot be read as date"),
+        ("x: " + "9" * 200_000, "line 1: a number has 200,000 digits"),
+        ("x: 1" + ":10" * 50_000, "line 1: a number has 150,001 digits"),
+        ("x: " + "a" * 300_000, "it has more than 262,144 bytes"),
+        ("? [a]\n: 3", "line 1: while constructing a mapping, found unhashable key"),
+        ("x: \0", "character 4 is #x0000, which YAML does not allow"),
+        ('x: "\\0"', "line 1: a text holds what is no character"),
+        ('x: "\\ud800"', "line 1: a text holds what is no character"),
+        ("a:\n\tb: 3", "line 2: while scanning for the next token, found character '\\t' that cannot start any token"),
+        ("x: !!python/name:os.system", "line 1: could not determine a constructor for the tag"),
+        (MINIMAL + "---\n" + MINIMAL, "expected a single document in the stream"),
+        ("a: {<<: {}, <<: {}}", "key << is given twice"),
+        ("1: a\n1: b", "key 1 is given twice"),
+        ("".join(f"k{n}: 1\n" for n in range(5000)), "missing key run; and 5000 more"),
+    ],
+)
+def test_hostile_yaml_is_one_short_line(load, text, message):
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load(text)
+    said = str(caught.value)
+    assert message in said
+    assert len(said) < 500
+    assert "\n" not in said
+    assert time.monotonic() - begin < 5
+
+
+def test_yaml_as_other_systems_write_it(load, tmp_path):
+    plain = load()
+    assert load("\ufeff" + MINIMAL) == plain
+    assert load(MINIMAL.replace("\n", "\r\n")) == plain
+    (tmp_path / "latin.yaml").write_bytes(MINIMAL.encode() + b"# \xe4")
+    with pytest.raises(UserError, match=r"latin.yaml: its byte \d+ is not UTF-8; save it as such"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_merge_keys(load):
+    """What `<<` brings in gives way to what is said, in a section and across sections; the words of others are whole again."""
+    text = """
+model: {path: some/model}
+data: &data {train: train.jsonl, max_length: 64}
+optim: &optim {lr: 5e-4, epochs: 5, <<: {weight_decay: 0.5, lr: 9}}
+run: {dir: runs/x}
+"""
+    config = load(text)
+    assert (config.optim.lr, config.optim.weight_decay) == (5e-4, 0.5)
+    several = """
+x: &x {train: x.jsonl, max_length: 64}
+y: &y {train: y.jsonl, eval: y.jsonl, <<: *x}
+data: {<<: [*y, *x], eval: z.jsonl}
+"""
+    read = parse_yaml(several, "it")
+    assert read["y"] == {"train": "y.jsonl", "eval": "y.jsonl", "max_length": 64}
+    assert read["data"] == {"train": "y.jsonl", "eval": "z.jsonl", "max_length": 64}
+    inner = parse_yaml("o: {in: &o {<<: {x: 1}, x: 2}}\np: {<<: *o}", "it")  # merged before it was itself made
+    assert inner == {"o": {"in": {"x": 2}}, "p": {"x": 2}}
+    with pytest.raises(UserError, match=r"unknown key eval2; did you mean eval\?$"):
+        load(text + "eval2: {<<: *optim}")
+    assert parse_yaml(text + "eval2: {<<: *optim}", "it")["eval2"] == parse_yaml(text, "it")["optim"]
+    with pytest.raises(UserError, match="<< takes a mapping, or a list of mappings"):
+        load(MINIMAL + "lora: {<<: 3}")
+
+
+def test_an_override_changes_one_section(load):
+    config = load(MINIMAL + "checkpoint: &c {}\neval: *c", "checkpoint.keep=1")
+    assert (config.checkpoint.keep, config.eval.model_fields_set) == (1, set())
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("a" * 300 + ".yaml", "File name too long"),
+        ("a\0b.yaml", "embedded null"),
+        (".", "it is a folder"),
+        ("/dev/zero", "it is a pipe or a device; name a file"),
+        ("pipe", "it is a pipe or a device; name a file"),
+        ("no/such.yaml", "No such file or directory"),
+    ],
+)
+def test_paths_that_lead_to_no_text(load, tmp_path, monkeypatch, path, reason):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    config = load()
+    for read in (
+        load_config,
+        lambda path: read_engine_config(config.model_copy(update={"deepspeed": path})),
+        lambda path: read_yaml(path, "the sweep's YAML"),
+        lambda path: find_task(path if path.endswith(".yaml") else os.path.join(path, "x.yaml")),
+    ):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(caught.value).startswith("cannot read ")
+        assert len(str(caught.value)) < 400
+    with pytest.raises(UserError, match=reason):
+        load_config(path)
+
+
+@pytest.mark.parametrize("key", ["run.dir", "model.path", "data.train", "data.eval", "deepspeed"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("a" * 300, "has a name of 300 letters, and file systems take 255"), ("a/" * 4000, "is no path; it is 'a/a/")],
+)
+def test_paths_in_a_config_that_no_file_system_takes(load, key, value, message):
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL, f"{key}={value}")
+    assert f"{key} {message}" in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("chain.length=1000000000", "chain.length must be less than or equal to 10000"),
+        ("optim.max_steps=" + "9" * 100, "optim.max_steps must be less than 2147483648; it is a number of about"),
+        ("lora.rank=" + "9" * 100, "lora.rank must be a whole number of at least 1"),
+        ("lora.targets=[" + "[x]," * 2000 + "]", "lora.targets must be all-linear or a list of module name suffixes"),
+        ("lora.rnk" + "k" * 5000 + "=1", "unknown key lora.rnk"),
+        ("optim.lr=" + "x" * 5000, "optim.lr must be a number; it is 'xxx"),
+        ("x" * 5000, "must look like section.key=value"),
+        ("a." * 3000 + "b=1", "unknown key a; known are"),
+    ],
+)
+def test_values_in_messages_are_cut(load, override, message):
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL, override)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_missing_file(tmp_path):
@@ -292,7 +450,10 @@ def test_engine_config_is_completed(engine):
             {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
             "zero_hpz_partition_size 2 is not supported",
         ),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device nvme is not"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'offload_param.device "nvme" is not',
+        ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
     ],
 )
@@ -300,6 +461,113 @@ def test_engine_files_that_are_refused(engine, content, message):
     with pytest.raises(UserError) as caught:
         engine(content)
     assert message in str(caught.value)
+
+
+LLAMA_FACTORY = {
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2},
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3, "overlap_comm": False, "contiguous_gradients": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"zero_force_ds_cpu_optimizer": False, "optimizer": "auto", "scheduler": "auto"},
+        {"amp": {"enabled": "auto", "opt_level": "auto"}, "steps_per_print": 10},
+        {"amp": {"enabled": False}, "sparse_gradients": False, "wall_clock_breakdown": False},
+    ],
+)
+def test_what_is_set_anyway_may_be_said(engine, more):
+    """As in the JSONs of other trainers, with a byte order mark or without."""
+    found = engine(json.dumps(LLAMA_FACTORY | more))
+    assert found == engine("\ufeff" + json.dumps(LLAMA_FACTORY | more))
+    assert (found["zero_allow_untested_optimizer"], found["zero_force_ds_cpu_optimizer"]) == (True, False)
+    assert not {"amp", "sparse_gradients", "optimizer"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 50_000, "is not valid JSON: more than 50 levels lie in each other"),
+        ('{"a": ' * 400 + "1" + "}" * 400, "is not valid JSON: more than 50 levels lie in each other"),
+        ('{"a": ' + "9" * 200_000 + "}", "a number has 200,000 digits"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ('{"a": -Infinity}', "-Infinity is not a finite number"),
+        ('{"a": 1e999}', "1e999 is not a finite number"),
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', "a key is given twice: 'stage'"),
+        ('"x"', 'must hold a JSON object; it is "x"'),
+        ("null", "must hold a JSON object; it is null"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true; a chain runs at stage 2 or 3"),
+        ({"zero_optimization": {"stage": "3"}}, 'zero_optimization.stage is "3"; a chain runs at stage 2 or 3'),
+        ({"zero_optimization": [3]}, "zero_optimization must be an object like {...}; it is [3]"),
+        ({**ZERO3, "bf16": {"enabled": "yes"}}, 'bf16.enabled must be true or false; it is "yes"'),
+        ({**ZERO3, "fp16": {"enabled": 0}}, "fp16.enabled must be true or false; it is 0"),
+        ({**ZERO3, "flops_profiler": {"enabled": None}}, "flops_profiler.enabled must be true or false; it is null"),
+        ({**ZERO3, "wall_clock_breakdown": 1}, "wall_clock_breakdown must be true or false; it is 1"),
+        ({**ZERO3, "steps_per_print": "x"}, 'steps_per_print must be a positive number; it is "x"'),
+        ({**ZERO3, "steps_per_print": 0}, "steps_per_print must be a positive number; it is 0"),
+        ({**ZERO3, "aio": "x"}, 'aio must be an object like {...}; it is "x"'),
+        ({**ZERO3, "timers": None}, "timers must be an object like {...}; it is null"),
+        ({**ZERO3, "fp16": [[[["x" * 5000] * 9] * 5]]}, "fp16 must be an object like {...}; it is [[[["),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": 0}},
+            "offload_param must be an object like {...}; it is 0",
+        ),
+        ({**ZERO3, "zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer false is not supported"),
+        ({**ZERO3, "zero_force_ds_cpu_optimizer": 0}, "zero_force_ds_cpu_optimizer 0 is not supported; remove it"),
+        ({**ZERO3, "amp": {"enabled": True}}, "amp {'enabled': True} is not supported; remove it"),
+        ({**ZERO3, "k" * 5000: 1}, "unknown or unsupported key kkk"),
+        ({**ZERO3, "train_batch_size": "x" * 5000}, 'train_batch_size "xxx'),
+        (
+            {**ZERO3, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}},
+            "remove optimizer; the run's YAML says it (optim.name and optim.lr)",
+        ),
+        (
+            {**ZERO3, "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto"}}},
+            "remove scheduler; the run's YAML says it (optim.schedule)",
+        ),
+    ],
+)
+def test_hostile_engine_files_are_one_short_line(engine, content, message):
+    with pytest.raises(UserError) as caught:
+        engine(content)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+def refused_by_deepspeed(process, contents):
+    from cola_ds.zero import check_engine_config
+
+    process_group(process)
+    said = []
+    for content in contents:
+        with pytest.raises(UserError) as caught:
+            check_engine_config({**content, "train_batch_size": 1})
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_deepspeed_trips_over_is_one_line():
+    """Of wrong types where its config is no schema."""
+    contents = [
+        {"zero_optimization": {"stage": 3, "leaf_module": "x"}},
+        {**ZERO3, "communication_data_type": 3},
+        {**ZERO3, "checkpoint": {"tag_validation": None}},
+        {**ZERO3, "checkpoint": {"parallel_write": []}},
+    ]
+    (found,) = run_distributed(refused_by_deepspeed, 1, contents)
+    for said in found:
+        assert re.match("DeepSpeed refuses the config: .", said)
+        assert len(said.splitlines()) == 1
 
 
 def test_missing_engine_file(load):

@@ -13,6 +13,8 @@ from cola_ds.errors import UserError
 from cola_ds.evaluation import evaluation_config
 from cola_ds.fingerprint import model_fingerprint
 from tests.distributed import run_distributed
+from tests.jobs import run_job
+from tests.recorded import recorded
 from tests.runs import three_links, train_in
 from tests.test_chain import make_chain
 from tests.test_cli import cola_ds
@@ -146,7 +148,7 @@ def test_evaluate_takes_a_run_and_a_model(toy, tmp_path, task):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/run.yaml").write_bytes((tmp_path / "run/run.yaml").read_bytes())
     for words, message in (
-        ([tmp_path / "unfinished"], "has no result.json: the run has not finished"),
+        ([tmp_path / "unfinished"], "unfinished is no run's folder: it has no run.json"),
         ([tmp_path / "run", f"model.path={model}"], "belongs to another base model"),
         ([tmp_path / "run", "method=cola"], "method cola contradicts model.links"),
         ([tmp_path / "nothing/here/at/all"], "is not a folder, and cannot be a name on the Hugging Face hub"),
@@ -175,7 +177,7 @@ def test_a_run_is_evaluated_on_its_own_dev_and_test(tmp_path):
     for name, more in (("same", []), ("other", ["run.seed=4"])):
         assert said_by(*words, "--out", tmp_path / name, *more) == (0, "")
     run, same, other = (
-        json.loads((tmp_path / name / "environment.json").read_text(encoding="utf-8"))["identity"]["eval"]
+        json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8"))["facts"]["identity"]["eval"]
         for name in ("run", "same", "other")
     )
     assert run == same != other
@@ -188,6 +190,7 @@ def test_a_run_is_evaluated_on_its_own_revision_of_the_hubs_data(tmp_path):
     (tmp_path / "run").mkdir()
     save_run(tmp_path / "run/run.yaml", config)
     (tmp_path / "run/result.json").write_text("{}", encoding="utf-8")
+    recorded(tmp_path / "run")
     found = {
         (task, folder): evaluation_config(str(tmp_path / "run"), "zero-shot", task, folder, None, 1, []).data
         for task, folder in (("rte", None), ("rte", "rows"), ("cb", None))
@@ -256,3 +259,57 @@ def test_outputs_that_are_not_finite_have_no_score(toy, tmp_path, task, text):
     assert done.returncode == 3, done.stderr
     assert "cola-ds: training failed: the model's outputs are not finite on 2 of 2 dev examples" in done.stderr
     assert not (tmp_path / "out/result.json").exists()
+
+
+# -- from other folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_used_from_another_folder(toy, tmp_path, task, monkeypatch, capsys):
+    """Started with relative paths in one folder, and moved, it is evaluated, exported and looked at in another; so is a model
+    with the default DeepSpeed JSON."""
+    from cola_ds.cli import main
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "configs").mkdir(parents=True)
+    there.mkdir()
+    (here / "model").symlink_to(toy[0])
+    (here / "train.jsonl").write_bytes(toy[1].read_bytes())
+    (here / "configs/engine.json").write_text(
+        json.dumps(
+            {"zero_optimization": {"stage": 2}, "csv_monitor": {"enabled": True, "output_path": str(here / "csv")}}
+        ),
+        encoding="utf-8",
+    )
+    config = run_config("model", "train.jsonl", "runs/a", deepspeed="configs/engine.json", optim={"max_steps": 2})
+    save_run(here / "run.yaml", config)
+    statuses, said = run_job(
+        tmp_path / "train", ["train", "run.yaml"], world_size=1, sabotage=work_in, arguments=(here,)
+    )
+    assert statuses == [0], said
+    (here / "runs/a").rename(there / "moved")
+    (here / "configs/engine.json").unlink()
+    for target, stage in (("moved", 2), (str(toy[0]), 3)):
+        words = ["evaluate", target, *task, "--out", "out", "--fresh", "model.dtype=fp32"]
+        statuses, said = run_job(tmp_path / "evaluate", words, world_size=1, sabotage=work_in, arguments=(there,))
+        assert statuses == [0], said
+        kept = json.loads((there / "out/deepspeed.json").read_text(encoding="utf-8"))
+        assert kept["zero_optimization"]["stage"] == stage
+        assert "csv_monitor" not in kept
+    monkeypatch.chdir(there)
+    for words in (["inspect", "moved"], ["report", "moved"], ["export", "moved", "--to", "peft", "--out", "adapter"]):
+        assert main(words) == 0, capsys.readouterr().err
+    words = ["train", here / "run.yaml", f"data.train={here / 'train.jsonl'}", f"model.path={toy[0]}", "run.dir=moved"]
+    statuses, said = run_job(
+        tmp_path / "again",
+        [*words, "deepspeed=moved/deepspeed.json"],
+        world_size=1,
+        sabotage=work_in,
+        arguments=(there,),
+    )
+    assert (statuses, "this run is finished already: moved" in said) == ([0], True), said
+
+
+def work_in(rank, folder):
+    import os
+
+    os.chdir(folder)

@@ -103,8 +103,58 @@ def test_several_machines_without_mpi4py(environment, monkeypatch, values):
 
 def test_numbers_that_are_none_are_refused(environment):
     environment(dict(zip(NAMES, ("zero", "0", "1", "host", "1"), strict=True)))
-    with pytest.raises(UserError, match="must be whole numbers"):
+    with pytest.raises(UserError, match="RANK must be a whole number from 0 to 1000000; it is 'zero'"):
         identify()
+
+
+ALONE = dict(zip(NAMES, ("0", "0", "1", "host", "1"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": "-1"}, "RANK must be a whole number from 0 to 1000000; it is '-1'"),
+        ({"RANK": "1"}, "RANK 1 is not below WORLD_SIZE 1"),
+        ({"WORLD_SIZE": "0"}, "RANK 0 is not below WORLD_SIZE 0"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE must be a whole number from 0 to 1000000; it is '999"),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK must be a whole number from 0 to 1000000; it is '1.0'"),
+        ({"LOCAL_RANK": "²"}, "LOCAL_RANK must be a whole number from 0"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT must be a whole number from 0 to 65535; it is '99999'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT 0 is no port"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a whole number"),
+        ({"MASTER_ADDR": "a b"}, "MASTER_ADDR 'a b' is no host's name or address"),
+        ({"MASTER_ADDR": "h\n" * 500}, "MASTER_ADDR 'h"),
+    ],
+)
+def test_values_that_no_launcher_sets(environment, values, message):
+    environment({**ALONE, **values})
+    with pytest.raises(UserError) as caught:
+        identify()
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**SRUN, "SLURM_JOB_ID": "x"}, "SLURM_JOB_ID must be a whole number from 0 on; it is 'x'"),
+        ({**SRUN, "SLURM_STEP_ID": "batch"}, "SLURM_STEP_ID must be a whole number from 0 on; it is 'batch'"),
+        ({**SRUN, "SLURM_PROCID": "four"}, "RANK must be a whole number"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": ""}, "but not WORLD_SIZE"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "[1-"}, "but not MASTER_ADDR"),
+        (
+            {**MPIRUN, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+            "RANK 1 is not below WORLD_SIZE 1",
+        ),
+        ({**MPIRUN, "OMPI_COMM_WORLD_RANK": "x"}, "RANK must be a whole number"),
+    ],
+)
+def test_schedulers_variables_that_say_nothing(environment, values, message):
+    environment(values)
+    with pytest.raises(UserError) as caught:
+        identify()
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +166,9 @@ def test_numbers_that_are_none_are_refused(environment):
         ("rack-[07-09,12]-ib,x", "rack-07-ib"),
         ("gpu[003]", "gpu003"),
         ("", ""),
+        ("[1-", ""),
+        ("a[", "a"),
+        (",", ""),
     ],
 )
 def test_first_host(nodes, first):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -86,15 +87,81 @@ def test_an_earlier_start_of_the_same_job(folder, monkeypatch):
     RunLock(folder).take()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"host": null, "started": 3}'])
-def test_what_is_no_lock_expires(folder, content):
+THEIRS = {
+    "host": socket.gethostname(), "pid": 1, "started": {"ticks": "1", "boot": "2", "pid_namespace": "3"}, "job": None,
+    "restarts": "0", "id": "abc",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"3", b"null", b'{"pid": "x"}', b'{"host": null, "started": 3}', b"\xff\xfe", b"\0" * 100,
+        b"[" * 100_000, b"9" * 100_000, b"x" * 10**6,
+        *(
+            json.dumps(THEIRS | changes).encode()
+            for changes in (
+                {"pid": True}, {"pid": -5}, {"pid": 10**400}, {"pid": "17"}, {"host": 3}, {"host": "h" * 5000}, {"id": None},
+                {"started": []}, {"started": {}}, {"started": {"ticks": 1, "boot": 2, "pid_namespace": 3}}, {"job": [1]},
+                {"restarts": {"a": 1}},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_lock_is_held_until_it_is_old(folder, content):
     folder.mkdir(parents=True)
-    (folder / lock.NAME).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="still going"):
+    (folder / lock.NAME).write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"may belong to a run that is still going: its lock.json cannot be understood"
+    ) as caught:
         RunLock(folder).take()
+    assert len(str(caught.value)) < 500
+    assert not lock.holder(folder)
     old = time.time() - lock.STALE_AFTER_S - 5
     os.utime(folder / lock.NAME, (old, old))
     RunLock(folder).take()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "broken link", "pipe"])
+def test_what_no_run_puts_in_the_locks_place_stays(folder, kind):
+    folder.mkdir(parents=True)
+    path = folder / lock.NAME
+    (folder / "mine.json").write_text(json.dumps(THEIRS), encoding="utf-8")
+    {
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to(folder / "mine.json"),
+        "broken link": lambda: path.symlink_to(folder / "none"),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+    with pytest.raises(
+        UserError, match=r"lock.json is no lock of a run: it is not a file; remove it if no run goes on"
+    ):
+        RunLock(folder).take()
+    assert lock.holder(folder) is None
+    assert path.is_symlink() or path.exists()
+    assert sorted(each.name for each in folder.iterdir()) == ["lock.json", "mine.json"]
+
+
+def test_a_system_that_does_not_say_when_processes_began(folder, monkeypatch):
+    """As without Linux's /proc: nobody is thought dead but for his silence."""
+    nothing = dict.fromkeys(("ticks", "boot", "pid_namespace"), "")
+    monkeypatch.setattr(lock, "Path", lambda name: folder / "none" / str(name).strip("/"))
+    assert lock._start_of(os.getpid()) == nothing
+    path = held(folder, pid=2**22 + 7)
+    assert json.loads(path.read_bytes())["started"] == nothing
+    with pytest.raises(UserError, match="belongs to a run that is still going"):
+        RunLock(folder).take()
+    old = time.time() - lock.STALE_AFTER_S - 5
+    os.utime(path, (old, old))
+    RunLock(folder).take()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "file/run"])
+def test_a_folder_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run\.dir .* cannot be made: ") as caught:
+        RunLock(tmp_path / name).take()
+    assert len(str(caught.value)) < 400
 
 
 def test_of_many_at_once_one_gets_it(folder):

@@ -1,5 +1,6 @@
 """`cola-ds sweep` with runs that take no time: a program that leaves what `cola-ds train` leaves, with the scores it is told."""
 
+import datetime
 import os
 import signal
 import subprocess
@@ -390,6 +391,42 @@ def test_tasks_by_name(place):
             "lora is a section: write its keys as lora.rank, with a dot",
         ),
         ({}, ["run={seed: 5}"], "run is a section: write its keys as run.dir, with a dot"),
+        ({"launcher": ""}, [], "launcher is no command: it is empty; it is ''"),
+        ({"launcher": " "}, ["--list"], "launcher is no command: it is empty; it is ' '"),
+        ({}, ["--launcher", ""], "--launcher  is no command: it is empty"),
+        ({}, ["--launcher", "  "], "is no command: it is empty"),
+        ({"launcher": "'' {run}"}, [], "there is no command  here"),
+        ({"launcher": "x" * 5000}, [], "there is no command xxx"),
+        ({"seeds": [2**31]}, [], "seeds must be a list of different whole numbers from 0; it is [2147483648]"),
+        ({"seeds": list(range(3000))}, [], "tasks, methods, grid and seeds make more than 10,000 runs; name fewer"),
+        (
+            {"grid": {f"k.{n}": list(range(10)) for n in range(9)}},
+            [],
+            "grid has 1,000,000,000 points; a sweep takes 10,000",
+        ),
+        (
+            {"grid": {"optim.lr": list(range(2000))}},
+            [],
+            "grid.optim.lr has 2,000 values, more than 1,000; it is [0, 1,",
+        ),
+        (
+            {"tasks": {"t" * 300: {"data.train": "x"}}},
+            [],
+            "is too long for a folder's name: say it in at most 200 letters",
+        ),
+        ({"grid": {"data.prompt": ["p" * 300, "q"]}}, [], "is too long for a folder's name"),
+        ({"methods": {"lora": {"chain.knots": {datetime.date(2021, 3, 4): [1]}}}}, [], "is no value of a run's config"),
+        (
+            {"methods": {"lora": {"optim.name": "2021-02-31"}}},
+            [],
+            "optim.name must be 'adamw', 'sgd' or 'adagrad'; it is '2021-",
+        ),
+        (
+            {"tasks": [["x"] * 2000] * 20},
+            [],
+            "tasks must be a list of tasks, or names with what differs for each; it is [['x'",
+        ),
+        ({"dir": "a" * 300}, ["--list"], "has a name of 300 letters"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(place, capfd, keys, words, message):
@@ -397,6 +434,7 @@ def test_mistakes_are_one_line_before_anything_runs(place, capfd, keys, words, m
     assert sweep(place, *words) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
+    assert len(said[0]) < 700
     assert message.replace("BASE", str(place / "base.yaml")) in said[0]
     assert starts(place) == []
     assert not (place / "runs").exists()

@@ -14,6 +14,7 @@ from cola_ds.errors import UserError
 from cola_ds.figures import _score_lines
 from cola_ds.report import PAPER_TABLES, _find, report
 from cola_ds.tables import Group, holm, paired_t_test, read_groups, write_groups
+from tests.recorded import recorded
 from tests.toys import run_config, save_run
 
 TRACE = "Traceback (most recent call last):\n  File 1\nTraceback (most recent call last):\n  File 2\n    x()\nE: no memory\n"
@@ -48,7 +49,7 @@ def save_result(folder, test, task="cb", dev=0.5, seed=0, flops=1e9, losses=(), 
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     rows = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in enumerate(losses, 1)]
     (folder / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
-    return folder
+    return recorded(folder)
 
 
 def tables(*paths, plot=None, csv_file=None, paper=None, figures=None):
@@ -278,7 +279,7 @@ def test_a_sweep_with_failed_and_missing_runs(tmp_path):
 def test_how_a_run_ended(tmp_path, log, state):
     save_sweep(tmp_path, {"lr=1/seed=0": log, "lr=2/seed=0": 0.6})
     (tmp_path / "cb/lora/lr=1/seed=0").mkdir(parents=True)
-    (tmp_path / "cb/lora/lr=1/seed=0/environment.json").write_text("{}", encoding="utf-8")
+    recorded(tmp_path / "cb/lora/lr=1/seed=0")
     text = tables(tmp_path) + "\n"
     assert state in text
     chosen = "Nothing chosen: cb-100 / lora: 1 of 2 runs of its search have not finished; 2 seeds wait for it."
@@ -369,6 +370,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     lost = {**result, "task": None, "scores": {"loss": None, "perplexity": None, "examples": 3}}
     (run / "result.json").write_text(json.dumps(lost), encoding="utf-8")
+    recorded(run)
     text = tables(tmp_path)
     assert "Chosen on dev: cb-100 / lora: lr=2 (dev 40.00)" in text
     assert f"Failed: {run}: its held-out loss is not finite" in text
@@ -385,14 +387,14 @@ def test_names_that_markdown_would_cut(tmp_path):
 
 def test_what_cannot_be_read(tmp_path, capsys):
     save_sweep(tmp_path / "a", {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6})
-    (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text("{", encoding="utf-8")
-    assert "lr=1/seed=0: result.json cannot be read: JSONDecodeError" in tables(tmp_path / "a")
-    (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text('{"scores": null}', encoding="utf-8")
-    assert "lr=1/seed=0: result.json cannot be read: AttributeError" in tables(tmp_path / "a", csv_file=tmp_path / "x")
+    for text in ("{", '{"scores": null}'):
+        (tmp_path / "a/cb/lora/lr=1/seed=0/result.json").write_text(text, encoding="utf-8")
+        said = tables(tmp_path / "a", csv_file=tmp_path / "x")
+        assert "lr=1/seed=0/result.json is not what the run in this folder wrote" in said
     assert main(["report", str(tmp_path / "a"), "--csv", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "a/sweep.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a/sweep.json cannot be read \(TypeError\): cola-ds sweep writes it anew"):
+    with pytest.raises(UserError, match=r"a/sweep.json is not what cola-ds sweep writes .*; without it"):
         tables(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no run"):
@@ -410,6 +412,7 @@ def test_runs_without_a_task_beside_those_with_one(tmp_path):
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         result |= {"task": None, "scores": {"loss": 2.5, "perplexity": 12.18, "examples": 3}}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        recorded(folder)
     save_result(tmp_path / "x/task", 0.5, **LORA)
     text = tables(tmp_path, plot=tmp_path / "loss.png")
     assert "| x/one | lora | 1 | 0 | 2.5000 | 12.18 | 12 | 1.00 |\n| x/two | lora" in text

@@ -289,7 +289,7 @@ def test_texts_too_long_are_counted(model, tmp_path):
         (["data.prompt=x"], "data.prompt contradicts data.task"),
         (["data.max_length=2048"], "data.max_length 2048 is more than the model's 1024 positions"),
         (["data.task=null"], "data.dir needs data.task"),
-        (["data.task=missing.yaml"], "data.task missing.yaml cannot be read: No such file or directory"),
+        (["data.task=missing.yaml"], "cannot read data.task missing.yaml: No such file or directory"),
     ],
 )
 def test_mistakes_are_one_line(model, tmp_path, words, message):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from cola_ds.data.batching import IGNORED, PADDING
+from cola_ds.data.batching import IGNORED, PADDING, move
 from cola_ds.data.tasks import Encoded, common_prefix
 
 _SHARED, _OUTSIDE = -1, -2  # where a position belongs to no candidate: the shared prompt, and padding
@@ -38,7 +38,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
-        return PackedBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return PackedBatch(*(move(getattr(self, field.name), device) for field in fields(self)))
 
     def first(self) -> PackedBatch:
         """Its first example alone."""

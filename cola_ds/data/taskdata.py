@@ -6,15 +6,14 @@ import collections
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cola_ds.config import RunConfig, is_task_file, parse_yaml
+from cola_ds.config import RunConfig, is_task_file
 from cola_ds.data.batching import PADDING, Batch, collate
 from cola_ds.data.packing import PackedBatch, pack, packed_length
 from cola_ds.data.task_table import Example, Task, task_named
 from cola_ds.data.tasks import Encoded, encode, read_rows, sample, task_from_yaml, with_demonstrations
-from cola_ds.errors import UserError
+from cola_ds.reading import parse_yaml, read_text
 
 NEW_TOKENS = 50  # at most, of a generated answer (protocol of MeZO, as COLA follows it)
 
@@ -92,11 +91,7 @@ def find_task(name: str) -> Task:
     """The task of that name, or the one that a YAML file describes. Raises UserError."""
     if not is_task_file(name):
         return task_named(name)
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.task {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return task_from_yaml(parse_yaml(text, f"data.task {name}"), name)
+    return task_from_yaml(parse_yaml(read_text(name, "data.task"), f"data.task {name}"), name)
 
 
 def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length: int) -> TaskData:

@@ -121,7 +121,7 @@ def measure_knots(config: RunConfig, knots: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(scratch) if process.rank == 0 else None
         if folder:
-            folder.create(config, {})
+            folder.create(config, {}, {})
         chain = build_chain(prepare(config, process.world_size), process, folder)
         chain.journal.close()
         remainders: dict[str, dict[str, torch.Tensor]] = {}

@@ -1,0 +1,114 @@
+"""The files that a report writes where it is told to. Only an earlier report's own file is ever replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cola_ds.errors import UserError
+
+CSV_COLUMNS = (
+    "task", "name", "state", "chosen", "method", "links", "lora_ranks", "lr", "optimizer", "num_train", "seed", "dev", "test",
+    "metric", "best_step", "steps", "flops", "profiled_flops", "seconds", "folder",
+)  # fmt: skip
+_CSV_BEGINS = b"task,name,state,chosen,method,"  # of every version so far
+PNG_TEXT = {"Software": "cola-ds report"}
+"""What tells a picture of ours from others."""
+_PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", b"tEXtSoftware\0cola-ds report"
+_PNG_HEAD = 512  # bytes, in which its text stands
+_OF_RUNS = (
+    "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl", "result.json", "lock.json",
+    "sweep.json", "deepspeed.json", "chain", "checkpoints", "model",
+)  # fmt: skip
+_FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+)  # also as East Asian full-width
+
+
+def check_csv(path: Path) -> None:
+    """Raise UserError unless that is a new file, or an earlier report's CSV."""
+    _check("--csv", path, _CSV_BEGINS, "begins with the columns of a report")
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Raise UserError unless that is a new file, or an earlier report's picture."""
+    _check(option, path, _PNG, "is a report's own picture")
+
+
+def _check(option: str, path: Path, begins: bytes, what: str) -> None:
+    advice = "name a file of its own"
+    try:
+        real = path.resolve()
+        for folder in real.parents:
+            if (folder / "environment.json").is_file() and real.relative_to(folder).parts[0] in _OF_RUNS:
+                raise UserError(f"{option} {path} belongs to the run in {folder}; {advice}")
+        if real.name in _OF_RUNS or (real.suffix == ".log" and real.stem.startswith("seed=")):
+            raise UserError(f"{option} {path} has the name of a file that runs write; {advice}")
+        if not real.exists():
+            return
+        if not real.is_file():
+            raise UserError(f"{option} {path} is there, and no file; {advice}")
+        with open(real, "rb") as there:
+            head = there.read(_PNG_HEAD)
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL in it, and links that go in a circle
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{option} {str(path)[:200]!r}: {_reason(error)}") from None
+    if not head.startswith(begins) or (begins == _PNG and _PNG_TEXT not in head):
+        raise UserError(
+            f"{option} {path} is there already, and only a file that {what} is replaced; {advice}, or remove it"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def write_file(option: str, path: Path, content: bytes) -> None:
+    """Write or replace a file that was checked, whole or not at all. Raises UserError."""
+    real, scratch = path.resolve(), None
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".", suffix=real.suffix, dir=real.parent)
+        with open(handle, "wb") as out:
+            out.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(scratch, 0o666 & ~mask)  # mkstemp's are for their owner alone
+        os.replace(scratch, real)
+        scratch = None
+    except OSError as error:
+        raise UserError(f"{option} {path}: {_reason(error)}") from None
+    finally:
+        if scratch:
+            with contextlib.suppress(OSError):
+                os.unlink(scratch)
+
+
+def csv_bytes(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = CSV_COLUMNS) -> bytes:
+    """A CSV file. No cell is a formula to a spreadsheet: a text that would begin one has a ' before it. Numbers stay numbers."""
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, columns)
+    writer.writeheader()
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
+    return out.getvalue().encode("utf-8", errors="backslashreplace")  # a folder's name may be any bytes
+
+
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
