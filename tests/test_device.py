@@ -233,13 +233,13 @@ def test_a_package_that_is_not_installed_has_a_version_too(monkeypatch):
     from cola_ds.agreement import versions
     from cola_ds.rundir import describe_environment
 
-    version = importlib.metadata.version
+    metadata = importlib.metadata.metadata
 
     def of_others(name):
         if name == "cola_ds":
             raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
+        return metadata(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", of_others)
-    assert describe_environment(["here"], "cpu")["cola_ds"] == "not installed"
-    assert versions()["cola_ds"].startswith("not installed (")
+    monkeypatch.setattr(importlib.metadata, "metadata", of_others)
+    assert describe_environment(["here"], "cpu")["cola_ds"] == "unknown"
+    assert versions()["cola_ds"].startswith("unknown (")
