@@ -193,7 +193,7 @@ def test_a_loss_ends_those_who_still_load(meeting, capsys):
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_connection_that_ends_without_a_word(meeting, capsys, who):
     """As the kernel ends that of a process that was killed: whoever waits is told, also of process 0."""
-    side, ended = meeting
+    side, _ = meeting
     host, guest = side(0, 2), side(1, 2)
     wait_until(lambda: host.peers and guest.link)
     met = meet(guest if who == 0 else host)
