@@ -190,6 +190,21 @@ def test_a_loss_ends_those_who_still_load(meeting, capsys):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_connection_that_ends_without_a_word(meeting, capsys, who):
+    """As the kernel ends that of a process that was killed: whoever waits is told, also of process 0."""
+    side, _ = meeting
+    host, guest = side(0, 2), side(1, 2)
+    wait_until(lambda: host.peers and guest.link)
+    met = meet(guest if who == 0 else host)
+    wait_until(lambda: (guest if who == 0 else host).in_meeting)
+    (host if who == 0 else guest).over = True  # a killed process says nothing any more
+    (host.peers[1].link if who == 0 else guest.link).shutdown(socket.SHUT_RDWR)
+    died = f"process {who} on {HOST} (pid {os.getpid()}) died before all had met"
+    assert str(all_meet(met)[0]) == died
+    assert capsys.readouterr().err.count(f"cola-ds: {died}\n") == 1 - who
+
+
 def test_last_words_wait_for_process_0(meeting):
     side, _ = meeting
     guest = side(1, 2)

