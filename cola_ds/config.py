@@ -78,7 +78,11 @@ def _eval_every(value: Any) -> Any:
 
 def _files(value: Any) -> Any:
     names = value if isinstance(value, list) else [value]
-    if value is None or (names and all(isinstance(name, str) and name for name in names)):
+    if value is None:
+        return value
+    if names and all(isinstance(name, str) and name for name in names):
+        for name in names:
+            _path(name)
         return value
     raise ValueError("must name a file, a folder or a glob, or be a list of these")
 
@@ -130,10 +134,10 @@ class DataConfig(_Section):
     num_test: _Count = 1000
     demonstrations: _Count = 32
     """Solved examples in front of each prompt, with method icl."""
-    train: Annotated[_Path | list[_Path] | None, BeforeValidator(_files)] = None
+    train: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
     """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or (with `text`) .txt file, a folder of such, one that
     Dataset.save_to_disk wrote, or a glob; or a list of these. With `hub`, the name of a split."""
-    eval: Annotated[_Path | list[_Path] | None, BeforeValidator(_files)] = None
+    eval: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
     """Held-out data, likewise."""
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
