@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, cut, first_line
 from cola_ds.files import publish, sha256_of, sync_folder, write_atomically, write_synced
 from cola_ds.marker import CHECKPOINT_FILE
 from cola_ds.rundir import RunFolder
@@ -387,8 +387,8 @@ def explain_damage(path: Path, error: DamagedError) -> str:
 
 def open_or_refuse(path: Path) -> Checkpoint:
     """A checkpoint that was asked for by name. Raises UserError when it is not there or does not verify."""
-    if not path.is_dir():
-        raise UserError(f"--resume {path} is not a checkpoint's folder")
+    if not os.path.isdir(path):
+        raise UserError(f"--resume {cut(str(path))} is not a checkpoint's folder")
     try:
         return read_checkpoint(path)
     except DamagedError as error:

@@ -64,14 +64,13 @@ def main(argv: list[str] | None = None) -> int:
             if args.fresh or args.resume != "auto":
                 again = "without --fresh and --resume, " + again
             print(f"cola-ds: {error}; {again}", file=sys.stderr, flush=True)
-    except OSError as error:
+    except OSError as error:  # of the machine: a disk that is full, a file that is gone
         status = 3 if args.run is _train else 1
         watch.leave(status)
-        traceback.print_exc()
-        _say(
-            f"cola-ds: {error.filename or 'a file'}: {error.strerror or error}; the same command goes on once it is mended",
-            process,
-        )
+        if error.errno is None:  # some library's own
+            traceback.print_exc()
+        what = f"{error.filename or 'a file'}: {error.strerror or first_line(error)} ({_place_of(error)})"
+        _say(f"cola-ds: {what}; the same command goes on once it is mended", process)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
         watch.leave(status)
@@ -79,9 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RecursionError) as error:  # ten thousand lines of traceback would say no more
         status = 3 if args.run is _train else 1
         watch.leave(status)
-        where = traceback.extract_tb(error.__traceback__)[-1]
         what = "out of memory" if isinstance(error, MemoryError) else "something that was read is nested too deeply"
-        _say(f"cola-ds: {what} ({first_line(error)}; {where.filename}, line {where.lineno})", process)
+        _say(f"cola-ds: {what} ({first_line(error)}; {_place_of(error)})", process)
     except Exception as error:  # a defect, or a fault of the machine: all that is known of it
         status = 3 if args.run is _train else 1
         if process and process.world_size > 1:
@@ -92,6 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     if process and (process.world_size > 1 or watch.begun()):
         _exit_now(status)  # exit handlers of a process group can wait for peers that wait for this process
     return status
+
+
+def _place_of(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{where.filename}, line {where.lineno}"
 
 
 def _leave_now(status: int) -> NoReturn:

@@ -1,9 +1,9 @@
 """One run folder, one run: a lock file that says who holds it, and that its holder is alive.
 
 The file's time is renewed every half minute by its holder. It is stale, and taken over, when its holder was a process of this
-host that is gone, when it belongs to an earlier start of this very Slurm job, or, where its holder cannot be seen from here, or
-the file cannot be understood, when it has not been renewed for five minutes. A holder whose lock was taken over ends. Times are
-compared on the file system that holds the lock, so that the clocks of hosts do not matter.
+host that is gone, when it belongs to an earlier start of this very Slurm job, or, where its holder cannot be seen from here,
+when it has not been renewed for five minutes. A holder whose lock was taken over ends. Times are compared on the file system
+that holds the lock, so that the clocks of hosts do not matter. What no run wrote is never taken over: it may be anybody's.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ class RunLock:
     def _remove_if_stale(self, scratch: Path) -> None:
         try:
             held = _read(self.path)
+            if not (holder := _parsed(held)):
+                raise OSError(errno.EINVAL, "no run wrote what is in it")
             os.utime(scratch)
             silent_s = scratch.stat().st_mtime - self.path.stat().st_mtime
         except FileNotFoundError:
@@ -114,13 +116,8 @@ class RunLock:
                 f"{self.path} is no lock of a run: {error.strerror or error}; remove it if no run goes on in that folder, or "
                 "name another run.dir"
             ) from None
-        holder, since_s = _parsed(held), max(silent_s, 0)
+        since_s = max(silent_s, 0)
         if not _is_stale(holder, silent_s):
-            if not holder:
-                raise UserError(
-                    f"{self.path.parent} may belong to a run that is still going: its {NAME} cannot be understood, and was "
-                    f"written {since_s:.0f} s ago; wait {STALE_AFTER_S} s from then, or remove it if no run goes on there"
-                )
             where = f"process {holder['pid']} on {holder['host']}"
             if holder.get("job"):
                 where += f" (Slurm job {holder['job']})"

@@ -6,6 +6,7 @@ reads, and sends to the others.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _check_more(folder: RunFolder, newest: Checkpoint | None, timetable: Timetab
 
 
 def _asked_for(path: Path) -> Checkpoint:
-    if (path / "checkpoints").is_dir():
+    if os.path.isdir(path / "checkpoints"):
         newest = _newest(CheckpointFolder(RunFolder(path)))
         if newest is None:
             raise UserError(f"--resume {path}: this run has no checkpoint that can be used")
