@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import reprlib
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cola_ds.errors import UserError, first_line, some_of
+from cola_ds.errors import UserError, first_line, quoted, some_of
 
 Row = dict[str, Any]
 Texts = Iterator[tuple[str, list[str]]]
@@ -197,7 +196,7 @@ def _bad_json(place: str, error: Exception) -> UserError:
 
 def _object(place: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a row must be an object with fields; it is {reprlib.repr(row)}")
+        raise UserError(f"{place}: a row must be an object with fields; it is {quoted(row)}")
     return row
 
 
@@ -233,7 +232,7 @@ def _text(place: str, column: str, value: Any) -> str:
             and bool({"role", "from"} & value[0].keys())
         )
         remedy = f"; {_CONVERSATIONS}" if talk else ""
-        raise UserError(f"{place} has {reprlib.repr(value)} in column {_shown(column)}; it must be text{remedy}")
+        raise UserError(f"{place} has {quoted(value)} in column {_shown(column)}; it must be text{remedy}")
     if not value.isascii():
         check_text(place, value)
     return value
@@ -244,7 +243,7 @@ def check_text(place: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        half = reprlib.repr(value[error.start])
+        half = quoted(value[error.start])
         raise UserError(f"{place}: {half} is half a letter (a lone surrogate), which is not text") from None
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, quoted
 
 Row = dict[str, Any]
 
@@ -94,7 +93,7 @@ def _field(row: Row, name: str, kind: type) -> Any:
         raise UserError(f"field {name} is missing; this row has {', '.join(row) or 'none'}")
     if not isinstance(row[name], kind):
         wanted = "text" if kind is str else "a list" if kind is list else "an object"
-        raise UserError(f"field {name} must be {wanted}; it is {reprlib.repr(row[name])}")
+        raise UserError(f"field {name} must be {wanted}; it is {quoted(row[name])}")
     return row[name]
 
 
@@ -109,9 +108,7 @@ def list_of(row: Row, name: str, kind: type) -> list[Any]:
     """A field that is a list of texts or of objects."""
     for item in _field(row, name, list):
         if not isinstance(item, kind):
-            raise UserError(
-                f"field {name} holds {reprlib.repr(item)}, which is not {'text' if kind is str else 'an object'}"
-            )
+            raise UserError(f"field {name} holds {quoted(item)}, which is not {'text' if kind is str else 'an object'}")
     return list(row[name])
 
 
@@ -127,7 +124,7 @@ def _label(row: Row, names: Sequence[str]) -> int:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
         known = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
-        raise UserError(f"field label must be one of {known}; it is {reprlib.repr(value)}")
+        raise UserError(f"field label must be one of {known}; it is {quoted(value)}")
     return value
 
 
@@ -144,7 +141,7 @@ def fields_of(template: str) -> list[str]:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(
-            f"{template!r} is not a template: {error}; braces themselves are written {{{{ and }}}}"
+            f"{quoted(template)} is not a template: {error}; braces themselves are written {{{{ and }}}}"
         ) from None
     names = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
     for name, spec, conversion in names:
@@ -188,7 +185,7 @@ def _copa(row: Row) -> Example:
     premise = _text(row, "premise").rstrip()
     relation = _text(row, "question")
     if relation not in ("effect", "cause"):
-        raise UserError(f"field question must be effect or cause; it is {relation!r}")
+        raise UserError(f"field question must be effect or cause; it is {quoted(relation)}")
     conjunction = "so" if relation == "effect" else "because"
     candidates = []
     for name in ("choice1", "choice2"):
@@ -202,7 +199,7 @@ def _record(row: Row) -> Example:
     passage = _text(row, "passage").replace("@highlight\n", "- ")
     query = _text(row, "query")
     if "@placeholder" not in query:
-        raise UserError(f"field query has no @placeholder: {reprlib.repr(query)}")
+        raise UserError(f"field query has no @placeholder: {quoted(query)}")
     # Sorted, as their order differs between releases of the set.
     entities, answers = sorted(set(list_of(row, "entities", str))), list_of(row, "answers", str)
     if not all(entity.strip() for entity in entities):
@@ -297,7 +294,7 @@ def _spans(passage: Row) -> list[Row]:
     spans = list_of(passage, "entities", dict)
     for span in spans:
         if not all(isinstance(span.get(end), int) for end in ("start", "end")):
-            raise UserError(f"field entities holds {reprlib.repr(span)}, which has no start and end")
+            raise UserError(f"field entities holds {quoted(span)}, which has no start and end")
     return spans
 
 

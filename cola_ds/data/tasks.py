@@ -6,7 +6,6 @@ import bisect
 import collections
 import itertools
 import json
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from cola_ds.data.files import check_text, json_rows
 from cola_ds.data.hub import load_hub
 from cola_ds.data.task_table import Example, Row, Task, fields_of, list_of, nearest, strip
 from cola_ds.data.tokens import ANSWER_BEGIN, PROMPT_BEGIN, WHOLE_PROMPT, ids_of, keep_end
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, quoted
 
 # Reading
 
@@ -315,7 +314,7 @@ def _check(raw: Any) -> None:
         raise UserError("metric needs generate: true; without it the held-out loss is the only score")
     for key in ("prompt", "answer"):
         if key in raw and not fields_of(raw[key]):
-            raise UserError(f"{key} names no field of the rows, like {{text}}; it is {raw[key]!r}")
+            raise UserError(f"{key} names no field of the rows, like {{text}}; it is {quoted(raw[key])}")
 
 
 def _check_value(key: str, value: Any) -> None:
@@ -331,7 +330,7 @@ def _check_value(key: str, value: Any) -> None:
     else:
         good, wanted = isinstance(value, str) and bool(value.strip()), "text"
     if not good:
-        raise UserError(f"{key} must be {wanted}; it is {value!r}")
+        raise UserError(f"{key} must be {wanted}; it is {quoted(value)}")
     if key in ("prompt", "answer", "candidates"):
         for template in value if isinstance(value, list) else [value]:
             fields_of(template)
@@ -344,11 +343,11 @@ def _fill(what: str, template: str, row: Row) -> str:
         if name not in row:
             raise UserError(f"{what} names field {name}, which is missing; this row has {', '.join(row) or 'none'}")
         if not isinstance(row[name], str | int | float):
-            raise UserError(f"field {name}, which {what} names, must be text; it is {reprlib.repr(row[name])}")
+            raise UserError(f"field {name}, which {what} names, must be text; it is {quoted(row[name])}")
         texts[name] = str(row[name])
     text = template.format_map(texts)
     if not text.strip():
-        raise UserError(f"{what} is empty: {template!r} finds no text")
+        raise UserError(f"{what} is empty: {quoted(template)} finds no text")
     return text
 
 
@@ -371,7 +370,7 @@ def _candidate_builder(prompt: str, candidates: list[str], label: str) -> Callab
             value = bare.index(value.strip())
         if not isinstance(value, int) or not 0 <= value < len(filled):
             raise UserError(
-                f"field {label} must be an index from 0 to {len(filled) - 1} or one of {bare}; it is {reprlib.repr(value)}"
+                f"field {label} must be an index from 0 to {len(filled) - 1} or one of {bare}; it is {quoted(value)}"
             )
         return Example(text, filled, (int(value),))
 
@@ -391,7 +390,9 @@ def _answer_builder(prompt: str, answer: str, generates: bool) -> Callable[[Row]
         filled = [_fill("answer", answer, each) for each in rows]
         answers = tuple(each.strip() for each in filled)
         if generates and "\n" in answers[0]:
-            raise UserError(f"answer has more than one line, and a newline ends what is generated: {answers[0]!r}")
+            raise UserError(
+                f"answer has more than one line, and a newline ends what is generated: {quoted(answers[0])}"
+            )
         completion = space + (filled[0].rstrip() + "\n" if generates else filled[0])  # or it would not learn to end
         return Example(text, answers=answers, completion=completion)
 
