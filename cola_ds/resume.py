@@ -257,13 +257,17 @@ def links_of(config: RunConfig) -> list[str] | None:
 
 def check_fits(saved_knots: list[int], link: int, step: int, timetable: Timetable) -> None:
     """Raise UserError when an allowed change moved a knot that is past, or put the run's end before where it is."""
-    if link > len(timetable.knots) or list(timetable.knots[: link - 1]) != saved_knots[: link - 1]:
+    tied = saved_knots[: link - 1]
+    if link > len(timetable.knots) or list(timetable.knots[: link - 1]) != tied:
         raise UserError(
-            f"the run has tied links at steps {saved_knots[: link - 1]}, the changed config would at {list(timetable.knots)}"
+            f"the run has tied links at steps {tied}, the changed config would at {list(timetable.knots)}; "
+            f"to keep its knots: chain.knots={{steps: {tied}}} --allow-change chain.knots, with those to come in the list; "
+            "to start anew: another run.dir, or --fresh"
         )
     if step > timetable.knots[link - 1]:
         raise UserError(
-            f"the run is at step {step} of link {link}, which the changed config ends at {timetable.knots[link - 1]}"
+            f"the run is at step {step} of link {link}, which the changed config ends at {timetable.knots[link - 1]}; "
+            "let it end later, or start anew: another run.dir, or --fresh"
         )
 
 
