@@ -25,9 +25,11 @@ from typing import Any
 
 from cola_ds.errors import UserError
 from cola_ds.files import scratch_beside, write_atomically
+from cola_ds.reading import parse_json, read_text
 
 NAME = "run.json"
 _VERSION = 1
+_MOST_BYTES = 2**26
 CHECKPOINT_FILE = re.compile(r"(state|manifest)\.json|(trained-\d{5}|link-\d{4}|random)\.safetensors")
 _OWN = re.compile(
     r"(run\.yaml|(environment|result|deepspeed)\.json|(metrics|evals|knots|events)\.jsonl"
@@ -56,7 +58,7 @@ class Marker:
         if not os.path.lexists(path):
             return None
         try:
-            held = json.loads(path.read_bytes())
+            held = parse_json(read_text(path, "the run's", _MOST_BYTES), NAME)
             body = {key: value for key, value in held.items() if key != "sha256"}
             if held["sha256"] != _digest(body) or body["cola_ds"] != _VERSION:
                 raise ValueError("its own hash does not hold")
@@ -65,7 +67,7 @@ class Marker:
             marker.begun, marker.facts = body["begun"], body["facts"]
             if not re.fullmatch("[0-9a-f]{32}", marker.id) or not all(map(_OWN.fullmatch, marker.wrote)):
                 raise ValueError("it names what no run writes")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = str(error) if type(error) is ValueError else "it cannot be read"
             raise UserError(
                 f"{path} is not what a run wrote ({said}), so nothing in this folder is taken for a run's; name another folder"

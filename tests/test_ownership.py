@@ -182,10 +182,25 @@ def marked(folder):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", "null", "7", "[" * 100_000, '{"run": 1e999}', "\0", '{"cola_ds": 1, "sha256": "x"}', "1" * 10**6],
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        "7",
+        "[" * 100_000,
+        '{"run": 1e999}',
+        "\0",
+        '{"cola_ds": 1, "sha256": "x"}',
+        "1" * 10**6,
+        "/dev/zero",
+    ],
 )
 def test_a_damaged_marker_vouches_for_nothing(tmp_path, text):
-    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    if text == "/dev/zero":
+        (tmp_path / "run.json").symlink_to(text)
+    else:
+        (tmp_path / "run.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.json is not what a run wrote") as caught:
         RunFolder(tmp_path)
     assert len(str(caught.value)) < 400
