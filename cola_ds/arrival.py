@@ -377,7 +377,10 @@ class _Guest(_Side):
         deadline = time.monotonic() + wait_s
         with self.changed:
             self.in_meeting = True
-            self.changed.wait_for(lambda: self.link or self.verdict, wait_s)
+            while not (self.link or self.verdict) and time.monotonic() < deadline:
+                left_s = deadline - time.monotonic()
+                if not self.changed.wait_for(lambda: self.link or self.verdict, min(left_s, _REMINDS_EVERY_S)):
+                    self.remind()
             if self.link is None and not self.verdict:
                 raise _UnreachableError(self.reason)
             self.changed.wait_for(lambda: self.ready or self.verdict, deadline + 2 * _GRACE_S - time.monotonic())
@@ -391,6 +394,14 @@ class _Guest(_Side):
             return open_store(wait_s + 2 * _GRACE_S)
         except RuntimeError as error:
             raise _UnreachableError(first_line(error)) from None
+
+    def remind(self) -> None:
+        """One line while it waits for somebody to listen, from one process of each machine."""
+        if self.speaks:
+            where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+            with contextlib.suppress(OSError, ValueError):
+                line = f"cola-ds: process {self.rank} on {self.host} does not reach process 0 at {where} yet: {self.reason}"
+                print(line, file=sys.stderr, flush=True)
 
     def leave(self, status: int) -> None:
         self.send({"ended": status})

@@ -251,7 +251,7 @@ class CheckpointFolder:
 
     def is_own(self, path: Path) -> bool:
         """Whether the run of this folder wrote it; another's may have been put here."""
-        return self.folder.mine.owns_below(self._name(path))
+        return self.folder.mine.owns_below(self._name(path)) and not path.is_symlink()
 
     def pointer(self, name: Literal["latest", "best"]) -> str | None:
         """What `latest` or `best` says; None without it."""

@@ -237,6 +237,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         world_size = args.processes or process.world_size
         prepared = _prepare(config, process, world_size)
         if process.rank == 0:
+            _check_folder(config)
             _print(summarize(prepared, world_size))
         return
     _start(config, process, args.resume, args.fresh, tuple(args.allow_change))
@@ -264,6 +265,14 @@ def _prepare(config: RunConfig, process: Process, world_size: int) -> Prepared:
     return prepare(config, world_size)
 
 
+def _check_folder(config: RunConfig) -> None:
+    from cola_ds.rundir import RunFolder
+
+    data = config.data
+    inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
+    RunFolder(config.run.dir).check_inputs(inputs)
+
+
 def _start(
     config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: tuple[str, ...] = ()
 ) -> NoReturn:
@@ -275,13 +284,10 @@ def _start(
         print(summarize(prepared, process.world_size), flush=True)
     from cola_ds import processes  # and deepspeed more
     from cola_ds.resume import Wish
-    from cola_ds.rundir import RunFolder
     from cola_ds.train import train
 
     if process.rank == 0:  # before the others wait for it
-        data = config.data
-        inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
-        RunFolder(config.run.dir).check_inputs(inputs)
+        _check_folder(config)
     processes.check_dtype(config.model.dtype)
     limit_s = config.run.hang_after_s
     processes.start_processes(

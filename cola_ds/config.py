@@ -238,6 +238,10 @@ class RunSection(_Section):
     """Have the accelerator give the same bits each time, as the CPU does anyway."""
 
 
+TRAINING = ("cola", "lora", "full")
+"""The methods that train."""
+
+
 class RunConfig(_Section):
     """The run's YAML, checked. Paths in it are relative to the working directory."""
 
@@ -285,7 +289,7 @@ class RunConfig(_Section):
 
     @property
     def trains(self) -> bool:
-        return self.method in ("cola", "lora", "full")
+        return self.method in TRAINING
 
     @property
     def trains_lora(self) -> bool:

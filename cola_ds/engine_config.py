@@ -54,6 +54,7 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     if not isinstance(engine, dict):
         raise UserError(f"{path} must hold a JSON object; it is {_shown(engine)}")
     engine = _without_auto(engine)
+    _check_numbers(engine, path)
     for key in _OBJECTS:
         if not isinstance(engine.get(key, {}), dict):
             raise UserError(f"{path}: {key} must be an object like {{...}}; it is {_shown(engine[key])}")
@@ -70,6 +71,14 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     _check_zero(engine.get("zero_optimization"), path)
     _check_precision(engine, config, path)
     return engine
+
+
+def _check_numbers(section: dict[str, Any], path: str) -> None:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _check_numbers(value, path)
+        elif isinstance(value, (int, float)) and abs(value) >= 2**63:  # as counts they do not fit
+            raise UserError(f"{path}: {key} must be below 2^63; it is {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

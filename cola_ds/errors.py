@@ -69,7 +69,9 @@ class _Short(reprlib.Repr):
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
-    return cut((str(error).strip() or type(error).__name__).splitlines()[0], 400)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    whole = len(lines) > 1 and lines[0].endswith(":")  # the first one says only that there is a reason
+    return cut(" ".join(lines[: 1 + whole]), 400)
 
 
 def some_of(names: list[str], between: str = ", ") -> str:

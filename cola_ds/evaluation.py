@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config import RunConfig, check_config
+from cola_ds.errors import UserError
 from cola_ds.learnt import Learnt, is_run, read_learnt
 from cola_ds.rundir import ENGINE
 from cola_ds.tables import file_name
@@ -31,6 +32,10 @@ def evaluation_config(
             model["path"] = str(learnt.folder / "model")
         elif config.trains_lora:
             model["links"] = str(learnt.folder.resolve())  # the evaluation's own folder is read from elsewhere, too
+        if wrong := next((word for word in overrides if word.startswith("model.links=")), None):
+            raise UserError(
+                f"override {wrong} contradicts the run {target}, whose own links are evaluated; leave it out"
+            )
         section["seed"] = config.run.seed
         if config.data.task is not None:  # drawn as it drew: its dev must not hold what it has learnt from
             its_own = {"revision"} if task == config.data.task and data_dir is None else set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
         raise UserError(f"{run} only evaluated {where} (method {config.method}): there is nothing of its own to export")
     if to != "hf" and not config.trains_lora:
         raise UserError(f"--to {to}: method {config.method} leaves no adapters; use --to hf")
+    if to != "hf" and (overrides or Path(config.model.path).is_dir()):  # the adapters name it
+        learnt.check_base(config.model.path, model_fingerprint(config.model))
     scratch = scratch_beside(target)
     try:
         scratch.mkdir(parents=True)
@@ -67,6 +70,8 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
         scratch.rename(target)
         sync_folder(target.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"--out {target} already exists: another export was quicker; name a new folder") from None
         raise UserError(
             f"--out {target} cannot be written: {error.filename or target}: {error.strerror or error}"
         ) from None

@@ -80,17 +80,20 @@ def run_config(folder: Path, marker: Marker | None = None) -> RunConfig:
     """A run's config, from run.yaml. Raises UserError where that is not what the run was started with, but for where things lie
     and what cannot change a result."""
     if not (folder / "run.yaml").is_file():
-        raise UserError(f"{folder} is no run's folder: it has no run.yaml")
+        held = "it has no run.json" if not is_run(folder) else "its run.yaml is missing: put it back"
+        raise UserError(f"{folder} cannot be read as a run: {held}")
     marker = marker or run_marker(folder)
     config = load_config(folder / "run.yaml")
     said, recorded = flat_keys(config.model_dump(mode="json")), flat_keys(marker.facts["config"])
     changed = [
-        f"{key} {said.get(key)}, the run was made with {value}"
+        f"{key} {said.get(key)}, and {NAME} {value}"
         for key, value in recorded.items()
         if said.get(key) != value and not (is_free(key) or key in _PLACES or _both_files(key, value, said.get(key)))
     ]
     if changed:
-        raise UserError(f"{folder / 'run.yaml'} says {some_of(changed, '; ')}: it has changed since; put it back")
+        raise UserError(
+            f"{folder / 'run.yaml'} says {some_of(changed, '; ')}: one of them has changed since; put it back"
+        )
     return config
 
 
@@ -129,9 +132,17 @@ def _result(folder: Path, marker: Marker) -> dict[str, Any]:
 def _link(folder: Path, row: dict[str, Any]) -> TiedLink:
     link = TiedLink(folder / "chain" / f"link-{row['link']:04d}", row["lora_rank"], row["lora_alpha"], row["layers"])
     if not link.file.is_file():
-        raise UserError(f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing")
+        raise UserError(
+            f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing; its checkpoints hold a copy: "
+            "remove result.json, and the run's own command goes on from there"
+        )
     _check_file(link.file, row["sha256"], "the link that the run tied")
     _check_file(link.path / "adapter_config.json", row["config_sha256"], "what the run wrote of this link")
+    said = json.loads((link.path / "adapter_config.json").read_bytes())
+    if [said.get(key) for key in ("r", "lora_alpha", "target_modules")] != [link.lora_rank, link.alpha, link.layers]:
+        raise UserError(
+            f"{link.path / 'adapter_config.json'} and {folder / NAME} contradict each other: one was changed"
+        )
     return link
 
 

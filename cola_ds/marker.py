@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from cola_ds.errors import UserError
 from cola_ds.files import scratch_beside, write_atomically
 from cola_ds.reading import parse_json, read_text
@@ -40,6 +42,41 @@ _OWN = re.compile(
 """What a run may call its own, whatever run.json says."""
 
 
+class _Link(BaseModel):
+    """A link, as it was tied."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    link: int = Field(ge=1, le=9999)
+    lora_rank: int = Field(ge=1)
+    lora_alpha: float = Field(gt=0)
+    layers: list[str] = Field(min_length=1)
+    sha256: str
+    config_sha256: str
+
+
+class _Identity(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    engine: dict[str, Any] = {}
+    train: str = ""
+    eval: str | None = None
+
+
+class _Facts(BaseModel):
+    """What a run says of itself; nothing before it has begun."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    config: dict[str, Any] = {}
+    base: str = ""
+    base_links: list[str] | None = None
+    identity: _Identity = _Identity()
+    links: list[_Link] = []
+    model: dict[str, str] = {}
+    result: list[str] = []
+
+
 class Marker:
     """run.json of a folder, as it is now on the disk."""
 
@@ -49,7 +86,7 @@ class Marker:
         self.wrote: set[str] = set()
         self.aside: set[str] = set()
         self.begun = False
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = _Facts().model_dump()
 
     @classmethod
     def read(cls, folder: Path) -> Marker | None:
@@ -64,7 +101,7 @@ class Marker:
                 raise ValueError("its own hash does not hold")
             marker = cls(folder, body["run"])
             marker.wrote, marker.aside = set(body["wrote"]), set(body["aside"])
-            marker.begun, marker.facts = body["begun"], body["facts"]
+            marker.begun, marker.facts = body["begun"], _Facts.model_validate(body["facts"]).model_dump()
             if not re.fullmatch("[0-9a-f]{32}", marker.id) or not all(map(_OWN.fullmatch, marker.wrote)):
                 raise ValueError("it names what no run writes")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,7 +127,7 @@ class Marker:
         coming = {name for name in names if name not in self.wrote}
         for name in coming:
             assert _OWN.fullmatch(name), name
-            if os.path.lexists(self.folder / name):
+            if os.path.lexists(self.folder / name) or not self._is_inside(name):
                 raise FileExistsError(17, "it is there, and this run did not write it", str(self.folder / name))
         if coming or facts is not None:
             self.wrote |= coming
@@ -107,13 +144,17 @@ class Marker:
         doomed = {name for name in self.wrote if name.startswith(below)}
         for name in sorted(doomed, key=lambda name: (not name.endswith("manifest.json"), name)):
             path = self.folder / name
-            if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink()):
+            if self._is_inside(name) and os.path.lexists(path) and not (path.is_dir() and not path.is_symlink()):
                 path.unlink()
         folders = {parent for name in doomed for parent in Path(name).parents if str(parent) != "."}
         for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
             with contextlib.suppress(OSError):  # somebody else's files are in it
                 (self.folder / folder).rmdir()
         self.wrote -= doomed
+
+    def _is_inside(self, name: str) -> bool:
+        """Whether no link leads out of the folder on the way to that file."""
+        return not any((self.folder / parent).is_symlink() for parent in Path(name).parents if str(parent) != ".")
 
     def scratch(self, parent: Path) -> Path:
         """A name in a folder for what is not complete yet."""
@@ -122,7 +163,7 @@ class Marker:
     def clear_scratch(self) -> None:
         """Remove what was being written when a process died."""
         for parent in (self.folder, self.folder / "checkpoints", self.folder / "chain"):
-            for path in parent.glob(f".{self.id}-*"):
+            for path in () if parent != self.folder and parent.is_symlink() else parent.glob(f".{self.id}-*"):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
                 else:

@@ -85,7 +85,10 @@ def _model_path(path: str) -> str:
     """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
     if not os.path.isdir(path):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or len(path) > 96:
-            raise UserError(f"model.path {cut(path)} is not a folder, and cannot be a name on the Hugging Face hub")
+            raise UserError(
+                f"model.path {cut(path)} is not a folder, and cannot be a name on the Hugging Face hub; where it lies now, say "
+                "by model.path=FOLDER"
+            )
         return path
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"model.path {cut(path)} has no config.json: it is not a model's folder")

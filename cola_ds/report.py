@@ -83,7 +83,9 @@ def report(paths: Sequence[str], plot: str | None, csv_file: str | None, paper: 
     `plot`: a PNG of loss curves; `csv_file`: a line a run; `paper`: the table of the paper whose numbers stand beside ours;
     `figures`: a folder for pictures of training loss, and of the score against chain length and LoRA rank.
     """
-    if csv_file:  # before anything is read: what is asked for cannot be
+    if paper is not None and paper not in _PAPER:
+        raise UserError(f"--paper {paper}: known are {', '.join(_PAPER)}")
+    if csv_file is not None:  # before anything is read: what is asked for cannot be
         check_csv(Path(csv_file))
     if plot:
         check_picture("--plot", Path(plot))
@@ -132,8 +134,6 @@ def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
 
 def _paper_numbers(cells: Sequence[Cell], paper: str) -> dict[tuple[str, str], str]:
     """The paper's numbers for those of our cells that are like its own, by task and name."""
-    if paper not in _PAPER:
-        raise UserError(f"--paper {paper}: known are {', '.join(_PAPER)}")
     columns, *rows = (line.split() for line in _PAPER[paper].splitlines())
     numbers = {(row[0], column): text for row in rows for column, text in zip(columns, row[1:], strict=True)}
     found = {}

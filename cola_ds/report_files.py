@@ -17,14 +17,14 @@ CSV_COLUMNS = (
     "task", "name", "state", "chosen", "method", "links", "lora_ranks", "lr", "optimizer", "num_train", "seed", "dev", "test",
     "metric", "best_step", "steps", "flops", "profiled_flops", "seconds", "folder",
 )  # fmt: skip
-_CSV_BEGINS = b"task,name,state,chosen,method,"  # of every version so far
+_CSV_BEGINS = b"task,name,state,chosen,method,"
 PNG_TEXT = {"Software": "cola-ds report"}
 """What tells a picture of ours from others."""
 _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", b"tEXtSoftware\0cola-ds report"
 _PNG_HEAD = 512  # bytes, in which its text stands
 _OF_RUNS = (
     "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl", "result.json", "lock.json",
-    "sweep.json", "deepspeed.json", "chain", "checkpoints", "model",
+    "run.json", "sweep.json", "deepspeed.json", "chain", "checkpoints", "model",
 )  # fmt: skip
 _FORMULA = (
     "=",
@@ -43,7 +43,7 @@ _FORMULA = (
 
 def check_csv(path: Path) -> None:
     """Raise UserError unless that is a new file, or an earlier report's CSV."""
-    _check("--csv", path, _CSV_BEGINS, "begins with the columns of a report")
+    _check("--csv", path, _CSV_BEGINS, "has a report's columns and nothing else")
 
 
 def check_picture(option: str, path: Path) -> None:
@@ -56,7 +56,7 @@ def _check(option: str, path: Path, begins: bytes, what: str) -> None:
     try:
         real = path.resolve()
         for folder in real.parents:
-            if (folder / "environment.json").is_file() and real.relative_to(folder).parts[0] in _OF_RUNS:
+            if (folder / "run.json").is_file() and real.relative_to(folder).parts[0] in _OF_RUNS:
                 raise UserError(f"{option} {path} belongs to the run in {folder}; {advice}")
         if real.name in _OF_RUNS or (real.suffix == ".log" and real.stem.startswith("seed=")):
             raise UserError(f"{option} {path} has the name of a file that runs write; {advice}")
@@ -70,10 +70,20 @@ def _check(option: str, path: Path, begins: bytes, what: str) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{option} {str(path)[:200]!r}: {_reason(error)}") from None
-    if not head.startswith(begins) or (begins == _PNG and _PNG_TEXT not in head):
+    if not head.startswith(begins) or not (_PNG_TEXT in head if begins == _PNG else _is_report(real)):
         raise UserError(
             f"{option} {path} is there already, and only a file that {what} is replaced; {advice}, or remove it"
         )
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a CSV has the columns of a report, and no row of another length: nobody has added to it."""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="replace") as there:
+            rows = list(csv.reader(there))
+    except (OSError, csv.Error):
+        return False
+    return tuple(rows[0]) == CSV_COLUMNS and all(len(row) == len(CSV_COLUMNS) for row in rows)
 
 
 def _reason(error: Exception) -> str:

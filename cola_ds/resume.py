@@ -96,7 +96,7 @@ def choose_start(
     more = False
     if (folder.path / "result.json").exists():
         read_learnt(folder.path)
-        more = _compare(folder.path, _described(folder), config, identity, wish)
+        more = _compare(folder.path, _described(folder), config, identity, wish, finished=True)
         _check_base(folder, config)
         if not more:
             return "finished"
@@ -195,7 +195,9 @@ def _described(folder: RunFolder) -> _Described:
     return _Described(facts["config"], **facts["identity"])
 
 
-def _compare(where: Path, saved: Described, config: RunConfig, identity: Identity, wish: Wish) -> bool:
+def _compare(
+    where: Path, saved: Described, config: RunConfig, identity: Identity, wish: Wish, finished: bool = False
+) -> bool:
     """Raise UserError for a config under which a run would not have come to where it is. Returns whether --allow-change has let
     anything through."""
     known = flat_keys(config.model_dump(mode="json")).keys()
@@ -223,6 +225,8 @@ def _compare(where: Path, saved: Described, config: RunConfig, identity: Identit
         fixed = sorted(_FIXED & changed.keys())
         remedy = f"{', '.join(fixed)} cannot change within a run; " if fixed else ""
         allow = " ".join(f"--allow-change {key}" for key in changed if key not in _FIXED)
+        if finished and not {"optim.epochs", "optim.max_steps"} & changed.keys():  # there would be nothing to do
+            allow = ""
         remedy += f"to go on in spite of it: {allow}; " if allow and not fixed else ""
         raise UserError(
             f"the config has changed since {where}: {'; '.join(refused)} "

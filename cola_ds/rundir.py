@@ -37,7 +37,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cola_ds.config import RunConfig, dump_config, is_task_file
+from cola_ds.config import TRAINING, RunConfig, dump_config, is_task_file
 from cola_ds.errors import UserError
 from cola_ds.files import publish, scratch_beside, sha256_of, sync_folder, write_atomically, write_synced
 from cola_ds.marker import Marker
@@ -69,8 +69,10 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.dir {self.path} is not a folder")
         for path in inputs:
-            if self.path.resolve() in Path(path).resolve().parents:
-                raise UserError(f"run.dir {self.path} holds {path}, which the run reads; name a folder of its own")
+            read = Path(path).resolve()
+            if self.path.resolve() in (read, *read.parents):
+                holds = "is" if self.path.resolve() == read else "holds"
+                raise UserError(f"run.dir {self.path} {holds} {path}, which the run reads; name a folder of its own")
         parent = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not os.access(parent, os.W_OK):
             raise UserError(f"run.dir {self.path} cannot be written: no permission to write in {parent}")
@@ -85,6 +87,11 @@ class RunFolder:
         """Raise UserError when the folder already holds a run, unless `fresh`: then `create` removes what that run wrote."""
         if self.holds_a_run() and not fresh:
             raise UserError(f"run.dir {self.path} already holds a run; name another, or start it anew with --fresh")
+        if self.holds_a_run() and not config.trains and self.mine.facts["config"].get("method") in TRAINING:
+            raise UserError(
+                f"run.dir {self.path} holds a run that has trained, which no evaluation takes the place of; name another "
+                "(cola-ds evaluate: --out)"
+            )
         self.check_is_ours(config)
 
     def check_is_ours(self, config: RunConfig) -> None:
@@ -96,7 +103,12 @@ class RunFolder:
             places = [*_FILES, *(f"chain/link-{link:04d}/{name}" for link in links for name in _ADAPTER)]
             if config.method == "full":
                 places += [f"model/{path.name}" for path in (self.path / "model").glob("*") if path.is_file()]
-            there = [name for name in places if name not in self.mine.wrote and os.path.lexists(self.path / name)]
+            wrote = self.mine.wrote
+            there = [name for name in _FOLDERS if _is_no_folder(self.path / name)]
+            there += [
+                name for name in places
+                if os.path.lexists(self.path / name) and (name not in wrote or os.path.isdir(self.path / name))
+            ]  # fmt: skip
         if there:
             raise UserError(f"run.dir {self.path} holds {there[0]}, but no run left it there; name another folder")
 
@@ -290,6 +302,11 @@ class RunFolder:
             self.mine.remove(below)
         self.mine.facts |= {"links": [], "model": {}}
         self.mine.write()
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else stands in its place, such as a link, which leads to what is not this run's."""
+    return os.path.islink(path) or (os.path.exists(path) and not os.path.isdir(path))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

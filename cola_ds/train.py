@@ -127,6 +127,7 @@ def train(prepared: Prepared, process: Process, wish: Wish) -> bool:
     since = time.perf_counter()
     folder = RunFolder(prepared.config.run.dir) if process.rank == 0 else None
     lock = RunLock(folder.path) if folder else None
+    chain = None
     try:
         check_agreement(prepared)
         start = _choose_start(prepared, folder, lock, wish)
@@ -142,6 +143,8 @@ def train(prepared: Prepared, process: Process, wish: Wish) -> bool:
         _finish(chain, prepared, loading_s, since, start.saved.elapsed_s if start.saved else 0.0)
         return True
     finally:
+        if chain:
+            chain.journal.close()  # what is said of an error gets a line of its own
         if lock:
             lock.release()
 

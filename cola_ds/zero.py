@@ -67,7 +67,7 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     sharded = engine_config["zero_optimization"]["stage"] == 3
     sharding = HfDeepSpeedConfig(engine_config) if sharded else None
     try:
-        with _freed_memory_goes_back():
+        with _freed_memory_goes_back(), _one_voice():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 revision=config.revision,
@@ -84,6 +84,12 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
+    if loading["unexpected_keys"] and dist.get_rank() == 0:
+        unused = sorted(loading["unexpected_keys"])
+        print(
+            f"cola-ds: warning: model.path {config.path} has {len(unused)} weights that this architecture does not use, such as "
+            f"{unused[0]}; see whether its config.json is of the same model", file=sys.stderr, flush=True,
+        )  # fmt: skip
     if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device())
@@ -92,6 +98,19 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Without the table that transformers prints of weights that are missing or not used: what matters of it takes a line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

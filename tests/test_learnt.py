@@ -76,10 +76,10 @@ def swap_links(run):
 
 
 EDITS = {
-    "alpha": (edit_yaml("alpha", 800), r"run\.yaml says lora\.alpha 800.0, the run was made with 8\.0"),
-    "dtype": (edit_yaml("dtype", "bf16"), r"run\.yaml says model\.dtype bf16, the run was made with fp32"),
+    "alpha": (edit_yaml("alpha", 800), r"run\.yaml says lora\.alpha 800\.0, and run\.json 8\.0"),
+    "dtype": (edit_yaml("dtype", "bf16"), r"run\.yaml says model\.dtype bf16, and run\.json fp32"),
     "length": (edit_yaml("length", 3), r"run\.yaml: lora\.rank .* names 2 links|chain\.length 3"),
-    "seed": (edit_yaml("dir", "elsewhere\n  seed: 7"), r"run\.yaml says run\.seed 7, the run was made with 0"),
+    "seed": (edit_yaml("dir", "elsewhere\n  seed: 7"), r"run\.yaml says run\.seed 7, and run\.json 0"),
     "link of another rank": (
         edit_json("chain/link-0001/adapter_config.json", lambda held: held.update(r=16)),
         r"link-0001/adapter_config\.json is not what the run wrote",
@@ -230,7 +230,8 @@ def test_other_weights_in_the_bases_folder_are_not_exported(finished, run, tmp_p
         with pytest.raises(UserError, match="is not the base model of"):
             export(run, "hf", tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
-        export(run, "peft", tmp_path / "peft")  # needs no base
+        with pytest.raises(UserError, match="is not the base model of"):  # which the adapter would name
+            export(run, "peft", tmp_path / "peft")
     finally:
         shutil.rmtree(base)
         shutil.move(tmp_path / "kept", base)

@@ -250,6 +250,85 @@ def test_a_run_that_is_half_removed_is_begun_anew(toy, tmp_path):
     assert RunFolder(tmp_path / "run").mine.id != first
 
 
+@pytest.mark.parametrize(
+    "facts", [None, {}, 5, {"config": 5}, {"links": [{}]}, {"links": [], "surprise": 1}, {"result": "x"}]
+)
+def test_a_marker_of_other_facts_is_refused(tmp_path, facts):
+    """Though its hash holds. Without facts it is a run of which nothing is known: no defect of this program."""
+    marker = marked(tmp_path)
+    marker.facts = facts
+    marker.write()
+    if facts == {}:
+        assert Marker.read(tmp_path).facts["links"] == []
+        return
+    with pytest.raises(UserError, match=r"run\.json is not what a run wrote"):
+        Marker.read(tmp_path)
+
+
+def test_no_link_is_followed(toy, tmp_path):
+    """A run's folder in which chain, checkpoints or one of these leads to another run's, or to the user's own."""
+    from cola_ds.checkpoint import CheckpointFolder
+    from cola_ds.config import load_config
+
+    config = load_config(save_run(tmp_path / "run.yaml", run_config(toy[0], toy[1], tmp_path / "run")))
+    theirs = tmp_path / "theirs"
+    plant(
+        theirs, ["chain/link-0001/adapter_config.json", "checkpoints/step-00000003/manifest.json", "checkpoints/latest"]
+    )
+    before = tree(theirs)
+    for name in ("chain", "checkpoints", "checkpoints/step-00000003"):
+        folder = RunFolder(tmp_path / name.replace("/", "-"))
+        folder.create(config, {}, {})
+        folder.mine.own(
+            ["chain/link-0001/adapter_config.json", "checkpoints/step-00000003/manifest.json", "checkpoints/latest"]
+        )
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).symlink_to(theirs / name)
+        if name.endswith("3"):
+            assert not CheckpointFolder(folder).is_own(folder.path / name)
+        if "/" not in name:
+            with pytest.raises(UserError, match=f"holds {name}, but no run left it there"):
+                folder.check_is_free(config, fresh=True)
+            with pytest.raises(FileExistsError):
+                folder.mine.own([f"{name}/link-0002/adapter_config.json" if name == "chain" else f"{name}/best"])
+        folder.mine.remove()
+        folder.mine.clear_scratch()
+        assert tree(theirs) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["environment.json", "result.json", "metrics.jsonl", "run.yaml", "chain", "checkpoints"]
+)
+def test_nothing_is_removed_before_everything_is_looked_at(toy, tmp_path, name):
+    """With a folder of the user's in the place of a file, or the other way round, --fresh is refused, and the old run stands."""
+    from cola_ds.config import load_config
+
+    config = load_config(save_run(tmp_path / "run.yaml", run_config(toy[0], toy[1], tmp_path / "run")))
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config, {}, {})
+    folder.event("started")
+    (folder.path / name).unlink(missing_ok=True)
+    plant(folder.path, [name if "." not in name else f"{name}/mine"])
+    before = tree(folder.path)
+    with pytest.raises(UserError, match=f"holds {name}, but no run left it there"):
+        folder.check_is_free(config, fresh=True)
+    assert tree(folder.path) == before
+
+
+def test_an_evaluation_takes_no_trained_runs_place(toy, tmp_path):
+    """Neither that of the run whose links it reads nor that of any other, --fresh or not."""
+    from cola_ds.config import load_config
+
+    path = save_run(tmp_path / "run.yaml", run_config(toy[0], toy[1], tmp_path / "run", data={"eval": str(toy[2])}))
+    folder = RunFolder(tmp_path / "run")
+    folder.create(load_config(path), {}, {})
+    config = load_config(path, ["method=zero-shot", "chain.length=1", f"model.links={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r"run, which the run reads; name a folder of its own"):
+        folder.check_inputs([config.model.links])
+    with pytest.raises(UserError, match="holds a run that has trained, which no evaluation takes the place of"):
+        folder.check_is_free(config, fresh=True)
+
+
 # -- exports -----------------------------------------------------------------------------------------------------------
 
 

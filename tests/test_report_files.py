@@ -296,3 +296,23 @@ def test_what_cannot_be_printed(tmp_path):
     save_result(tmp_path / "ü", 0.5, **LORA)
     done = cola_ds("report", tmp_path / "ü", PYTHONIOENCODING="ascii")
     assert (done.returncode, "50.00 (1)" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_report_that_somebody_has_added_to_is_theirs(tmp_path, capsys):
+    """A column, a line of notes: only a report's own columns and rows make a CSV a report's own."""
+    save_result(tmp_path / "r", 0.5, **LORA)
+    words = ["report", str(tmp_path / "r"), "--csv"]
+    assert main([*words, str(tmp_path / "own.csv")]) == main([*words, str(tmp_path / "own.csv")]) == 0
+    capsys.readouterr()
+    own = (tmp_path / "own.csv").read_text(encoding="utf-8")
+    lines = own.splitlines()
+    for name, text in (
+        ("column.csv", "\n".join([lines[0] + ",my_notes", *(line + ",great" for line in lines[1:])])),
+        ("notes.csv", own + "\nmy summary: 42\n"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert "only a file that has a report's columns and nothing else" in said_in_one_line(
+            capsys, *words, tmp_path / name
+        )
+        assert (tmp_path / name).read_text(encoding="utf-8") == text
+    assert "known are" in said_in_one_line(capsys, "report", tmp_path / "r", "--paper", "nope")
