@@ -142,6 +142,25 @@ def test_existence_is_not_completion(finished, run, edit):
     assert choose_start(RunFolder(run), config, identity, Wish(), None).step == 4
 
 
+def test_a_forged_record_is_compared_with_the_links(run, tmp_path):
+    """Its hash holds, but each link's own config says otherwise."""
+    for change in ({"lora_alpha": 80.0}, {"lora_rank": 4}, {"layers": ["model.layers.0.self_attn.q_proj"]}):
+        marker = Marker.read(run)
+        before = dict(marker.facts["links"][0])
+        marker.facts["links"][0] |= change
+        marker.write()
+        with pytest.raises(UserError, match=r"link-0001/adapter_config\.json and .*run\.json contradict each other"):
+            export(run, "links", tmp_path / "links")
+        marker.facts["links"][0] = before
+        marker.write()
+    read_learnt(run)
+
+
+def test_a_runs_own_links_are_what_is_evaluated(run):
+    with pytest.raises(UserError, match=r"override model\.links=x contradicts the run"):
+        evaluation_config(str(run), "zero-shot", "cb", "cb", None, 1, ["model.links=x"])
+
+
 def test_the_result_of_another_run(finished, run, tmp_path):
     """Where this one has not finished, or has: neither is taken for its own, nor removed."""
     other = json.loads((run / "result.json").read_bytes()) | {"run": "0" * 32}
