@@ -373,7 +373,7 @@ def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
 def version_of(package: str) -> str:
     """The package's version; "unknown" where its metadata are missing: it may have been put on the path by hand."""
     try:
-        return str(importlib.metadata.metadata(package)["Version"] or "unknown")
+        return str(importlib.metadata.version(package) or "unknown")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 

@@ -233,13 +233,13 @@ def test_a_package_that_is_not_installed_has_a_version_too(monkeypatch):
     from cola_ds.agreement import versions
     from cola_ds.rundir import describe_environment
 
-    metadata = importlib.metadata.metadata
+    metadata = importlib.metadata.version
 
     def of_others(name):
         if name == "cola_ds":
             raise importlib.metadata.PackageNotFoundError(name)
         return metadata(name)
 
-    monkeypatch.setattr(importlib.metadata, "metadata", of_others)
+    monkeypatch.setattr(importlib.metadata, "version", of_others)
     assert describe_environment(["here"], "cpu")["cola_ds"] == "unknown"
     assert versions()["cola_ds"].startswith("unknown (")
