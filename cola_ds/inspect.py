@@ -35,7 +35,6 @@ def inspect(run: str) -> str:
         f"method       {config.method}, {config.model.path} ({config.model.dtype})",
         f"status       {_status(folder, events)}",
         *([f"DAMAGED      {damage}"] if damage else []),
-        f"steps        {last['step']}{total} logged" + (f", loss {last['loss']:.4f}" if last.get("loss") else ""),
         f"steps        {last['step']}{total} logged"
         + (f", loss {last['loss']:.4f}" if last.get("loss") is not None else ""),
     ]
