@@ -18,13 +18,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cola_ds import arrival, lock, signals, streams, watch
-from cola_ds.config import RunConfig, load_config
+from cola_ds.commands import streams
+from cola_ds.config.loading import load_config
+from cola_ds.config.schema import RunConfig
+from cola_ds.distributed import rendezvous, signals, watchdog
+from cola_ds.distributed.launcher import Process, identify
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line, one_line
-from cola_ds.launcher import Process, identify
+from cola_ds.run import lock
 
 if TYPE_CHECKING:
-    from cola_ds.prepare import Prepared
+    from cola_ds.training.prepare import Prepared
 
 _PATIENCE_S = 10  # launchers end the other processes of a run within seconds of the first that exits
 _LAST_WORDS_S = 3  # before that, for what they have to say
@@ -49,16 +52,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         status = 2
-        watch.leave(status)
+        watchdog.leave(status)
         _say(f"cola-ds: {error}", process, isinstance(error, ArrivalError))
     except TrainingFailedError as error:
         status = 3
-        watch.leave(status)
+        watchdog.leave(status)
         _say(f"cola-ds: training failed: {error}", process)
     except StoppedError as error:
         status = 75
         signals.finished()
-        watch.leave(status)
+        watchdog.leave(status)
         if process is None or process.rank == 0:
             again = "the same command goes on from there"
             if args.fresh or args.resume != "auto":
@@ -66,18 +69,18 @@ def main(argv: list[str] | None = None) -> int:
             print(f"cola-ds: {error}; {again}", file=sys.stderr, flush=True)
     except OSError as error:  # of the machine: a disk that is full, a file that is gone
         status = 3 if args.run is _train else 1
-        watch.leave(status)
+        watchdog.leave(status)
         if error.errno is None:  # some library's own
             traceback.print_exc()
         what = f"{error.filename or 'a file'}: {error.strerror or first_line(error)} ({_place_of(error)})"
         _say(f"cola-ds: {what}; the same command goes on once it is mended", process)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-        watch.leave(status)
+        watchdog.leave(status)
         _say("cola-ds: interrupted", process)
     except (MemoryError, RecursionError) as error:  # ten thousand lines of traceback would say no more
         status = 3 if args.run is _train else 1
-        watch.leave(status)
+        watchdog.leave(status)
         what = "out of memory" if isinstance(error, MemoryError) else "something that was read is nested too deeply"
         _say(f"cola-ds: {what} ({first_line(error)}; {_place_of(error)})", process)
     except Exception as error:  # a defect, or a fault of the machine: all that is known of it
@@ -85,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         if process and process.world_size > 1:
             # Where another process died, the watch says so, and ends this one: what is raised here is only what followed.
             time.sleep(_PATIENCE_S if "by peer" in str(error) else 2)  # gloo: "Connection closed by peer"
-        watch.leave(status)
+        watchdog.leave(status)
         traceback.print_exc()
-    if process and (process.world_size > 1 or watch.begun()):
+    if process and (process.world_size > 1 or watchdog.begun()):
         _exit_now(status)  # exit handlers of a process group can wait for peers that wait for this process
     return status
 
@@ -98,7 +101,7 @@ def _place_of(error: BaseException) -> str:
 
 
 def _leave_now(status: int) -> NoReturn:
-    watch.leave(status)
+    watchdog.leave(status)
     _exit_now(status)
 
 
@@ -117,12 +120,12 @@ def _say(message: str, process: Process | None, arriving: bool = False) -> None:
     node, say): it names itself. Where processes do not find each other, the first one of each machine speaks at once.
     """
     message = one_line(message)
-    arrival.say_why(message)
+    rendezvous.say_why(message)
     if process is None or process.rank == 0 or (arriving and process.local_rank == 0):
         print(message, file=sys.stderr, flush=True)
         if arriving:
             time.sleep(_LAST_WORDS_S)
-    elif not watch.process_0_leaves(within_s=_PATIENCE_S):
+    elif not watchdog.process_0_leaves(within_s=_PATIENCE_S):
         print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
 
 
@@ -222,17 +225,17 @@ def _train(args: argparse.Namespace, process: Process) -> None:
     if not args.dry_run:
         _listen(process)
     if not args.dry_run and args.freeze is None:
-        arrival.begin(process, _exit_now)
+        rendezvous.begin(process, _exit_now)
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
-        from cola_ds.engine_config import read_engine_config
-        from cola_ds.rundir import freeze
+        from cola_ds.commands.freeze import freeze
+        from cola_ds.config.deepspeed_json import read_engine_config
 
         read_engine_config(config)
         print(f"wrote {freeze(config, Path(args.freeze))}")
         return
     if args.dry_run:
-        from cola_ds.prepare import summarize
+        from cola_ds.training.prepare import summarize
 
         world_size = args.processes or process.world_size
         prepared = _prepare(config, process, world_size)
@@ -245,8 +248,8 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 
 def _evaluate(args: argparse.Namespace, process: Process) -> None:
     _listen(process)
-    arrival.begin(process, _exit_now)
-    from cola_ds.evaluation import evaluation_config
+    rendezvous.begin(process, _exit_now)
+    from cola_ds.commands.evaluate import evaluation_config
 
     config = evaluation_config(
         args.target, args.method, args.task, args.dir, args.out, process.world_size, args.overrides
@@ -259,45 +262,45 @@ def _listen(process: Process) -> None:
 
 
 def _prepare(config: RunConfig, process: Process, world_size: int) -> Prepared:
-    from cola_ds.prepare import prepare  # torch takes seconds to import: not for a misspelt key
+    from cola_ds.training.prepare import prepare
 
     _quiet_libraries(process)
     return prepare(config, world_size)
 
 
 def _check_folder(config: RunConfig) -> None:
-    from cola_ds.rundir import RunFolder
+    from cola_ds.run.folder import RunDir
 
     data = config.data
     inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
-    RunFolder(config.run.dir).check_inputs(inputs)
+    RunDir(config.run.dir).check_inputs(inputs)
 
 
 def _start(
     config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: tuple[str, ...] = ()
 ) -> NoReturn:
     """Run a config to its end."""
-    from cola_ds.prepare import summarize
+    from cola_ds.training.prepare import summarize
 
     prepared = _prepare(config, process, process.world_size)
     if process.rank == 0:
         print(summarize(prepared, process.world_size), flush=True)
-    from cola_ds import processes  # and deepspeed more
-    from cola_ds.resume import Wish
-    from cola_ds.train import train
+    from cola_ds.checkpoint.decide import ResumeOptions
+    from cola_ds.distributed import accelerator, collectives
+    from cola_ds.training.run import train
 
     if process.rank == 0:  # before the others wait for it
         _check_folder(config)
-    processes.check_dtype(config.model.dtype)
+    accelerator.check_dtype(config.model.dtype)
     limit_s = config.run.hang_after_s
-    processes.start_processes(
+    collectives.init_process_group(
         process,
-        begin_watch=lambda share: watch.begin(process.rank, process.world_size, limit_s, _exit_now, share),
+        begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, _exit_now, share),
     )
-    ran = train(prepared, process, Wish(resume, fresh, allow_change))
+    ran = train(prepared, process, ResumeOptions(resume, fresh, allow_change))
     signals.finished()
-    watch.leave(0)
-    processes.stop_processes()
+    watchdog.leave(0)
+    collectives.destroy_process_group()
     if process.rank == 0:
         print(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}", flush=True)
     atexit._run_exitfuncs()  # W&B sends its last rows here
@@ -319,7 +322,7 @@ def _quiet_libraries(process: Process) -> None:
 
 
 def _export(args: argparse.Namespace, process: Process) -> None:
-    from cola_ds.export import export
+    from cola_ds.commands.export import export
 
     _quiet_libraries(process)
     with _readable(args.run_dir):
@@ -332,35 +335,35 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
     if args.dir and args.config:
         raise UserError("--dir goes without RUN.yaml, whose run.dir is looked at")
     config = load_config(args.config, args.overrides) if args.config else None
-    from cola_ds.engine_config import read_engine_config
+    from cola_ds.config.deepspeed_json import read_engine_config
 
     engine_json = read_engine_config(config) if config else {}
     folder = Path(config.run.dir if config else args.dir or ".")
-    from cola_ds import processes
-    from cola_ds.doctor import doctor, remove_token
+    from cola_ds.commands.doctor import doctor, remove_token
+    from cola_ds.distributed import collectives
 
     def end(status: int) -> NoReturn:
         remove_token()
         _leave_now(1)
 
     signals.listen(lambda message: None, end)
-    arrival.begin(process, end)
+    rendezvous.begin(process, end)
     try:
         works = doctor(config, engine_json, folder, args.wait, process, end)
     except UserError as error:  # of the machines, not of the call
         works = False
         _say(f"cola-ds: {error}", process, isinstance(error, ArrivalError))
     signals.finished()
-    watch.leave(0 if works else 1)
-    if watch.begun():
-        processes.stop_processes()
+    watchdog.leave(0 if works else 1)
+    if watchdog.begun():
+        collectives.destroy_process_group()
     elif process.rank == 0 and process.world_size > 1:
         time.sleep(_LAST_WORDS_S)
     _exit_now(0 if works else 1)
 
 
 def _inspect(args: argparse.Namespace, process: Process) -> None:
-    from cola_ds.inspect import inspect
+    from cola_ds.commands.inspect import inspect
 
     with _reachable(args.run_dir):
         text = inspect(args.run_dir)
@@ -382,8 +385,8 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
         raise UserError(
             "a sweep starts its runs itself: start it once, and name the launcher of the runs by --launcher"
         )
-    from cola_ds.sweep import freeze, list_runs, run_all, run_one
-    from cola_ds.sweep_plan import load_plan
+    from cola_ds.sweep.plan import load_plan
+    from cola_ds.sweep.runner import freeze, list_runs, run_all, run_one
 
     plan = load_plan(args.config, args.overrides)
     if args.list:
@@ -395,7 +398,7 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
 
 
 def _report(args: argparse.Namespace, process: Process) -> None:
-    from cola_ds.report import report
+    from cola_ds.report.report import report
 
     with _reachable(", ".join(args.runs)):
         text = report(args.runs, args.plot, args.csv, args.paper, args.figures)

@@ -27,7 +27,7 @@ python -m pip install --quiet --editable ".[$extra]"
 # interrupted compilation left behind would hang every later one.
 find .venv/torch_extensions -name lock -delete 2>/dev/null || true
 echo "setup: compiling DeepSpeed's communication operation"
-python -c 'from cola_ds import launcher, processes; processes.start_processes(launcher.identify()); processes.stop_processes()' >/dev/null
+python -c 'from cola_ds.distributed import collectives, launcher; collectives.init_process_group(launcher.identify()); collectives.destroy_process_group()' >/dev/null
 echo "$wanted" >"$stamp"
 # What tests need holds what the quickstart needs. The tests run it in a copy, which must not be installed in this one's place.
 [ "$extra" != test ] || echo "$wanted" >.venv/.installed-quickstart

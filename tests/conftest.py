@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.toys import save_model, save_sums
+from tests.support.toys import save_model, save_sums
 
 
 @pytest.fixture(scope="session")

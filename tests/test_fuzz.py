@@ -19,15 +19,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cola_ds import launcher, lock
-from cola_ds.config import ModelConfig, dump_config, load_config, resolve
-from cola_ds.engine_config import complete, read_engine_config
+from cola_ds.config.deepspeed_json import complete, read_engine_config
+from cola_ds.config.loading import dump_config, load_config
+from cola_ds.config.schema import ModelConfig
+from cola_ds.config.steps import resolve
+from cola_ds.distributed import launcher
 from cola_ds.errors import UserError
-from cola_ds.fingerprint import model_fingerprint
-from cola_ds.lock import RunLock
-from cola_ds.model_files import weight_files
-from cola_ds.prepare import _describe_model, _model_path
-from tests.toys import save_model
+from cola_ds.run import lock
+from cola_ds.run.fingerprint import model_fingerprint
+from cola_ds.run.lock import RunLock
+from cola_ds.run.model_files import weight_files
+from cola_ds.training.prepare import _describe_model, _model_path
+from tests.support.toys import save_model
 
 TIMES = int(os.environ.get("COLA_DS_FUZZ", "1"))
 LONGEST_S = 5

@@ -13,16 +13,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cola_ds.config import load_config
+from cola_ds.checkpoint.decide import Identity, ResumeOptions, choose_start
+from cola_ds.commands.evaluate import evaluation_config
+from cola_ds.commands.export import export
+from cola_ds.commands.inspect import inspect
+from cola_ds.config.loading import load_config
 from cola_ds.errors import UserError
-from cola_ds.evaluation import evaluation_config
-from cola_ds.export import export
-from cola_ds.inspect import inspect
-from cola_ds.report import report
-from cola_ds.resume import Identity, Wish, choose_start
-from cola_ds.rundir import RunFolder
-from tests.test_ownership import tree
-from tests.toys import run_config, save_run
+from cola_ds.report.report import report
+from cola_ds.run.folder import RunDir
+from tests.run.test_ownership import tree
+from tests.support.toys import run_config, save_run
 
 EXAMPLES = 60 * int(os.environ.get("COLA_DS_FUZZ", 1))
 SETTINGS = settings(
@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
             place / "run.yaml", run_config(place / "model", place / "train.jsonl", place / "run", chain={"length": 1})
         )
     )
-    folder = RunFolder(place / "run")
+    folder = RunDir(place / "run")
     folder.create(config, {"packages": {}, "hosts": ["a"]}, FACTS)
     folder.event("started", step=0, world_size=1)
     for step in (1, 2, 3):
@@ -136,7 +136,7 @@ def test_a_run_folder_in_which_anything_stands(whole, tmp_path, damage):
     before = tree(run)
     config = load_config(whole / "run.yaml", [f"run.dir={run}"])
     for read in (
-        lambda: choose_start(RunFolder(run), config, Identity({}, "x", None), Wish(), None),
+        lambda: choose_start(RunDir(run), config, Identity({}, "x", None), ResumeOptions(), None),
         lambda: export(run, "peft", tmp_path / "out"),
         lambda: inspect(str(run)),
         lambda: report([str(run)], None, None, None, None),

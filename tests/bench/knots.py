@@ -29,15 +29,18 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from cola_ds import processes
-from cola_ds.chain import Chain, batch_loss, extend_chain, last_batch, tie_knot, train_step
-from cola_ds.config import RunConfig, load_config
-from cola_ds.launcher import identify
-from cola_ds.prepare import prepare
-from cola_ds.rundir import RunFolder
-from cola_ds.train import build_chain
-from tests.distributed import CountedCollectives, free_port
-from tests.toys import REPOSITORY
+from cola_ds.config.loading import load_config
+from cola_ds.config.schema import RunConfig
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.launcher import identify
+from cola_ds.run.folder import RunDir
+from cola_ds.training.knot import batch_loss, extend_chain, last_batch, tie_knot
+from cola_ds.training.loop import train_step
+from cola_ds.training.prepare import prepare
+from cola_ds.training.run import build_chain
+from cola_ds.training.state import Chain
+from tests.support.distributed import CountedCollectives, free_port
+from tests.support.toys import REPOSITORY
 
 STEPS_PER_LINK = 4
 MEMORY_STEPS = 12
@@ -60,17 +63,17 @@ def peak_mib() -> float:
         here = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
     else:
         here = get_accelerator().max_memory_allocated() / 2**20
-    return processes.max_over_processes(here)
+    return collectives.all_reduce_max_of_one(here)
 
 
 def timed(action, *args):
     """Seconds that all processes take for an action together, and what it returned."""
-    processes.sum_over_processes(torch.zeros(1, device=processes.device()))
+    collectives.all_reduce_sum(torch.zeros(1, device=accelerator.device()))
     get_accelerator().synchronize()
     begin = time.perf_counter()
     result = action(*args)
     get_accelerator().synchronize()
-    return processes.max_over_processes(time.perf_counter() - begin), result
+    return collectives.all_reduce_max_of_one(time.perf_counter() - begin), result
 
 
 def median(values: Iterable[float]) -> float:
@@ -117,13 +120,13 @@ def measure_knots(config: RunConfig, knots: int) -> None:
         "optim": config.optim.model_copy(update={"max_steps": len(ranks) * STEPS_PER_LINK}),
     }
     config = config.model_copy(update=changes)
-    processes.start_processes(process)
+    collectives.init_process_group(process)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder(scratch) if process.rank == 0 else None
+        folder = RunDir(scratch) if process.rank == 0 else None
         if folder:
             folder.create(config, {}, {})
         chain = build_chain(prepare(config, process.world_size), process, folder)
-        chain.journal.close()
+        chain.logger.close()
         remainders: dict[str, dict[str, torch.Tensor]] = {}
         before = one_link(chain, WAYS[0], remainders)  # fills caches
         rows: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -136,7 +139,7 @@ def measure_knots(config: RunConfig, knots: int) -> None:
         row["next_step_s"] = float("nan")  # no step followed
     if folder:
         report_knots(rows, config, process.world_size)
-    processes.stop_processes()
+    collectives.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # as the command does: gloo's threads could abort an interpreter that shuts down
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cola_ds.lora import add_link, delta_weight
+from cola_ds.lora.layers import add_link, delta_weight
 
 SIZE, LORA_RANK = 512, 8
 

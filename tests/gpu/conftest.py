@@ -10,9 +10,9 @@ import os
 import pytest
 import torch
 
-from tests.distributed import free_port
 from tests.gpu.support import ON_CPU, TINY
-from tests.toys import save_model, save_sums
+from tests.support.distributed import free_port
+from tests.support.toys import save_model, save_sums
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -37,19 +37,19 @@ def process():
     os.environ.update({name: "1" if "SIZE" in name else "0" for name in _NAMES})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), HF_HUB_OFFLINE="1")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product of the first test
-    import cola_ds.train  # noqa: F401
-    from cola_ds import processes
-    from cola_ds.launcher import identify
+    import cola_ds.training.run  # noqa: F401
+    from cola_ds.distributed import accelerator, collectives
+    from cola_ds.distributed.launcher import identify
 
     one = identify()
-    processes.start_processes(one)
-    assert (processes.device().type == "cpu") == ON_CPU, processes.device()
+    collectives.init_process_group(one)
+    assert (accelerator.device().type == "cpu") == ON_CPU, accelerator.device()
     gc.collect()
     gc.freeze()  # what the imports have made is not looked through again at each knot
     yield one
     gc.unfreeze()
-    processes.stop_processes()
-    processes.make_deterministic(False)
+    collectives.destroy_process_group()
+    accelerator.make_deterministic(False)
     os.environ.clear()
     os.environ.update(before)
 

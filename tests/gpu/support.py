@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from cola_ds.config import load_config
-from tests.toys import run_config, save_run
+from cola_ds.config.loading import load_config
+from tests.support.toys import run_config, save_run
 
 ON_CPU = os.environ.get("COLA_DS_GPU_TESTS_ON") == "cpu"
 if ON_CPU:
@@ -57,20 +57,20 @@ def three_links(toy, folder, engine, dtype, **sections):
 @contextlib.contextmanager
 def run(process, path, monkeypatch, changed=None, **words):
     """`cola-ds train` in this process: the chain as it ended (None where it stopped on a signal), with what was prepared."""
-    import cola_ds.train
-    from cola_ds import signals
+    from cola_ds.checkpoint.decide import ResumeOptions
+    from cola_ds.distributed import signals
     from cola_ds.errors import StoppedError
-    from cola_ds.prepare import prepare
-    from cola_ds.resume import Wish
+    from cola_ds.training import run as training
+    from cola_ds.training.prepare import prepare
 
     config = load_config(path) if changed is None else changed
-    kept, build = [], cola_ds.train.build_chain
+    kept, build = [], training.build_chain
     prepared = prepare(config, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(cola_ds.train, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
+        patch.setattr(training, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
         patch.setattr(signals, "_requested", 0)
         try:
-            assert cola_ds.train.train(prepared, process, Wish(**words))
+            assert training.train(prepared, process, ResumeOptions(**words))
             ended = kept[0]
         except StoppedError:
             ended = None
@@ -82,10 +82,10 @@ def run(process, path, monkeypatch, changed=None, **words):
 
 def take_down(chains):
     """Free what the chains of a list hold, all of it."""
-    from cola_ds import zero
+    from cola_ds.distributed.engine import take_down_engine
 
     while chains:
-        zero.take_down_engine(chains.pop().engine)
+        take_down_engine(chains.pop().engine)
     gc.collect()
     if not ON_CPU:
         torch.cuda.empty_cache()

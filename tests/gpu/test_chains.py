@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.gpu.support import ALPHA, DTYPES, KNOTS, ON_CPU, RANKS, links_of, run, three_links
-from tests.reference import chain_of_lora
-from tests.toys import rows
+from tests.support.reference import chain_of_lora
+from tests.support.toys import rows
 
 CASES = [  # engine, dtype, tie, merge, activation checkpointing
     ("zero3", "fp32", "local", "exact", True),
@@ -38,10 +38,11 @@ def reference(toy, tmp_path_factory):
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case[:4]))
 def ran(request, process, toy, tmp_path_factory):
     """What a run to its end has left, and what was in the engine."""
-    from cola_ds import processes, zero
-    from cola_ds.export import export
-    from cola_ds.lora import lora_layers
-    from tests.test_chain import next_batch, outputs, whole_weights
+    from cola_ds.commands.export import export
+    from cola_ds.distributed import accelerator
+    from cola_ds.distributed.shards import local_shard
+    from cola_ds.lora.layers import lora_layers
+    from tests.training.test_chain import next_batch, outputs, whole_weights
 
     engine, dtype, tie, merge, checkpointing = request.param
     if dtype == "fp16" and ON_CPU:
@@ -57,10 +58,10 @@ def ran(request, process, toy, tmp_path_factory):
         found["skipped"] = chain.state.skipped_steps
         found["remainders"] = chain.state.remainders
         layers = lora_layers(chain.engine.module)
-        found["shards"] = {zero.own_part(layer.weight)[0].device.type for layer in layers.values()}
+        found["shards"] = {local_shard(layer.weight)[0].device.type for layer in layers.values()}
         states = chain.engine.optimizer.optimizer.state
         found["moments"] = {state["exp_avg"].device.type for state in states.values()}
-        found["device"] = processes.device().type
+        found["device"] = accelerator.device().type
         merged = export(folder / "run", "hf", folder / "merged")
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=DTYPES[dtype])
     with torch.no_grad():

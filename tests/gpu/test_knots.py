@@ -6,23 +6,21 @@ import pytest
 import torch
 
 from tests.gpu.support import DTYPES, ENGINES, ON_CPU, take_down, three_links
-from tests.test_chain import make_chain, whole_weights
+from tests.training.test_chain import make_chain, whole_weights
 
 
 def tie_links_of_our_choice(process, path):
     """Weights after each of three knots at which the link is the same, whatever the training."""
-    from cola_ds import zero
-    from cola_ds.chain import extend_chain, tie_knot
-    from cola_ds.lora import lora_layers
+    from cola_ds.distributed.shards import local_shard, numel
+    from cola_ds.lora.layers import lora_layers
+    from cola_ds.training.knot import extend_chain, tie_knot
 
     chain = make_chain(process, path)
     found = []
     for link in (1, 2, 3):
         for index, layer in enumerate(lora_layers(chain.engine.module).values()):
-            part, start = zero.own_part(layer.lora_B)
-            values = 5e-4 * torch.randn(
-                zero.numel(layer.lora_B), generator=torch.Generator().manual_seed(9 * link + index)
-            )
+            part, start = local_shard(layer.lora_B)
+            values = 5e-4 * torch.randn(numel(layer.lora_B), generator=torch.Generator().manual_seed(9 * link + index))
             part.copy_(values[start : start + part.numel()])
         tie_knot(chain)
         found.append({name: value for name, value in whole_weights(chain).items() if "lora_" not in name})
@@ -38,7 +36,7 @@ def tie_links_of_our_choice(process, path):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_local_ties_are_gathered_ones(process, toy, tmp_path, monkeypatch, engine, dtype):
-    from cola_ds import tie
+    from cola_ds.lora import tie
 
     found = {}
     for way, elements in (("local", 5_000), ("gathered", 2**22)):  # from a few rows of B at a time, and from all
@@ -62,8 +60,9 @@ MEASURED = (6, 7, 12, 13, 20, 21)  # links; two of each LoRA rank
 
 def measure_knots(process, path):
     """After some extensions: bytes that are allocated on the device, tensors, engines and hooks; and remainders' elements."""
-    from cola_ds import processes
-    from cola_ds.chain import batch_loss, extend_chain, last_batch, tie_knot, tune_lora
+    from cola_ds.distributed import accelerator, collectives
+    from cola_ds.training.knot import batch_loss, extend_chain, last_batch, tie_knot
+    from cola_ds.training.loop import tune_lora
 
     chain = make_chain(process, path)
     counts = []
@@ -78,7 +77,7 @@ def measure_knots(process, path):
         if chain.state.link not in MEASURED:
             continue
         gc.collect()
-        processes.sum_over_processes(torch.zeros(1, device=processes.device())).item()
+        collectives.all_reduce_sum(torch.zeros(1, device=accelerator.device())).item()
         allocated = 0 if ON_CPU else torch.cuda.memory_allocated()
         # No list of objects may outlive this: it would keep what it counts.
         tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

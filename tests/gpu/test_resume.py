@@ -7,17 +7,17 @@ import sys
 import pytest
 
 from tests.gpu.support import ON_CPU, run, three_links
-from tests.runs import record, weights_hash
-from tests.toys import REPOSITORY, rows
+from tests.support.runs import record, weights_hash
+from tests.support.toys import REPOSITORY, rows
 
 DETERMINISTIC = {"deterministic": True, "log_every_steps": 1}
 
 
 def stop_at(monkeypatch, place, number):
-    """Ask for a stop, as a signal does, when `watch.beat(place)` is called for the n-th time."""
-    from cola_ds import signals, watch
+    """Ask for a stop, as a signal does, when `watchdog.heartbeat(place)` is called for the n-th time."""
+    from cola_ds.distributed import signals, watchdog
 
-    beat, seen = watch.beat, [0]
+    beat, seen = watchdog.heartbeat, [0]
 
     def counted(doing, **step):
         beat(doing, **step)
@@ -25,7 +25,7 @@ def stop_at(monkeypatch, place, number):
         if doing == place and seen[0] == number:
             signals._requested = signal.SIGTERM
 
-    monkeypatch.setattr(watch, "beat", counted)
+    monkeypatch.setattr(watchdog, "heartbeat", counted)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_stopped_and_resumed_is_never_stopped(process, toy, tmp_path, monkeypatc
 # `cola-ds train` in a process of its own, which at its n-th beat gets a signal.
 COMMAND = """
 import sys
-from tests.jobs import at_beat
-at_beat(0, [0], int(sys.argv[1]), int(sys.argv[2]))
+from tests.support.jobs import at_heartbeat
+at_heartbeat(0, [0], int(sys.argv[1]), int(sys.argv[2]))
 from cola_ds.cli import main
 sys.exit(main(["train", *sys.argv[3:]]))
 """

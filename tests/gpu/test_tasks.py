@@ -7,9 +7,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from cola_ds.config import load_config
+from cola_ds.config.loading import load_config
 from tests.gpu.support import ON_CPU, run, take_down, three_links
-from tests.toys import rows, save_run
+from tests.support.toys import rows, save_run
 
 TOPICS = [
     "the river",
@@ -54,7 +54,7 @@ def plain_scores(model, encoded):
 
 def whole_model(chain, path):
     """The engine's weights, its links tied, in plain Transformers on the CPU in fp32."""
-    from tests.test_chain import whole_weights
+    from tests.training.test_chain import whole_weights
 
     weights = {name: value for name, value in whole_weights(chain).items() if "lora_" not in name}
     model = AutoModelForCausalLM.from_pretrained(load_config(path).model.path, dtype=torch.float32)
@@ -70,7 +70,7 @@ def whole_model(chain, path):
 def test_candidates_are_scored_as_on_the_cpu(process, toy, tmp_path, monkeypatch, engine, dtype):
     if dtype == "fp16" and ON_CPU:
         pytest.skip("DeepSpeed's CPU accelerator lacks fp16")
-    from cola_ds.scoring import score_candidates
+    from cola_ds.evaluation.candidates import score_candidates
 
     path = task_run(toy, tmp_path, "candidates", engine, dtype)
     with run(process, path, monkeypatch) as (chain, prepared):
@@ -91,33 +91,33 @@ def test_candidates_are_scored_as_on_the_cpu(process, toy, tmp_path, monkeypatch
 
 def evaluate(process, folder, path, monkeypatch):
     """The rows that `cola-ds evaluate` of the run writes."""
-    import cola_ds.train
-    from cola_ds.evaluation import evaluation_config
-    from cola_ds.prepare import prepare
-    from cola_ds.resume import Wish
+    from cola_ds.checkpoint.decide import ResumeOptions
+    from cola_ds.commands.evaluate import evaluation_config
+    from cola_ds.training import run as training
+    from cola_ds.training.prepare import prepare
 
     config = load_config(path)
     evaluation = evaluation_config(
         str(folder / "run"), "zero-shot", config.data.task, config.data.dir, str(folder / "evaluation"), 1, []
     )
-    kept, build = [], cola_ds.train.build_chain
+    kept, build = [], training.build_chain
     with monkeypatch.context() as patch:
-        patch.setattr(cola_ds.train, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
-        assert cola_ds.train.train(prepare(evaluation, 1), process, Wish())
+        patch.setattr(training, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
+        assert training.train(prepare(evaluation, 1), process, ResumeOptions())
     take_down(kept)
     return rows(folder / "evaluation/evals.jsonl")
 
 
 @pytest.mark.parametrize(("engine", "dtype"), [("zero3", "fp32"), ("offload", "bf16")])
 def test_answers_are_generated_as_on_the_cpu(process, toy, tmp_path, monkeypatch, engine, dtype):
-    from cola_ds import zero
-    from cola_ds.scoring import end_ids, generate_ids
+    from cola_ds.distributed.engine import evaluating
+    from cola_ds.evaluation.generation import end_ids, generate_ids
 
     path = task_run(toy, tmp_path, "generation", engine, dtype)
     with run(process, path, monkeypatch) as (chain, prepared):
         prompts = [encoded.prompt_ids for encoded in prepared.test.encoded]
         stops = end_ids(chain.engine.module, prepared.tokenizer)
-        with zero.evaluating(chain.engine):
+        with evaluating(chain.engine):
             found = generate_ids(chain.engine, prompts, stops, 12)
         plain = whole_model(chain, path)
     assert len({len(ids) for ids in prompts}) > 1, "no padding on the left"

@@ -1,0 +1,160 @@
+"""Restoring a run from a checkpoint. Collective: process 0 reads, and sends to the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_ds.checkpoint.format import Checkpoint
+from cola_ds.config.schema import RunConfig
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.engine import Engine
+from cola_ds.distributed.engine_state import set_optimizer_scalars, set_trained_tensor, trained
+from cola_ds.distributed.shards import gathered, local_shard, numel, writable_part
+from cola_ds.errors import UserError
+from cola_ds.lora.layers import inject, lora_layers, start_link
+from cola_ds.lora.tie import tie_link
+from cola_ds.run.learnt import read_learnt
+from cola_ds.run.peft_files import read_link
+
+# Masters, and the moments of torch's AdamW and AdaGrad.
+_KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
+
+
+def restore_model(
+    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Tensor]
+) -> None:
+    """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
+
+    The same arithmetic as at the knots, on the same shards: the same bits. `found` is None on every process but 0.
+    """
+    device = accelerator.device()
+    collectives.on_rank_0(lambda: _check_links(model, config, link, found))
+    exact = config.chain.merge == "exact"
+    for past in range(1, link):
+        tensors = read_link(found.link_path(past)) if found else {}
+        lora_rank = config.lora_ranks[past - 1]
+        _tie_again(
+            model, lora_rank, config.lora.alpha / lora_rank, tensors, remainders, config.chain.tie == "local", exact
+        )
+    if config.trains_lora:
+        start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    collectives.on_rank_0(lambda: _check_shapes(found, params))
+    with torch.no_grad():
+        for name, _, whole in _from_process_0(found, params, "master"):
+            part, start = local_shard(params[name])
+            part.copy_(whole[start : start + part.numel()])
+
+
+def _tie_again(
+    model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Tensor],
+    local: bool, exact: bool, last: bool = False,
+) -> None:  # fmt: skip
+    """Tie a link that process 0 has read, as the run did. Collective."""
+    for name, layer in lora_layers(model).items():
+        lora_A, lora_B = (
+            collectives.broadcast_tensor(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
+            for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
+            for count in [shape[0] * shape[1]]
+        )
+        layer.reset(lora_A, scaling, accelerator.device())
+        layer.lora_B.data.copy_(lora_B)
+    tie_link(model, remainders, local=local, exact=exact, last=last, keep_tensors=False)
+
+
+def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
+    """Give a run's base model, whose fingerprint is `base`, all that the run has learnt, and freeze it. Collective; the links are
+    what process 0, which alone `reads`, finds.
+
+    Raises UserError for a run that has not finished, a link that has changed, or another base model.
+    """
+    facts = collectives.on_rank_0(lambda: _facts_of_run(run, base))
+    inject(model, facts["layers"], dropout=0.0, train_bias=False)
+    remainders: dict[str, Tensor] = {}
+    for link in facts["links"]:
+        tensors = read_link(Path(link["file"])) if reads else {}
+        last = link is facts["links"][-1]
+        _tie_again(model, link["lora_rank"], link["scaling"], tensors, remainders, facts["local"], facts["exact"], last)
+    if facts["biases"]:  # the last link's are the run's
+        for name, layer in lora_layers(model).items():
+            if layer.bias is not None:
+                bias = collectives.broadcast_tensor(tensors.get(f"{name}.base_layer.bias"), layer.out_features)
+                with gathered([layer.bias], write=True):
+                    part = writable_part(layer.bias)
+                    part.copy_(bias[: part.numel()])
+    model.requires_grad_(False)
+
+
+def _facts_of_run(run: str, base: str) -> dict[str, Any]:
+    learnt = read_learnt(run)
+    config, links = learnt.config, learnt.links
+    if not links:
+        raise UserError(f"model.links {run} has no links: its method is {config.method}")
+    if learnt.base != base:
+        raise UserError(
+            f"model.links {run} belongs to another base model: its fingerprint is {learnt.base[:16]}, model.path's {base[:16]}"
+        )
+    return {
+        "links": [{"file": str(k.file), "lora_rank": k.lora_rank, "scaling": k.scaling} for k in links],
+        "layers": links[0].layers,
+        "local": config.chain.tie == "local",
+        "exact": config.chain.merge == "exact",
+        "biases": config.lora.bias == "lora_only",
+    }
+
+
+def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None) -> None:
+    assert found is not None
+    for past in range(1, link):
+        lora_rank = config.lora_ranks[past - 1]
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, layer in lora_layers(model).items():
+            expected[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
+            expected[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_link(found.link_path(past)).items()}
+        _refuse_misfit(found.link_path(past), {k: v for k, v in shapes.items() if not k.endswith(".bias")}, expected)
+
+
+def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> None:
+    assert found is not None
+    shapes = found.shapes()
+    kinds = {key.partition("/")[0] for key in shapes} | {"master"}
+    if not kinds <= _KINDS:
+        raise UserError(
+            f"checkpoint {found.path} holds {', '.join(sorted(kinds - _KINDS))}, which no optimizer here keeps"
+        )
+    sizes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
+    _refuse_misfit(found.path, shapes, {f"{kind}/{name}": size for kind in kinds for name, size in sizes.items()})
+
+
+def _refuse_misfit(path: Path, shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise UserError(
+            f"checkpoint {path} does not fit the model: it has {wrong[0]} of shape {shapes.get(wrong[0])}, "
+            f"the model wants {expected.get(wrong[0])}"
+        )
+
+
+def _from_process_0(found: Checkpoint | None, params: dict[str, nn.Parameter], kind: str | None) -> Any:
+    """Name, kind and whole values (flat, fp32, on the device) of the trained tensors; of one kind if it is given. Collective."""
+    keys = collectives.broadcast_object(list(found.shapes()) if found else None)
+    held = found.trained() if found else None
+    for expected in keys:
+        key, tensor = next(held) if held else (expected, None)
+        assert key == expected
+        this, _, name = key.partition("/")
+        if kind in (None, this):
+            yield name, this, collectives.broadcast_tensor(tensor, numel(params[name]))
+
+
+def restore_optimizer(engine: Engine, scalars: dict[str, float], found: Checkpoint | None) -> None:
+    """Give a new engine the masters, moments and step counts that the checkpoint's had."""
+    params = trained(engine)
+    for name, kind, whole in _from_process_0(found, params, None):
+        set_trained_tensor(engine, kind, params[name], whole)
+    set_optimizer_scalars(engine, scalars)

@@ -1,0 +1,150 @@
+"""`cola-ds export`: a run's result in a form that others open."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cola_ds.config.loading import check_config
+from cola_ds.config.schema import ModelConfig, RunConfig
+from cola_ds.errors import UserError, first_line
+from cola_ds.lora.layers import delta_weight
+from cola_ds.run.atomic import scratch_beside, sync_folder
+from cola_ds.run.fingerprint import model_fingerprint
+from cola_ds.run.learnt import Learnt, read_learnt
+from cola_ds.run.model_folder import check_is_there, check_no_adapter, write_model_folder
+from cola_ds.run.peft_files import adapter_files, read_link
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OF_BASE = ("model.path=", "model.revision=")
+
+
+def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Write what a finished run has learnt as the new folder `out`, which appears whole or not at all:
+
+    hf: the merged model, and all else as the base has it. The base is loaded into this process's memory, and each link is tied to
+    it as the run did: in order, in the run's dtype.
+    peft: the whole chain as one PEFT adapter, whose LoRA rank is the sum of the links' ranks.
+    links: each link as a PEFT adapter of its own, to be merged in order.
+
+    `overrides` say where the base lies now: model.path, model.revision. Raises UserError when `out` exists, the run has not
+    finished, is not what it recorded (learnt.py) or has trained nothing, or its base model is not there or is another.
+    """
+    target, learnt = Path(out), read_learnt(run)
+    if target.exists() or target.is_symlink():
+        raise UserError(f"--out {target} already exists; name a new folder")
+    config = _with_base(learnt, overrides)
+    if not config.trains:
+        where = (
+            config.model.path
+            if config.model.links is None
+            else f"what the run in {config.model.links} learnt: export that"
+        )
+        raise UserError(f"{run} only evaluated {where} (method {config.method}): there is nothing of its own to export")
+    if to != "hf" and not config.trains_lora:
+        raise UserError(f"--to {to}: method {config.method} leaves no adapters; use --to hf")
+    if to != "hf" and (overrides or Path(config.model.path).is_dir()):  # the adapters name it
+        learnt.check_base(config.model.path, model_fingerprint(config.model))
+    scratch = scratch_beside(target)
+    try:
+        scratch.mkdir(parents=True)
+        if to == "peft":
+            _write_chain(config, learnt, scratch)
+        elif to == "links":
+            for link in learnt.links:
+                (scratch / link.path.name).mkdir()
+                for name in ("adapter_config.json", "adapter_model.safetensors"):
+                    shutil.copyfile(link.path / name, scratch / link.path.name / name)
+        elif config.method == "full":
+            for name in learnt.facts["model"]:
+                there = scratch / Path(name).relative_to("model")
+                there.parent.mkdir(exist_ok=True)
+                shutil.copyfile(learnt.folder / name, there)
+        else:
+            _merge(config, learnt, scratch)
+        scratch.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"--out {target} already exists: another export was quicker; name a new folder") from None
+        raise UserError(
+            f"--out {target} cannot be written: {error.filename or target}: {error.strerror or error}"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _with_base(learnt: Learnt, overrides: Sequence[str]) -> RunConfig:
+    for override in overrides:
+        if not override.startswith(_OF_BASE):
+            raise UserError(
+                f"override {override}: an export takes model.path and model.revision, of where the base lies now"
+            )
+    return check_config(learnt.config.model_dump(exclude_unset=True), list(overrides), "cola-ds export")
+
+
+def _write_chain(config: RunConfig, learnt: Learnt, out: Path) -> None:
+    """sum of scaling_i B_i A_i = [scaling_1 B_1, scaling_2 B_2, ..] [A_1; A_2; ..], in fp32, with a scaling of 1."""
+    links = [read_link(link.file) for link in learnt.links]
+    joined: dict[str, Tensor] = {}
+    for name, last in links[-1].items():
+        if name.endswith(".lora_A.weight"):
+            joined[name] = torch.cat([link[name].float() for link in links])
+        elif name.endswith(".lora_B.weight"):
+            scaled = [link[name].float() * tied.scaling for link, tied in zip(links, learnt.links, strict=True)]
+            joined[name] = torch.cat(scaled, dim=1)
+        else:
+            joined[name] = last  # a trained bias
+    layers = [name.removesuffix(".lora_A.weight") for name in joined if name.endswith(".lora_A.weight")]
+    lora_rank = sum(tied.lora_rank for tied in learnt.links)
+    for name, content in adapter_files(config, lora_rank, lora_rank, layers, joined).items():
+        (out / name).write_bytes(content)
+
+
+def _merge(config: RunConfig, learnt: Learnt, out: Path) -> None:
+    check_is_there(config.model, f"the base model of {learnt.folder}")
+    check_no_adapter(config.model)
+    model = _load_base(config.model)
+    learnt.check_base(config.model.path, model_fingerprint(config.model))
+    links = [read_link(link.file) for link in learnt.links]
+    tie_saved_links(model, links, [link.scaling for link in learnt.links], plain=config.chain.merge == "plain")
+    write_model_folder(model, config.model, out)
+
+
+def _load_base(base: ModelConfig) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=_DTYPES[base.dtype], use_safetensors=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the run's base model {base.path} cannot be loaded: {first_line(error)}") from None
+
+
+@torch.no_grad()
+def tie_saved_links(
+    model: torch.nn.Module, links: list[dict[str, Tensor]], scalings: list[float], plain: bool = False
+) -> None:
+    """W <- W + scaling * B A for each layer and link in order, rounded as the run rounded; trained biases are put in place."""
+    layers = [name.removesuffix(".lora_A.weight") for name in links[0] if name.endswith(".lora_A.weight")]
+    for layer in layers:
+        weight = model.get_parameter(f"{layer}.weight")
+        merged = weight.float()
+        for tensors, scaling in zip(links, scalings, strict=True):
+            merged = merged + delta_weight(
+                tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"], scaling
+            )
+            if plain:
+                merged = merged.to(weight.dtype).float()
+        weight.copy_(merged)
+        if f"{layer}.base_layer.bias" in links[-1]:
+            model.get_parameter(f"{layer}.bias").copy_(links[-1][f"{layer}.base_layer.bias"])

@@ -1,0 +1,323 @@
+"""The schema of a run's YAML: sections, keys, defaults, and what contradicts what.
+
+No other module reads config keys by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cola_ds.errors import quoted
+
+_LIMIT = 2**31  # nothing is counted as far
+_Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and 1 <= value < _LIMIT
+
+
+def _lora_ranks(value: Any) -> Any:
+    ranks = value if isinstance(value, list) else [value]
+    if not ranks or not all(_counts(r) for r in ranks):
+        raise ValueError("must be a whole number of at least 1, or one such number per link, like [8, 4]")
+    return value
+
+
+def _knots(value: Any) -> Any:
+    if value == "even":
+        return value
+    if isinstance(value, dict) and len(value) == 1 and set(value) <= {"epochs", "steps"}:
+        (at,) = value.values()
+        if isinstance(at, list) and at and all(_counts(k) for k in at):
+            if any(b <= a for a, b in itertools.pairwise(at)):
+                raise ValueError("are out of order: each knot must come after the one before it")
+            return value
+    raise ValueError("must be even, {epochs: [3]} or {steps: [125, 250]} with positive whole numbers")
+
+
+def _targets(value: Any) -> Any:
+    if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(t, str) and t for t in value)):
+        return value
+    raise ValueError("must be all-linear or a list of module name suffixes, like [q_proj, v_proj]")
+
+
+def _path(value: str) -> str:
+    if "\0" in value or len(os.fsencode(value)) > 3000:
+        raise ValueError("is no path")
+    if longest := [part for part in value.split("/") if len(os.fsencode(part)) > 255]:
+        raise ValueError(f"has a name of {len(longest[0])} letters, and file systems take 255")
+    return value
+
+
+_Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+
+
+def _eval_every(value: Any) -> Any:
+    if value in ("epoch", "link", "end") or _counts(value):
+        return value
+    raise ValueError("must be epoch, link, end or a positive number of steps")
+
+
+def _files(value: Any) -> Any:
+    names = value if isinstance(value, list) else [value]
+    if value is None:
+        return value
+    if names and all(isinstance(name, str) and name for name in names):
+        for name in names:
+            _path(name)
+        return value
+    raise ValueError("must name a file, a folder or a glob, or be a list of these")
+
+
+class ModelConfig(_Section):
+    path: _Path
+    """A Hugging Face hub name or a local folder with safetensors weights."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What the weights are stored in and computed in; DeepSpeed keeps fp32 masters of what is trained."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    links: _Path | None = None
+    """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them."""
+
+
+class LoraConfig(_Section):
+    rank: Annotated[int | list[int], BeforeValidator(_lora_ranks)] = 8
+    """One LoRA rank for all links, or one per link."""
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    """scaling = alpha / rank, link by link."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Annotated[str | list[str], BeforeValidator(_targets)] = ["q_proj", "v_proj"]
+    """Suffixes of module names, or all-linear (every nn.Linear but the output head)."""
+    bias: Literal["none", "lora_only"] = "none"
+    """lora_only also trains the target layers' own biases, where they have one."""
+
+
+class ChainConfig(_Section):
+    length: int = Field(default=1, ge=1, le=10_000)
+    """Number of links; 1 is plain LoRA."""
+    knots: Annotated[str | dict[str, list[int]], BeforeValidator(_knots)] = "even"
+    """Where links end. The last link ends with the run; an explicit list names the length - 1 knots before it."""
+    tie: Literal["local", "gathered"] = "local"
+    """local: each process adds its part of the link to its own shard, and only A and B move. gathered: whole weights move."""
+    merge: Literal["exact", "plain"] = "exact"
+    """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
+
+
+class DataConfig(_Section):
+    task: _Path | None = None
+    """A task's name, such as rte, or the path of a task's YAML; instead of `train` and `eval`."""
+    dir: _Path | None = None
+    """The task's folder, with train.jsonl and validation.jsonl; null: the Hugging Face hub."""
+    num_train: _Count = 1000
+    num_dev: _Count | None = None
+    """null: 100 for cb and copa, 500 for the others."""
+    num_test: _Count = 1000
+    demonstrations: _Count = 32
+    """Solved examples in front of each prompt, with method icl."""
+    train: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or (with `text`) .txt file, a folder of such, one that
+    Dataset.save_to_disk wrote, or a glob; or a list of these. With `hub`, the name of a split."""
+    eval: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    """Held-out data, likewise."""
+    hub: str | None = None
+    """A dataset on the Hugging Face hub."""
+    hub_config: str | None = None
+    revision: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    """Column names. The loss is on the completion, and the end-of-sequence token after it, alone. Prompt and completion are
+    tokenized as one text; a token that has letters of both is the completion's."""
+    text: str | None = None
+    """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
+    max_length: int = Field(default=512, ge=2, lt=_LIMIT)
+    """Tokens per example. A longer one loses the beginning of its prompt (the BOS token stays), then the end of its completion.
+    With a task it is 2048 by default, or the model's positions if they are fewer."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_example(self) -> DataConfig:
+        if self.text is not None and self.model_fields_set & {"prompt", "completion"}:
+            raise ValueError("data.text contradicts data.prompt and data.completion: name either the one or the others")
+        if self.hub is not None and (isinstance(self.train, list) or isinstance(self.eval, list)):
+            raise ValueError(
+                "data.hub takes one split each for data.train and data.eval, such as train[:1000], not a list"
+            )
+        if self.hub is None and self.task is None and (self.hub_config or self.revision):
+            raise ValueError("data.hub_config and data.revision need data.hub")
+        given = self.model_fields_set - {"task", "max_length"}
+        of_tasks = {"dir", "num_train", "num_dev", "num_test", "demonstrations"}
+        if self.task is None and (wrong := sorted(given & of_tasks)):
+            raise ValueError(f"data.{wrong[0]} needs data.task")
+        if self.task is not None and (wrong := sorted(given - of_tasks - {"revision"})):
+            raise ValueError(f"data.{wrong[0]} contradicts data.task: a task says itself what its rows are")
+        if self.task is None and self.train is None:
+            raise ValueError("data.train or data.task must say what to learn from")
+        return self
+
+    @property
+    def local_names(self) -> list[str]:
+        """What the local files of `train` and `eval` are named by."""
+        names = [self.train, self.eval] if self.hub is None else []
+        return [each for name in names if name for each in (name if isinstance(name, list) else [name])]
+
+
+class OptimConfig(_Section):
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule_over: Literal["chain", "link"] = "chain"
+    """Whether the schedule runs once over the whole chain, or anew in each link."""
+    warmup_steps: int = Field(default=0, ge=0, lt=_LIMIT)
+    """Linear warm-up at the start of each link, in steps."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Global gradient norm to clip to; null or 0 turns clipping off."""
+    epochs: _Count | None = None
+    max_steps: _Count | None = None
+    """Steps of the whole run, whatever its epochs; null: the epochs decide."""
+    global_batch_size: _Count = 8
+    """Examples per step, over all processes."""
+    micro_batch_size: _Count = 4
+    """Examples per forward pass and process."""
+    max_skips_in_a_row: int = Field(default=5, ge=0, lt=_LIMIT)
+    """Updates left out because the loss or a gradient was not finite: one more in a row, and training has failed."""
+
+    @model_validator(mode="after")
+    def _some_length(self) -> OptimConfig:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("optim.epochs or optim.max_steps must say how long to train")
+        return self
+
+
+class EvalConfig(_Section):
+    every: Annotated[str | int, BeforeValidator(_eval_every)] = "epoch"
+    """epoch, link, end, or a number of steps. The end of the run is always evaluated."""
+    patience: _Count | None = None
+    """Evaluations in a row without a new best after which the run ends; null: it goes on."""
+    batch_size: _Count | None = None
+    """Examples per forward pass and process; null: as in training."""
+
+
+class CheckpointConfig(_Section):
+    every_steps: _Count | None = 200
+    """Steps between checkpoints; null: only when a signal stops the run, and before its last knot."""
+    keep: _Count = 2
+    """The newest checkpoints that are kept."""
+    best: bool = True
+    """Also write and keep a checkpoint of the lowest held-out loss."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a checkpoint that cannot be written does to the run; the ones before it stay."""
+
+
+class RunSection(_Section):
+    dir: _Path
+    seed: int = Field(default=0, ge=0, lt=_LIMIT)
+    log_every_steps: _Count = 10
+    hang_after_s: _Count | None = 600
+    """Seconds without progress of some process after which it is named and the run ends; null: never."""
+    deterministic: bool = False
+    """Have the accelerator give the same bits each time, as the CPU does anyway."""
+
+
+TRAINING = ("cola", "lora", "full")
+"""The methods that train."""
+
+
+class RunConfig(_Section):
+    """The run's YAML, checked. Paths in it are relative to the working directory."""
+
+    model: ModelConfig
+    method: Literal["cola", "lora", "full", "icl", "zero-shot"] = "cola"
+    lora: LoraConfig = LoraConfig()
+    chain: ChainConfig = ChainConfig()
+    data: DataConfig
+    optim: OptimConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunSection
+    deepspeed: _Path = "ds_configs/zero3.json"
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunConfig:
+        ranks, length = self.lora.rank, self.chain.length
+        if self.method != "cola" and length > 1:
+            raise ValueError(
+                f"method {self.method} contradicts chain.length {length}: set chain.length=1 or method=cola"
+            )
+        if isinstance(ranks, list) and len(ranks) != length:
+            raise ValueError(f"lora.rank {quoted(ranks)} names {len(ranks)} links, but chain.length is {length}")
+        if isinstance(self.chain.knots, dict):
+            (at,) = self.chain.knots.values()
+            if len(at) != length - 1:
+                raise ValueError(
+                    f"chain.knots names {len(at)} knots; chain.length {length} takes {length - 1}, the last ends with the run"
+                )
+        if self.method == "zero-shot" and self.data.eval is None and self.data.task is None:
+            raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
+        if self.model.links is not None and self.trains:
+            raise ValueError(
+                f"method {self.method} contradicts model.links, which is for evaluation; train a model made by cola-ds export"
+            )
+        if self.eval.patience is not None and (
+            self.eval.every == "end" or (self.data.eval is None and self.data.task is None)
+        ):
+            raise ValueError(
+                "eval.patience goes by evaluations under way: name data.eval or data.task, and another eval.every"
+            )
+        if self.method == "icl" and self.data.task is None:
+            raise ValueError("method icl shows solved examples of a task: name data.task")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        return self.method in TRAINING
+
+    @property
+    def trains_lora(self) -> bool:
+        return self.method in ("cola", "lora")
+
+    @property
+    def lora_ranks(self) -> list[int]:
+        """The LoRA rank of each link, one per link."""
+        return self.lora.rank if isinstance(self.lora.rank, list) else [self.lora.rank] * self.chain.length
+
+
+SECTIONS = tuple(
+    name
+    for name, f in RunConfig.model_fields.items()
+    if isinstance(f.annotation, type) and issubclass(f.annotation, _Section)
+)
+# Keys that cannot change a result: where things lie, what is logged and saved.
+_FREE = ("run.dir", "run.log_every_steps", "run.hang_after_s", "optim.max_skips_in_a_row")
+_FREE_SECTIONS = ("checkpoint.",)
+
+
+def is_free(key: str) -> bool:
+    """Whether a key (section.key) cannot change a result."""
+    return key in _FREE or key.startswith(_FREE_SECTIONS)
+
+
+def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A dumped config by section.key."""
+    flat: dict[str, Any] = {}
+    for key, inner in config.items():
+        if isinstance(inner, dict) and f"{prefix}{key}" != "chain.knots":
+            flat |= flat_keys(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def is_task_file(task: str) -> bool:
+    """Whether data.task is a user's own, in a file."""
+    return task.endswith((".yaml", ".yml"))

@@ -1,0 +1,111 @@
+"""Batches: the types that training and evaluation take. No logic.
+
+Shapes: B examples of a micro batch, T their padded length, K the positions whose next token the loss counts, C the candidates of
+the example that has most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+from dataclasses import fields
+
+IGNORED = -100  # the label that cross-entropy leaves out
+PADDING = 0  # any id that every vocabulary has: padding is masked, and never a label
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; nobody waits for the copy but the device's own work that comes after it."""
+    # Only from pinned memory does a copy run beside the host; torch keeps that memory until the copy has ended.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch, padded on the right."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    positions: Tensor  # (K,) where some example's next token counts
+    labels: Tensor  # (B, K) the next token at each position, or IGNORED
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(move(t, device) for t in (self.input_ids, self.attention_mask, self.positions, self.labels)))
+
+    def first(self) -> Batch:
+        """Its first example alone."""
+        return Batch(self.input_ids[:1], self.attention_mask[:1], self.positions, self.labels[:1])
+
+    def counted(self) -> Tensor:  # ()
+        """How much the loss is a sum over: labelled tokens."""
+        return (self.labels != IGNORED).sum()
+
+
+@dataclass(frozen=True)
+class StepExamples:
+    """The examples of one step, or of one evaluation batch, over all processes."""
+
+    micro_batches: Sequence[Batch | PackedBatch]
+    """This process's share; a process that runs out of examples gets a batch that counts nothing."""
+    examples: int
+    tokens: int
+    loss_tokens: int
+    """All three over all processes. The loss is the mean over labelled tokens, or over examples where candidates are compared."""
+    indices: list[int]
+    """The examples' 0-based places in the data, of all processes."""
+
+
+SHARED, OUTSIDE = -1, -2  # where a position belongs to no candidate: the shared prompt, and padding
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro batch of packed rows, padded on the left: where answers have one length, their positions agree in all rows."""
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    branches: Tensor  # (B, T) the candidate, from 0, that a position belongs to; negative in shared prompt and padding
+    positions: Tensor  # (K,) where some row's next id counts
+    labels: Tensor  # (B, K) the next id at each position, or IGNORED
+    counts: Tensor  # (B, C) ids of each answer; 0 where there is no such candidate
+    correct: Tensor  # (B,) the right candidate, or -1
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on a device."""
+        return PackedBatch(*(move(getattr(self, field.name), device) for field in fields(self)))
+
+    def first(self) -> PackedBatch:
+        """Its first example alone."""
+        rows = {field.name: getattr(self, field.name)[:1] for field in fields(self)}
+        return PackedBatch(**{**rows, "positions": self.positions})
+
+    def counted(self) -> Tensor:  # ()
+        """How much the loss is a sum over: examples with a right candidate."""
+        return (self.real & (self.correct >= 0)).sum()
+
+    @property
+    def real(self) -> Tensor:  # (B,)
+        """Whether a row is an example; a row that stands for none counts nothing."""
+        return self.counts.any(dim=1)
+
+    @property
+    def segments(self) -> Tensor:  # (B, K)
+        """The candidate that each of `labels` belongs to; negative where there is none."""
+        return self.branches[:, self.positions]
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:  # (B, 1, T, T)
+        """What attention scores take as a summand: 0 where a query sees a key, the lowest number elsewhere.
+
+        Every query sees itself, in padding too: no softmax is over nothing.
+        """
+        queries, keys = self.branches[:, None, :, None], self.branches[:, None, None, :]
+        visible = ((keys == queries) | (keys == SHARED)).tril()
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)

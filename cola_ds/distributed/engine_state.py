@@ -1,0 +1,160 @@
+"""The optimizer's state in an engine, as a checkpoint keeps it: fp32 masters, moments, step counts, loss scale, random states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from cola_ds.distributed.accelerator import device
+from cola_ds.distributed.engine import Engine
+from cola_ds.distributed.shards import is_sharded, numel
+
+_ELEMENTS_AT_ONCE = 2**26  # 256 MiB of fp32: bounds what a checkpoint takes on the device at a time
+
+
+@dataclass(frozen=True)
+class _MasterPart:
+    """Where this process keeps its part of a trained parameter's fp32 master, and of its optimizer state."""
+
+    flat: Tensor  # the optimizer's own flat parameter
+    offset: int  # in flat
+    start: int  # in the whole parameter, flattened
+    count: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part of a tensor shaped like `flat`. -> (count,)"""
+        return flat.narrow(0, self.offset, self.count)
+
+
+def _master_part(engine: Engine, param: Any) -> _MasterPart | None:
+    """None where no part of the parameter is this process's."""
+    optimizer = engine.optimizer
+    if is_sharded(param):
+        group, offset, padded = optimizer.grad_position[optimizer.get_param_id(param)]
+        start = padded * dist.get_rank(param.ds_process_group)
+        count = min(max(param.ds_numel - start, 0), padded)
+        return _MasterPart(optimizer.fp32_partitioned_groups_flat[group], offset, start, count) if count else None
+    mapping = param._hp_mapping
+    if mapping is None:
+        return None
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    where, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return _MasterPart(flat, where.start, whole.start, where.numel)
+
+
+def trained(engine: Engine) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer updates, by name."""
+    return {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+
+
+def optimizer_scalars(engine: Engine) -> dict[str, float]:
+    """The numbers that the optimizer keeps beside its moments, such as Adam's step count; none before its first step."""
+    found: dict[str, float] = {}
+    for state in engine.optimizer.optimizer.state.values():
+        found |= {key: float(value) for key, value in state.items() if value.numel() == 1}
+    return found
+
+
+def trained_tensors(engine: Engine) -> Iterator[dict[str, Tensor]]:
+    """The fp32 master and the moments of every trained parameter, whole, by names such as `master/NAME` and `exp_avg/NAME`.
+
+    In pieces of bounded size: on process 0 tensors in host memory, elsewhere empty dicts. Collective, piece by piece.
+    """
+    state = engine.optimizer.optimizer.state
+    moments = sorted({k for values in state.values() for k, value in values.items() if value.numel() > 1})
+    piece: list[tuple[str, nn.Parameter, str]] = []
+    count = 0
+    for kind in ("master", *moments):
+        for name, param in trained(engine).items():
+            if piece and count + numel(param) > _ELEMENTS_AT_ONCE:
+                yield _gather_piece(engine, piece, count)
+                piece, count = [], 0
+            piece.append((name, param, kind))
+            count += numel(param)
+    yield _gather_piece(engine, piece, count)
+
+
+@torch.no_grad()
+def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], count: int) -> dict[str, Tensor]:
+    # Every element is some process's own and zero elsewhere: the sum of their bits as integers is the element, bit for bit.
+    whole = torch.zeros(count, dtype=torch.int32, device=device())
+    begin = 0
+    for _, param, kind in piece:
+        part = _master_part(engine, param)
+        if part:
+            held = part.flat if kind == "master" else engine.optimizer.optimizer.state[part.flat][kind]
+            whole[begin + part.start :][: part.count].copy_(part.of(held.detach()).float().view(torch.int32))
+        begin += numel(param)
+    dist.all_reduce(whole)
+    if dist.get_rank():
+        return {}
+    shapes = [getattr(param, "ds_shape", param.shape) for _, param, _ in piece]
+    pieces = whole.cpu().view(torch.float32).split([numel(param) for _, param, _ in piece])
+    return {
+        f"{kind}/{name}": values.reshape(shape).clone()
+        for (name, _, kind), shape, values in zip(piece, shapes, pieces, strict=True)
+    }
+
+
+@torch.no_grad()
+def set_trained_tensor(engine: Engine, kind: str, param: nn.Parameter, whole: Tensor) -> None:
+    """Put a whole master or moment (flat, on this process's device) where the engine keeps it."""
+    part = _master_part(engine, param)
+    if part is None:
+        return
+    if kind == "master":
+        held = part.flat.data
+    else:
+        held = engine.optimizer.optimizer.state[part.flat].setdefault(kind, torch.zeros_like(part.flat))
+    part.of(held).copy_(whole[part.start :][: part.count])
+
+
+@torch.no_grad()
+def set_optimizer_scalars(engine: Engine, scalars: dict[str, float]) -> None:
+    """Give the optimizer the numbers that `optimizer_scalars` found."""
+    # Not those in the optimizer's groups: at stage 3 these are empty between steps.
+    optimizer = engine.optimizer
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    for flat in next(getattr(optimizer, name) for name in names if hasattr(optimizer, name)):
+        for key, value in scalars.items():
+            # torch's optimizers keep them in host memory, as their own first step would make them.
+            optimizer.optimizer.state[flat].setdefault(key, torch.zeros(())).fill_(value)
+
+
+def loss_scale_state(engine: Engine) -> dict[str, float]:
+    """The fp16 loss scale and its counters; nothing in other dtypes."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: float(getattr(scaler, name)) for name in _SCALER if hasattr(scaler, name)}
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def set_loss_scale_state(engine: Engine, state: dict[str, float]) -> None:
+    """Give the loss scaler what `loss_scale_state` found."""
+    for name, value in state.items():
+        setattr(engine.optimizer.loss_scaler, name, value if name == "cur_scale" else int(value))
+
+
+def random_state() -> Tensor:  # -> (n,) uint8
+    """The states of torch's random generators of this process: the host's, and the accelerator's where it has its own."""
+    states = [torch.get_rng_state()]
+    if get_accelerator().device_name() != "cpu":
+        states.append(get_accelerator().get_rng_state().cpu())
+    return torch.cat(states)
+
+
+def set_random_state(state: Tensor) -> None:
+    """Restore what `random_state` returned; on another kind of device, the host's alone."""
+    host = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:host].clone())
+    if state.numel() > host and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(state[host:].clone())

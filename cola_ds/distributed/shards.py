@@ -1,0 +1,79 @@
+"""Shards of parameters under ZeRO-3: this process's own, and whole parameters gathered from all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+
+def numel(param: Tensor) -> int:
+    """Elements of the whole parameter, wherever its shards are."""
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+@contextmanager
+def gathered(params: Iterable[Tensor], write: bool = False) -> Iterator[None]:
+    """Whole parameters inside the block. Collective, and not to be nested for one parameter.
+
+    With `write`, changes made inside are kept: every process must make the same change. (Under ZeRO-3 those of process 0 go
+    to all shards; without it the change would be lost in silence.)
+    """
+    with deepspeed.zero.GatheredParameters(list(params), modifier_rank=0 if write else None):
+        yield
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether ZeRO-3 keeps the parameter in shards, one per process."""
+    return hasattr(param, "ds_id")
+
+
+def local_shard(param: Any) -> tuple[Tensor, int]:
+    """The flat part of a parameter that this process keeps, and the position in the whole parameter at which it starts.
+
+    Changing it changes the parameter. Under ZeRO-3 it is the shard without its padding, on the host if parameters are offloaded,
+    and empty where a small parameter leaves nothing for this process; otherwise it is the whole parameter.
+    """
+    if not is_sharded(param):
+        return param.data.view(-1), 0
+    # While a parameter is whole, its shard is a copy that the next gathering ignores.
+    assert param.ds_status.name == "NOT_AVAILABLE", f"{param.ds_id} is {param.ds_status.name}"
+    start = param.ds_tensor.ds_numel * dist.get_rank(param.ds_process_group)
+    return param.ds_tensor.data.narrow(0, 0, min(max(param.ds_numel - start, 0), param.ds_tensor.ds_numel)), start
+
+
+def writable_part(param: Tensor) -> Tensor:
+    """What of a parameter, flat, this process has to change inside `gathered(..., write=True)`.
+
+    Under ZeRO-3 all of it on process 0, whose changes go to all shards, and nothing elsewhere; otherwise all of it everywhere.
+    """
+    flat = param.data.view(-1)
+    return flat[:0] if is_sharded(param) and dist.get_rank() else flat
+
+
+def host_zeros(count: int) -> Tensor:
+    """fp32 zeros in host memory; pinned where there is an accelerator, so that copies need not wait."""
+    zeros = torch.zeros(count)
+    return zeros if get_accelerator().device_name() == "cpu" else get_accelerator().pin_memory(zeros)
+
+
+def collective_bytes(params: Iterable[Tensor], write: bool = False) -> int:
+    """Bytes that the collectives of `gathered` carry for these parameters: an all-gather, and a broadcast if written."""
+    sharded = [p for p in params if is_sharded(p) and dist.get_world_size() > 1]
+    return sum(numel(p) * p.element_size() for p in sharded) * (2 if write else 1)
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict with whole tensors in host memory, on process 0; empty elsewhere. Collective."""
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        with gathered([value] if isinstance(value, nn.Parameter) else []):
+            if dist.get_rank() == 0:
+                state[name] = value.detach().cpu().clone()
+    return state

@@ -1,0 +1,69 @@
+"""Signals that ask a run to stop: the first one sets a flag that the steps look at, the second one ends the process.
+
+Python runs its handlers in the main thread alone, which may be waiting inside a collective for minutes. The C handler writes
+the signal's number into a pipe at once, and a thread of this module reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_ONE_REQUEST_S = 2.0  # launchers pass a signal on, and send another: what arrives within this time is one request
+_requested = 0
+_training = False
+_finished = False
+
+
+def requested() -> int:
+    """The number of the first signal that asked this process to stop; 0 if none did."""
+    return _requested
+
+
+def listen(say: Callable[[str], None], leave: Callable[[int], None]) -> None:
+    """From now on, take the signals. Before `steps_begin`, the first one calls `leave` with exit status 75; a second one, more
+    than two seconds later, always calls it with 128 plus the signal's number. `leave` must end the process.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in STOPPING:
+        signal.signal(number, lambda number, frame: None)
+    threading.Thread(target=_read, args=(read, say, leave), name="signals", daemon=True).start()
+
+
+def steps_begin() -> None:
+    """From now on, a signal waits for the end of the step."""
+    global _training
+    _training = True
+
+
+def finished() -> None:
+    """Nothing is left to stop: a signal that still arrives is ignored, such as a launcher's after the first process has gone."""
+    global _finished
+    _finished = True
+
+
+def _read(pipe: int, say: Callable[[str], None], leave: Callable[[int], None]) -> None:
+    global _requested
+    first = 0.0
+    while True:
+        number = os.read(pipe, 1)[0]
+        if number not in STOPPING or _finished:
+            continue
+        name = signal.Signals(number).name
+        if (
+            not _training
+        ):  # nothing to save, and nothing to say: launchers end so whom another process's mistake leaves behind
+            leave(75)
+        if not _requested:
+            _requested, first = number, time.monotonic()
+            say(f"{name}: stopping after this step, with a checkpoint")
+        elif time.monotonic() - first > _ONE_REQUEST_S:
+            print(f"cola-ds: a second signal, {name}: stopping at once", file=sys.stderr, flush=True)
+            leave(128 + number)

@@ -1,0 +1,72 @@
+"""Candidates of an example scored by a (sharded) model, and the loss over them.
+
+Shapes as in data/batch.py; V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cola_ds.data.batch import IGNORED, PackedBatch
+from cola_ds.data.candidates import pack, packed_length
+from cola_ds.data.tasks.encoding import Encoded
+from cola_ds.distributed import accelerator
+from cola_ds.distributed.engine import Engine
+from cola_ds.evaluation.shares import over_shares
+
+
+def candidate_scores(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, C), fp32
+    """The mean log-probability (nats) of the ids of each candidate's answer; -inf where there is no such candidate.
+
+    `model` is the engine, or the causal LM itself. Logits are computed at the labelled positions only, where the
+    architecture offers that.
+    """
+    logits = packed_logits(model, batch)  # (B, K, V)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    # Not a scatter: on a GPU the order of its sum, and so the last bit, would change from run to run.
+    others = batch.segments[:, :, None] != torch.arange(batch.counts.shape[1], device=losses.device)  # (B, K, C)
+    sums = -losses.view_as(batch.labels)[:, :, None].masked_fill(others, 0.0).sum(dim=1)  # (B, C)
+    return torch.where(batch.counts > 0, sums / batch.counts.clamp(min=1), -math.inf)
+
+
+def classification_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Sum over the examples of the cross-entropy (nats) of the right candidate among the scores; 0 if there are none. -> ()"""
+    return F.cross_entropy(candidate_scores(model, batch), batch.correct, ignore_index=-1, reduction="sum")
+
+
+def packed_logits(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, K, V)
+    inner: Any = getattr(model, "module", model)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask(inner.dtype),
+        "use_cache": False,
+    }
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        return model(**inputs, logits_to_keep=batch.positions).logits
+    return model(**inputs).logits[:, batch.positions]
+
+
+def score_candidates(
+    engine: Engine, examples: Sequence[Encoded], batch_size: int, stop: Callable[[], bool]
+) -> dict[int, list[float]] | None:
+    """The scores of this process's share of the examples, by their places in `examples`. Collective.
+
+    Each example is one process's; None if `stop`, asked before each batch, says so.
+    """
+
+    def score(indices: list[int]) -> list[list[float]]:
+        batch = pack([examples[i] for i in indices])
+        scores = candidate_scores(engine, batch.to(accelerator.device())).tolist()
+        return [row[: len(examples[i].candidate_ids)] for i, row in zip(indices, scores, strict=False)]
+
+    return over_shares(engine, [packed_length(example) for example in examples], batch_size, stop, score)

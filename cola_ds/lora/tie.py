@@ -1,0 +1,125 @@
+"""What a knot does to the weights in their shards: W takes the link up, and A and B start anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.shards import (
+    collective_bytes,
+    gathered,
+    host_zeros,
+    is_sharded,
+    local_shard,
+    numel,
+    writable_part,
+)
+from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
+
+_ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
+
+
+@dataclass
+class TiedLink:
+    """What tying a link has found, over all processes."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Host copies of A, B and trained biases by PEFT's names without their prefix; empty unless wanted."""
+    delta_square: float = 0.0
+    """Squared norm of the link: of the change that was wanted."""
+    remainder_square: float = 0.0
+    """Squared norm of what rounding has kept out of the weights, over the whole chain."""
+    bytes_moved: int = 0
+    """Payload of the collectives, per process."""
+
+
+@torch.no_grad()
+def link_is_finite(model: nn.Module) -> bool:
+    """Whether every A, B and trained bias is, on every process. Collective; parameters must be in their shards."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    finite = [torch.isfinite(local_shard(param)[0]).all().to(accelerator.device()) for param in trained]
+    return not collectives.all_reduce_max([~torch.stack(finite).all()])[0]
+
+
+@torch.no_grad()
+def tie_link(
+    model: nn.Module, remainders: dict[str, Tensor], local: bool, exact: bool, last: bool, keep_tensors: bool
+) -> TiedLink:
+    """W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
+
+    `local` gathers A and B alone; otherwise W is gathered too, and process 0 changes it for all. `remainders` holds, for
+    each layer in bf16 or fp16, the fp32 remainder of this process's part on the host. It is filled at the first knot, unless
+    that is the `last` one: then nothing would use it.
+    """
+    tied = TiedLink()
+    delta_squares: list[Tensor] = []
+    own_squares: list[Tensor] = []  # of this process's shards
+    copied_squares: list[Tensor] = []  # of weights that every process holds
+    for name, layer in lora_layers(model).items():
+        learnt = [layer.lora_A, layer.lora_B]
+        if layer.bias is not None and layer.bias.requires_grad:
+            learnt.append(layer.bias)
+        whole = [] if local else [layer.weight]
+        with gathered(learnt), gathered(whole, write=True):
+            weight, start = local_shard(layer.weight) if local else (writable_part(layer.weight), 0)
+            if weight.dtype != torch.float32 and name not in remainders and not last:
+                remainders[name] = host_zeros(weight.numel())
+            square = _add_link(layer, weight, start, remainders.get(name), exact)
+            (own_squares if is_sharded(layer.weight) else copied_squares).append(square)
+            factors = (layer.lora_A, layer.lora_B, layer.scaling)
+            delta_squares.append(inner_product(factors, factors))
+            if keep_tensors:
+                names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.base_layer.bias")
+                tied.tensors |= {key: p.detach().to("cpu", copy=True) for key, p in zip(names, learnt, strict=False)}
+        local_shard(layer.lora_B)[0].zero_()
+        tied.bytes_moved += collective_bytes(learnt) + collective_bytes(whole, write=True)
+    # Reading a number from the device below also waits for the copies of remainders to the host.
+    nothing = torch.zeros((), dtype=torch.float64, device=accelerator.device())
+    own_square = collectives.all_reduce_sum(sum(own_squares, nothing))
+    tied.remainder_square = float(own_square + sum(copied_squares, nothing))
+    tied.delta_square = float(sum(delta_squares, nothing))
+    return tied
+
+
+def _add_link(layer: LoRALinear, weight: Tensor, start: int, remainder: Tensor | None, exact: bool) -> Tensor:
+    """Add a layer's link to a flat part of its weight that begins at `start`. -> (), the new remainder's squared norm"""
+    device = layer.lora_A.device
+    nothing = torch.zeros((), device=device)
+    square = nothing.double()
+    for begin in range(0, weight.numel(), _ELEMENTS_AT_ONCE):
+        piece = slice(begin, min(begin + _ELEMENTS_AT_ONCE, weight.numel()))
+        delta = delta_slice(layer.lora_A, layer.lora_B, layer.scaling, start + begin, piece.stop - begin)
+        before = nothing if remainder is None else remainder[piece].to(device, non_blocking=True)
+        left = add_link(weight[piece], delta, before, exact)
+        square += torch.linalg.vector_norm(left, dtype=torch.float64).square()
+        if remainder is not None:
+            remainder[piece].copy_(left, non_blocking=True)
+    return square
+
+
+@torch.no_grad()
+def restart_link(model: nn.Module, link: int, seed: int) -> None:
+    """Give every injected layer the A that `link` starts with, at the same LoRA rank, in its shards. B is zero since the tie."""
+    for name, layer in lora_layers(model).items():
+        part, start = local_shard(layer.lora_A)
+        lora_A = draw_lora_A(seed, link, name, (numel(layer.lora_A) // layer.in_features, layer.in_features))
+        part.copy_(lora_A.flatten()[start : start + part.numel()])
+
+
+def overlap(tensors: dict[str, Tensor], earlier: Iterable[dict[str, Tensor]], scalings: list[float]) -> float:
+    """Inner product of a link and the sum of those before it, from their tensors (see TiedLink) on the host.
+
+    `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r, read
+    again at each knot: for links number and LoRA rank as in the paper, milliseconds.
+    """
+    total = 0.0
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    for other, scaling in zip(earlier, scalings, strict=False):
+        for layer in layers:
+            A, B = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            total += float(inner_product((tensors[A], tensors[B], scalings[-1]), (other[A], other[B], scaling)))
+    return total

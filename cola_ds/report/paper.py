@@ -1,0 +1,82 @@
+"""The numbers of COLA's paper (arXiv 2401.04151)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cola_ds.config.schema import RunConfig
+from cola_ds.sweep.selection import Cell
+
+# The numbers of COLA's paper (arXiv 2401.04151). Columns: a method, a chain's length, or its LoRA ranks.
+PAPER = {
+    "opt-1.3b": """lora cola-2 cola-3
+        wsc 56.53±7.67 59.81±4.10 60.19±3.77
+        squad 83.23±1.42 83.28±1.35 83.55±0.80
+        multirc 68.94±3.06 69.44±1.55 70.63±2.12
+        cb 75.35±4.84 76.78±6.38 76.42±4.97
+        copa 75.8±2.40 76.8±1.83 76.8±1.60
+        rte 72.49±2.39 72.63±1.46 74.15±1.36""",
+    "llama-2-7b": """zero-shot icl full lora cola
+        wsc 36.53 62.50 62.30 57.30 59.80
+        rte 62.09 72.56 86.35 85.70 86.21
+        copa 79.00 91.00 86.40 84.59 85.60
+        squad 55.84 86.81 91.19 90.66 90.76""",
+    "ranks": """lora (8,8) (8,6) (8,4) (8,2)
+        cb 75.35 76.78 76.43;3.60e11 75.35;7.20e11 76.07;1.08e12
+        wsc 56.53 59.81 58.26;4.28e10 57.30;8.56e10 57.30;1.28e11
+        wic 63.47 63.51 63.85;5.21e11 64.04;1.04e12 63.19;1.56e12""",
+    "sgd": """lora cola
+        wsc 52.31 55.0
+        cb 69.29 70.71
+        wic 58.97 60.40
+        copa 76.60 77.40
+        squad 82.19 82.63""",
+    "adagrad": """lora cola
+        wsc 56.73 61.92
+        cb 69.29 73.21
+        wic 63.42 64.23
+        copa 76.60 76.60
+        squad 83.09 83.24""",
+    "low-data": """lora cola
+        sst2 89.80 90.00
+        wsc 61.60 63.20
+        cb 72.76 73.21
+        wic 58.80 60.40
+        boolq 61.60 64.19
+        multirc 59.00 60.60
+        rte 59.20 63.40
+        squad 78.99 79.63
+        drop 27.99 29.01
+        copa 75.60 76.19
+        record 70.00 70.20""",
+}
+PAPER_TABLES = tuple(PAPER)
+
+
+def paper_numbers(cells: Sequence[Cell], paper: str) -> dict[tuple[str, str], str]:
+    """The paper's numbers for those of our cells that are like its own, by task and name."""
+    columns, *rows = (line.split() for line in PAPER[paper].splitlines())
+    numbers = {(row[0], column): text for row in rows for column, text in zip(columns, row[1:], strict=True)}
+    found = {}
+    for cell in cells:
+        if cell.config is None:
+            continue
+        task = next((outcome.result.get("task") for outcome in cell.finished), None) or cell.group.task
+        for column in paper_columns(cell.config, paper):
+            if text := numbers.get((task, column)):
+                found[cell.group.task, cell.group.name] = text.replace("±", " ±").replace(";", "; ")
+    return found
+
+
+def paper_columns(config: RunConfig, paper: str) -> list[str]:
+    """What that table of the paper calls this method; nothing if it has none of it."""
+    if not config.trains_lora:
+        return [config.method]
+    optimizer = paper if paper in ("sgd", "adagrad") else "adamw"
+    if config.optim.name != optimizer or (paper == "low-data" and config.data.num_train != 100):
+        return []
+    ranks = config.lora_ranks
+    if len(ranks) == 1:
+        return ["lora"] if ranks == [8] else []
+    # Where the table says cola, the paper does not say how many links.
+    return [f"({','.join(map(str, ranks))})", *(["cola", f"cola-{len(ranks)}"] if set(ranks) == {8} else [])]

@@ -1,0 +1,160 @@
+"""What a run has learnt, as whoever reads a run must see it: checked against what was recorded when its links were tied.
+
+Training, export, evaluation, inspection and reports read a run's config, links and result through here, and nowhere else.
+Neither torch nor a model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cola_ds.config.loading import load_config
+from cola_ds.config.schema import RunConfig, flat_keys, is_free, is_task_file
+from cola_ds.errors import UserError, some_of
+from cola_ds.run.atomic import sha256_of
+from cola_ds.run.marker import NAME, Marker
+
+# Where things lie: what they are is compared by their fingerprints.
+_PLACES = ("model.path", "model.revision", "model.links", "deepspeed", "data.train", "data.eval", "data.dir")
+
+
+@dataclass(frozen=True)
+class TiedLink:
+    """A link of a chain, as it was tied."""
+
+    path: Path
+    lora_rank: int
+    alpha: float
+    layers: list[str]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.lora_rank
+
+    @property
+    def file(self) -> Path:
+        """A, B and trained biases."""
+        return self.path / "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A run that has finished."""
+
+    folder: Path
+    config: RunConfig
+    result: dict[str, Any]
+    """result.json."""
+    base: str
+    """The fingerprint of the model that it began with."""
+    links: list[TiedLink]
+    facts: dict[str, Any]
+    """All that it recorded of itself."""
+
+    @property
+    def link_hashes(self) -> list[str]:
+        return [row["sha256"] for row in self.facts["links"]]
+
+    def check_base(self, path: str, fingerprint: str) -> None:
+        """Raise UserError where that is not the model which the run began with."""
+        if fingerprint != self.base:
+            raise UserError(
+                f"model.path {path} is not the base model of {self.folder}: its fingerprint is {fingerprint[:16]}, that run's "
+                f"{self.base[:16]}; name the run's own by model.path=FOLDER"
+            )
+
+
+def run_marker(folder: Path) -> Marker:
+    """What the folder's run.json says. Raises UserError where no run has begun there."""
+    marker = Marker.read(folder)
+    if marker is None or not marker.begun:
+        held = "it has no run.json" if marker is None else "what was in it is being removed"
+        raise UserError(f"{folder} is no run's folder: {held}")
+    return marker
+
+
+def run_config(folder: Path, marker: Marker | None = None) -> RunConfig:
+    """A run's config, from run.yaml. Raises UserError where that is not what the run was started with, but for where things lie
+    and what cannot change a result."""
+    if not (folder / "run.yaml").is_file():
+        held = "it has no run.json" if not is_run(folder) else "its run.yaml is missing: put it back"
+        raise UserError(f"{folder} cannot be read as a run: {held}")
+    marker = marker or run_marker(folder)
+    config = load_config(folder / "run.yaml")
+    said, recorded = flat_keys(config.model_dump(mode="json")), flat_keys(marker.facts["config"])
+    changed = [
+        f"{key} {said.get(key)}, and {NAME} {value}"
+        for key, value in recorded.items()
+        if said.get(key) != value and not (is_free(key) or key in _PLACES or _both_files(key, value, said.get(key)))
+    ]
+    if changed:
+        raise UserError(
+            f"{folder / 'run.yaml'} says {some_of(changed, '; ')}: one of them has changed since; put it back"
+        )
+    return config
+
+
+def _both_files(key: str, *values: Any) -> bool:
+    return key == "data.task" and all(isinstance(value, str) and is_task_file(value) for value in values)
+
+
+def read_learnt(folder: str | Path) -> Learnt:
+    """What a finished run has learnt.
+
+    Raises UserError, naming the file, for a folder that is no run's, a run that has not finished, a config or a result that is
+    not the run's own, and a link (or, with method full, a model) that is missing or is not the one that the run made.
+    """
+    path = Path(folder)
+    marker = run_marker(path)
+    config = run_config(path, marker)
+    result = _result(path, marker)
+    links = [_link(path, row) for row in marker.facts["links"]]
+    for name, digest in marker.facts.get("model", {}).items():
+        _check_file(path / name, digest, "the model that the run trained")
+    return Learnt(path, config, result, marker.facts["base"], links, marker.facts)
+
+
+def _result(folder: Path, marker: Marker) -> dict[str, Any]:
+    path = folder / "result.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no result.json: the run has not finished")
+    if sha256_of(path) not in marker.facts.get("result", []):
+        raise UserError(
+            f"{path} is not what the run in this folder wrote: put that back, or remove it, and the run's own command goes on "
+            "from its newest checkpoint"
+        )
+    return dict(json.loads(path.read_bytes()))
+
+
+def _link(folder: Path, row: dict[str, Any]) -> TiedLink:
+    link = TiedLink(folder / "chain" / f"link-{row['link']:04d}", row["lora_rank"], row["lora_alpha"], row["layers"])
+    if not link.file.is_file():
+        raise UserError(
+            f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing; its checkpoints hold a copy: "
+            "remove result.json, and the run's own command goes on from there"
+        )
+    _check_file(link.file, row["sha256"], "the link that the run tied")
+    _check_file(link.path / "adapter_config.json", row["config_sha256"], "what the run wrote of this link")
+    said = json.loads((link.path / "adapter_config.json").read_bytes())
+    if [said.get(key) for key in ("r", "lora_alpha", "target_modules")] != [link.lora_rank, link.alpha, link.layers]:
+        raise UserError(
+            f"{link.path / 'adapter_config.json'} and {folder / NAME} contradict each other: one was changed"
+        )
+    return link
+
+
+def _check_file(path: Path, digest: str, what: str) -> None:
+    if not path.is_file() or sha256_of(path) != digest:
+        raise UserError(
+            f"{path} is not {what}: it has changed; its checkpoints hold a copy: remove result.json, and the run's "
+            "own command goes on from there"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there, without looking closer."""
+    return os.path.isfile(folder / NAME)

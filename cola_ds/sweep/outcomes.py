@@ -1,0 +1,173 @@
+"""Outcomes: what a run of a sweep has come to, by its folder and the log beside it. Neither torch nor pandas is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cola_ds.config.schema import RunConfig, flat_keys, is_free
+from cola_ds.data.files import find_files
+from cola_ds.errors import UserError, inline
+from cola_ds.run.learnt import is_run, read_learnt, run_config
+
+LOG_MARK = "cola-ds sweep: "
+"""What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
+_COMPARED_APART = ("deepspeed", "data.task", "model.path", "run.seed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to, by its folder and the log beside it."""
+
+    folder: Path
+    seed: int
+    state: str
+    """finished, failed, diverged (failed because something was not finite), stopped (it can go on) or missing."""
+    why: str = ""
+    """Of a failed run: its status and what it said last."""
+    result: dict[str, Any] = field(default_factory=dict)
+    """Of a finished run: its result.json."""
+    damaged: bool = False
+    """What is there is not what the run left."""
+
+    @property
+    def is_task(self) -> bool:
+        return self.result.get("scores", {}).get("test") is not None
+
+    @property
+    def test(self) -> float:
+        """The task's metric on the test examples, 0 to 1."""
+        return self.result["scores"]["test"]
+
+    @property
+    def dev(self) -> float | None:
+        """What a grid point is chosen by, the higher the better: the dev score; without a task, the held-out loss's negative."""
+        scores = self.result.get("scores", {})
+        if self.is_task:
+            return scores["dev"]
+        return None if scores.get("loss") is None else -scores["loss"]
+
+    def is_of(self, config: RunConfig) -> bool:
+        """Whether it is a run of this config, apart from its seed, and began after the last change of the files that this names.
+        Where it is not, `cola-ds train` knows what matters."""
+        mine = self.config
+        if mine is None or not _same_content(mine.deepspeed, config.deepspeed):
+            return False
+        if not _same_content(mine.data.task, config.data.task):
+            return False
+        models = [Path(c.model.path).resolve() if Path(c.model.path).is_dir() else c.model.path for c in (mine, config)]
+        theirs = [
+            {k: v for k, v in flat_keys(c.model_dump()).items() if not is_free(k) and k not in _COMPARED_APART}
+            for c in (mine, config)
+        ]
+        if models[0] != models[1] or theirs[0] != theirs[1]:
+            return False
+        return all(path.stat().st_mtime <= self._began_s for path in _files_of(config))
+
+    @property
+    def _began_s(self) -> float:
+        """The start of the last attempt that ended well, which has compared itself with the files that were there."""
+        marks = _marks(self.folder.with_name(self.folder.name + ".log"))
+        begun = [start for start, end in itertools.pairwise(marks) if end == "exit status 0"]
+        with contextlib.suppress(ValueError, IndexError, OverflowError):  # a log that others have written to
+            return datetime.datetime.fromisoformat(begun[-1].split()[0]).timestamp()
+        return (self.folder / "environment.json").stat().st_mtime
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The run's config; None where the run never began, or its run.yaml cannot be read."""
+        return self._read_config if isinstance(self._read_config, RunConfig) else None
+
+    @property
+    def unreadable(self) -> str:
+        """Why run.yaml cannot be read: it is damaged, or of another version."""
+        return self._read_config if isinstance(self._read_config, str) else ""
+
+    @functools.cached_property
+    def _read_config(self) -> RunConfig | str | None:
+        try:
+            return run_config(self.folder) if is_run(self.folder) else None
+        except UserError as error:
+            return str(error)
+
+
+def _same_content(one: str | None, other: str | None) -> bool:
+    """Whether these are the same names, or files that say the same."""
+    try:
+        return one == other or bool(one and other and Path(one).read_bytes() == Path(other).read_bytes())
+    except OSError:
+        return False
+
+
+def _files_of(config: RunConfig) -> Iterator[Path]:
+    """The local files that a run of this config is made from."""
+    data, links = config.data, Path(config.model.links or "")
+    for name in (config.deepspeed, data.task):
+        if name and Path(name).is_file():
+            yield Path(name)
+    for name in data.local_names:
+        with contextlib.suppress(UserError):  # what cannot be read is said by the run
+            yield from find_files(name)
+    yield from Path(config.model.path).glob("*.json")
+    yield from Path(config.model.path).glob("*.safetensors")
+    if data.dir and data.task:
+        for folder in (Path(data.dir), Path(data.dir, Path(data.task).stem)):
+            yield from folder.glob("*.jsonl")
+    if config.model.links:
+        yield links / "result.json"
+
+
+def read_outcome(folder: Path, seed: int) -> Outcome:
+    """How far the run of that folder is. A start that was refused later than it finished makes it a failed one: what is there is
+    not what the sweep asks for."""
+    status, said = _last_start(folder.with_name(folder.name + ".log"))
+    if (folder / "result.json").is_file() and status in (None, 0, 75):
+        try:
+            result = read_learnt(folder).result
+        except UserError as error:
+            return Outcome(folder, seed, "failed", str(error), damaged=True)
+        if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
+            return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
+        return Outcome(folder, seed, "finished", result=result)
+    if status in (None, 75):
+        return Outcome(folder, seed, "stopped" if is_run(folder) else "missing")
+    diverged = said.startswith("training failed: ") and "finite" in said
+    return Outcome(folder, seed, "diverged" if diverged else "failed", inline(f"status {status}: {said}", 400))
+
+
+def _text_of(log: Path) -> str:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _marks(log: Path) -> list[str]:
+    """A sweep's own lines in a run's log: when and how it was started, and how that ended, in turn."""
+    text = _text_of(log)
+    return re.findall(rf"^{LOG_MARK}(.*)$", text, re.MULTILINE)
+
+
+def _last_start(log: Path) -> tuple[int | None, str]:
+    """The exit status of the log's last start, None if it has not ended; and its last line of cola-ds's, or of anybody's."""
+    lines = [line.rstrip() for line in _text_of(log).splitlines()]
+    marks = [i for i, line in enumerate(lines) if line.startswith(LOG_MARK)]
+    ended = re.fullmatch(rf"{LOG_MARK}exit status (\d{{1,3}})", lines[marks[-1]]) if marks else None
+    if ended is None:
+        return None, ""
+    printed = lines[marks[-2] + 1 if len(marks) > 1 else 0 : marks[-1]]
+    spoken = [re.search("cola-ds: (.*)", line) for line in printed]  # perhaps behind a progress bar
+    said = [found[1] for found in spoken if found]
+    failures = [line for line in said if line.startswith("training failed: ")]  # other processes may speak after it
+    traces = [i for i, line in enumerate(printed) if line.endswith("Traceback (most recent call last):")]
+    if traces and not failures and not any(spoken[traces[-1] :]):
+        raised = (line for line in printed[traces[-1] + 1 :] if line and not line.startswith(" "))
+        said = [next(raised, "a traceback that was cut off")]
+    return int(ended[1]), (failures or said or [line for line in printed if line] or ["it said nothing"])[-1]

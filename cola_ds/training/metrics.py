@@ -1,0 +1,162 @@
+"""What a run says while it runs: rows, a progress bar, a line per knot, the monitors. Process 0 alone speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cola_ds.data.batch import StepExamples
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.monitor import Monitor
+from cola_ds.errors import first_line
+from cola_ds.evaluation.evaluators import HeldOut, TaskScore
+from cola_ds.run.folder import RunDir
+
+T = TypeVar("T")
+
+
+class MetricLogger:
+    """Takes every step, knot and evaluation of a chain. All processes call it alike: a logged step is a collective."""
+
+    def __init__(self, folder: RunDir | None, monitor: Monitor, total_steps: int, log_every_steps: int):
+        """`folder` is None on every process but 0."""
+        self.folder, self.monitor, self.log_every_steps = folder, monitor, log_every_steps
+        every_s = 0.5 if sys.stderr.isatty() else 30  # a job's log is no place for ten lines a second
+        shown = folder is not None and total_steps > 0
+        self.bar = tqdm(total=total_steps, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every_s)
+        self._loss = torch.zeros((), device=accelerator.device())
+        self._steps = self._losses = self._tokens = 0
+        self._carried_s = 0.0
+        self._since = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What the next row has gathered so far. Collective."""
+        losses = collectives.all_gather_numbers(self._loss.item())
+        seconds = time.perf_counter() - self._since
+        return {
+            "loss": losses,
+            "losses": self._losses,
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "seconds": seconds,
+        }
+
+    def go_on(self, state: dict[str, Any], rank: int, world_size: int, step: int) -> None:
+        """Continue from what `state` returned, after `step` steps; at another world size process 0 takes all of it."""
+        loss = state["loss"] if len(state["loss"]) == world_size else [sum(state["loss"]), *[0.0] * (world_size - 1)]
+        self._loss.fill_(loss[rank])
+        self._losses, self._steps, self._tokens = state["losses"], state["steps"], state["tokens"]
+        self._carried_s = state["seconds"]
+        self._move(step)
+
+    def say(self, message: str) -> None:
+        """One line, from process 0."""
+        if self.folder:
+            self._print(f"cola-ds: {message}", sys.stderr)
+
+    def _print(self, line: str, file: Any = None) -> None:
+        with contextlib.suppress(OSError, ValueError):  # full, or closed
+            self.bar.write(line, file=file)
+
+    def figure(self, name: str, find: Callable[[], T]) -> T | None:
+        """What `find` returns: a figure that is only reported. Whatever keeps it from being found costs that figure alone: it is
+        None then, and a line and an event say why."""
+        try:
+            return find()
+        except Exception as error:
+            self.say(f"warning: no {name}: {first_line(error)}")
+            self.event("no figure", figure=name, reason=first_line(error))
+            return None
+
+    def event(self, what: str, **facts: Any) -> None:
+        """Something that happened to the run."""
+        if self.folder:
+            self.folder.event(what, **facts)
+
+    def _move(self, steps: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.update(steps)
+
+    def restart_clock(self) -> None:
+        """Leave out of step_s what happened since the last row: an evaluation, a knot, loading."""
+        self._since = time.perf_counter() - self._carried_s
+
+    def step(self, where: dict[str, Any], loss: Tensor | None, examples: StepExamples, now: bool, **facts: Any) -> None:
+        """Take a step's share of the loss (on this process's device), or None if it is not finite. Writes a row every
+        log_every_steps, or if `now`: its loss is the mean over the steps that have one.
+
+        Between rows nothing is copied from the device.
+        """
+        if loss is not None:
+            self._loss += loss
+            self._losses += 1
+        self._steps += 1
+        self._tokens += examples.tokens
+        self._move(1)
+        if where["step"] % self.log_every_steps and not now:
+            return
+        total = collectives.all_reduce_sum(self._loss).item()
+        mean_loss = total / self._losses if self._losses else math.nan
+        seconds = time.perf_counter() - self._since
+        tokens_per_s = self._tokens / seconds if seconds > 0 else math.nan  # a clock may be coarse
+        if self.folder:
+            row = {
+                **where,
+                "loss": mean_loss,
+                **{key: float(value) if isinstance(value, Tensor) else value for key, value in facts.items()},
+                "tokens": self._tokens,
+                "tokens_per_s": tokens_per_s,
+                "step_s": seconds / self._steps,
+            }
+            self.folder.append("metrics.jsonl", row)
+        self.bar.set_postfix(
+            loss=f"{mean_loss:.4f}", link=where["link"], tokens_per_s=f"{tokens_per_s:.0f}", refresh=False
+        )
+        self.monitor.write(
+            where["step"], {"Train/loss": mean_loss, "Train/lr": facts["lr"], "Train/link": where["link"]}
+        )
+        self._loss.zero_()
+        self._steps = self._losses = self._tokens = 0
+        self._carried_s = 0.0
+        self.restart_clock()
+
+    def knot(self, row: dict[str, Any]) -> None:
+        """Take a knot."""
+        if self.folder:
+            self.folder.append("knots.jsonl", row)
+            seconds = f"tied in {row['tie_s']:.2f} s"
+            if row["rebuild_s"] is not None:
+                seconds += f", rebuilt in {row['rebuild_s']:.2f} s"
+            self._print(
+                f"knot: link {row['link']} (rank {row['lora_rank']}) tied at step {row['step']}: "
+                f"|delta| {row['delta_norm']:.4g}, loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}, {seconds}"
+            )
+        self.restart_clock()
+
+    def evaluation(self, where: dict[str, Any], found: HeldOut | TaskScore) -> None:
+        """Take an evaluation."""
+        if isinstance(found, HeldOut):
+            line = f"held-out at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}"
+            scalars = {"Eval/loss": found.loss, "Eval/perplexity": found.perplexity}
+        else:
+            line = f"{found.split} at step {where['step']}: {found.metric} {found.score:.4f}"
+            scalars = {f"Eval/{found.split}_{found.metric}": found.score}
+        if self.folder:
+            self.folder.append("evals.jsonl", {**where, **asdict(found)})
+            self._print(line)
+        self.monitor.write(where["step"], scalars)
+        self.restart_clock()
+
+    def close(self) -> None:
+        """Take the bar down."""
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()

@@ -1,0 +1,40 @@
+"""Optimizers and learning rates. The schedule belongs to the chain: it is a function of its step counts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from cola_ds.config.schema import OptimConfig
+from cola_ds.config.steps import StepPlan
+
+
+def make_optimizer(config: OptimConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh torch optimizer; weight decay is decoupled for AdamW and an L2 term for SGD and AdaGrad, as in torch."""
+    if config.name == "adamw":
+        return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    kind = torch.optim.SGD if config.name == "sgd" else torch.optim.Adagrad
+    return kind(params, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: OptimConfig, step_plan: StepPlan, link: int, step_in_link: int) -> float:
+    """The learning rate of the step with 0-based index `step_in_link` of `link` (from 1).
+
+    linear falls from lr to 0 (reached one step after the last), cosine likewise, constant stays. The horizon is the chain
+    or the link, as `schedule_over` says; the warm-up of each link multiplies it by 1/w, 2/w ... 1.
+    """
+    if config.schedule_over == "chain":
+        begun = step_plan.knots[link - 2] if link > 1 else 0
+        progress = (begun + step_in_link) / step_plan.total_steps
+    else:
+        progress = step_in_link / step_plan.link_steps(link)
+    factor = 1.0
+    if config.schedule == "linear":
+        factor = 1.0 - progress
+    elif config.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    warm_up = min(1.0, (step_in_link + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.lr * factor * warm_up

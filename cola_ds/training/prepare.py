@@ -1,0 +1,186 @@
+"""A run before it starts: every check that needs no weights, and what is known of it beforehand."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cola_ds.config.deepspeed_json import complete, read_engine_config
+from cola_ds.config.schema import RunConfig
+from cola_ds.config.steps import StepPlan, resolve
+from cola_ds.data.candidates import check_packable
+from cola_ds.data.tasks.dataset import TaskData, load_task
+from cola_ds.data.text import TokenizedData, load_split
+from cola_ds.data.tokens import LOSSES
+from cola_ds.errors import UserError, cut, first_line
+from cola_ds.lora.layers import find_targets
+from cola_ds.run.model_files import check_folder
+from cola_ds.run.model_folder import check_no_adapter
+
+TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no weights."""
+
+    config: RunConfig
+    engine_json: dict[str, Any]
+    step_plan: StepPlan
+    tokenizer: Any
+    skeleton: Any
+    """The model on the meta device: its modules and shapes."""
+    targets: list[str]
+    train: TokenizedData | TaskData
+    held_out: TokenizedData | TaskData | None
+    test: TaskData | None = None
+    """Of a task: what is reported, once `held_out`, its dev split, has chosen."""
+    sizes: str = ""
+    """Of a task: how many examples each split has, and what was left out."""
+
+
+def prepare(config: RunConfig, world_size: int) -> Prepared:
+    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan. Raises UserError. No weight is read."""
+    engine_json = read_engine_config(config)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"path": _model_path(config.model.path)})}
+    )
+    tokenizer, skeleton = _describe_model(config)
+    targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) else None
+    max_length = config.data.max_length
+    if config.data.task is not None and "max_length" not in config.data.model_fields_set:
+        max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
+    if limit and max_length > limit:
+        raise UserError(f"data.max_length {max_length} is more than the model's {limit} positions")
+    train: TokenizedData | TaskData
+    held_out: TokenizedData | TaskData | None
+    test, sizes = None, ""
+    if config.data.task is not None:
+        train, held_out, test, sizes = load_task(config, tokenizer, max_length)
+        if train.task.objective == "classification" or any(example.candidates for example in test.examples):
+            check_packable(skeleton, max_length)
+    else:
+        train = load_split(config.data, "train", tokenizer)
+        held_out = load_split(config.data, "eval", tokenizer) if config.data.eval is not None else None
+    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    splits: tuple[TokenizedData | TaskData | None, ...] = (train, held_out, test)
+    for data in splits:
+        if data is not None and data.largest_id >= vocabulary:
+            raise UserError(
+                f"model.path {config.model.path}: its tokenizer has id {data.largest_id}, its embedding ends at {vocabulary}"
+            )
+    step_plan = resolve(config, len(train), world_size)
+    complete(engine_json, config, step_plan)
+    return Prepared(config, engine_json, step_plan, tokenizer, skeleton, targets, train, held_out, test, sizes)
+
+
+def _model_path(path: str) -> str:
+    """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
+    if not os.path.isdir(path):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or len(path) > 96:
+            raise UserError(
+                f"model.path {cut(path)} is not a folder, and cannot be a name on the Hugging Face hub; where it lies now, say "
+                "by model.path=FOLDER"
+            )
+        return path
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"model.path {cut(path)} has no config.json: it is not a model's folder")
+    check_folder(Path(path))
+    return str(Path(path).resolve())
+
+
+def _describe_model(config: RunConfig) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    model = config.model
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    check_no_adapter(model)
+    local = os.path.isdir(model.path)
+    try:
+        model_config = AutoConfig.from_pretrained(model.path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # whatever a folder's files or a missing package make transformers raise
+        reason = first_line(error)
+        where = "" if local else "is not a folder here, and the hub does not give it: "
+        raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
+    if getattr(model_config, "quantization_config", None):
+        raise UserError(f"model.path {model.path} is quantised, which is not supported; use the model it was made from")
+    return tokenizer, skeleton
+
+
+def summarize(prepared: Prepared, world_size: int) -> str:
+    """The resolved run, for people: links, knots, batches, parameters."""
+    config, step_plan = prepared.config, prepared.step_plan
+    optim = config.optim
+    total = sum(p.numel() for p in prepared.skeleton.parameters())
+    layers = f", {len(prepared.targets)} target layers" if config.trains_lora else ""
+    if prepared.test is not None:
+        data = f"{prepared.test.task.name}: {prepared.sizes}"
+    else:
+        data = f"{len(prepared.train)} training examples"
+        data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+    lost: collections.Counter[str] = collections.Counter()
+    for split in (prepared.train, prepared.held_out, prepared.test):
+        lost.update(split.lost if split is not None else {})
+    if lost:
+        counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
+        data += f"; {counts}, too long for data.max_length"
+    batch = f"{optim.micro_batch_size} examples x {step_plan.micro_steps} micro steps x {world_size} processes"
+    lines = [
+        f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
+        f"method      {config.method}{layers}",
+        f"data        {data}",
+    ]
+    if config.model.links is not None:
+        lines.insert(1, f"links       those of {config.model.links}")
+    if config.trains:
+        lines.append(f"batch       {optim.global_batch_size} = {batch}")
+        lines.append(f"steps       {step_plan.total_steps} ({step_plan.steps_per_epoch} per epoch)")
+    if config.trains_lora:
+        remainders = remainder_bytes(prepared, world_size)
+        kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
+        lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
+    for link, knot in enumerate(step_plan.knots, start=1) if config.trains else ():
+        name = f"link {link:<7}" if config.trains_lora else "training    "
+        lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
+        steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
+        lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
+    lines.append(f"run folder  {config.run.dir}")
+    return "\n".join(lines)
+
+
+def count_trainable(prepared: Prepared, link: int) -> int:
+    """Parameters that `link` trains: A and B (and biases, if asked), or all of them with method full."""
+    config = prepared.config
+    if config.method == "full":
+        return sum(p.numel() for p in prepared.skeleton.parameters())
+    biases = 0
+    if config.lora.bias == "lora_only":
+        layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
+        biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
+    return count_adapters(prepared, link) + biases
+
+
+def count_adapters(prepared: Prepared, link: int) -> int:
+    """Elements of A and B of all layers in `link`."""
+    layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
+    return prepared.config.lora_ranks[link - 1] * sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def remainder_bytes(prepared: Prepared, world_size: int) -> int:
+    """Host memory of the remainders of a chain, over all processes: fp32, for target weights stored in less than that."""
+    if prepared.config.model.dtype == "fp32" or prepared.config.chain.length == 1:
+        return 0
+    elements = sum(prepared.skeleton.get_submodule(name).weight.numel() for name in prepared.targets)
+    copies = 1 if prepared.engine_json["zero_optimization"]["stage"] == 3 else world_size
+    return 4 * elements * copies

@@ -1,0 +1,124 @@
+"""The state of a chain on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cola_ds.checkpoint.decide import Identity
+from cola_ds.checkpoint.format import Counters
+from cola_ds.config.schema import RunConfig
+from cola_ds.config.steps import StepPlan
+from cola_ds.data.batch import StepExamples
+from cola_ds.data.batcher import Batcher
+from cola_ds.distributed.engine import Engine
+from cola_ds.evaluation.evaluators import TaskScore
+from cola_ds.run.folder import RunDir
+from cola_ds.training.metrics import MetricLogger
+
+
+@dataclass
+class ChainState:
+    """All that changes while a chain runs, besides the engine. Steps are optimizer updates, those left out included."""
+
+    link: int = 1
+    """The one that is being tuned; length + 1 when the last is tied."""
+    step: int = 0
+    step_in_link: int = 0
+    examples_seen: int = 0
+    link_tokens: list[int] = field(default_factory=lambda: [0])
+    """Tokens that each link was trained on so far."""
+    skipped_steps: int = 0
+    """Updates that were left out because the loss or a gradient was not finite."""
+    skipped_in_link: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_step: int = 0
+    """The step after which the last evaluation was."""
+    best_step: int = 0
+    best: float = math.inf
+    """The lowest held-out loss or, of a task, the highest dev score with its sign turned; and the step it was found after."""
+    no_better: int = 0
+    """Evaluations since then."""
+    ended_step: int | None = None
+    """Where eval.patience has ended the run."""
+    change_square: float = 0.0
+    """Squared norm of all links' sum: of the change of the base weights that was wanted; below 0 where not known. On process 0
+    alone."""
+    link_hashes: list[str] = field(default_factory=list)
+    """SHA-256 of each tied link's file. On process 0 alone."""
+    remainders: dict[str, Tensor] = field(default_factory=dict)
+    """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
+
+
+@dataclass
+class Chain:
+    """A chain on its way: the engine, what it learns from, and how far it is."""
+
+    config: RunConfig
+    base: str
+    """The base model's fingerprint."""
+    step_plan: StepPlan
+    engine: Engine
+    engine_config: dict[str, Any]
+    world_size: int
+    train: Batcher
+    held_out: Batcher | None
+    score: Callable[[Engine, str, Callable[[], bool]], TaskScore | None] | None
+    """Of a task: scores its "dev" or "test" split (collective); None when it was stopped."""
+    logger: MetricLogger
+    folder: RunDir | None
+    """Takes the tied links; None on every process but 0."""
+    state: ChainState = field(default_factory=ChainState)
+    constant: Constant | None = None
+    """What every checkpoint of the run says alike; None on every process but 0."""
+
+    @property
+    def links(self) -> int:
+        """Its length: chain.length, unless eval.patience has ended it before."""
+        return len(self.step_plan.knots)
+
+
+def step_examples(chain: Chain, step: int) -> StepExamples:
+    """This process's share of the examples of a step, counted from 0."""
+    optim = chain.config.optim
+    return chain.train.step(step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
+
+
+def position(chain: Chain) -> dict[str, Any]:
+    """Where the chain is, for a row: the link is that of the last step."""
+    step = chain.state.step
+    return {"step": step, "link": chain.step_plan.link_of(step), "epoch": step / chain.step_plan.steps_per_epoch}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What every checkpoint of a run says alike. On process 0 alone."""
+
+    config: RunConfig
+    identity: Identity
+    model: str
+    """The base model's fingerprint."""
+    versions: dict[str, str]
+    elapsed_s: float
+    """Seconds that earlier starts of the run took."""
+    since: float
+    """When this start began (time.perf_counter)."""
+
+
+def counters(state: ChainState) -> dict[str, Any]:
+    """A chain's state as JSON can say it: without the remainders, which tying the links again gives back."""
+    found = {
+        field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "remainders"
+    }
+    return {name: None if value == math.inf else value for name, value in found.items()}
+
+
+def from_counters(found: Counters) -> ChainState:
+    """What `counters` was given."""
+    known = found.model_dump()
+    return ChainState(**{**known, "best": math.inf if found.best is None else found.best})

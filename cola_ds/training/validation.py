@@ -1,0 +1,86 @@
+"""Validation under way: when it is due, what the best is, and when eval.patience ends the run. Collective."""
+
+from __future__ import annotations
+
+from cola_ds.checkpoint.store import CheckpointFolder
+from cola_ds.distributed import collectives, signals
+from cola_ds.evaluation.evaluators import HeldOut, TaskScore, held_out_loss
+from cola_ds.training.save import save_checkpoint, stop_here
+from cola_ds.training.state import Chain, position
+
+
+def evaluation_is_due(chain: Chain) -> bool:
+    """Whether `eval.every` wants an evaluation now. At a knot it comes after it; the end of the run always has one."""
+    state, every = chain.state, chain.config.eval.every
+    step = state.step
+    if chain.held_out is None or step == 0 or state.evaluated_step == step:
+        return False
+    at_knot = step in chain.step_plan.knots
+    if at_knot and state.link == chain.step_plan.link_of(step):
+        return False
+    if step == chain.step_plan.total_steps:
+        return True
+    if every == "link":
+        return at_knot
+    if every == "end":
+        return False
+    return step % (chain.step_plan.steps_per_epoch if every == "epoch" else int(every)) == 0
+
+
+def evaluate_if_due(chain: Chain) -> None:
+    """Evaluate if it is time to, keep a checkpoint of the best, and end the run that has become no better for too long."""
+    if not evaluation_is_due(chain):
+        return
+    found, state, patience = evaluate(chain), chain.state, chain.config.eval.patience
+    state.evaluated_step = state.step
+    if found < state.best:
+        state.best, state.best_step, state.no_better = found, state.step, 0
+        # After the last knot there is nothing to save: the checkpoint before it gives the same outputs.
+        if chain.config.checkpoint.best and state.link <= chain.links:
+            save_checkpoint(chain)
+        if chain.config.checkpoint.best and chain.folder:
+            CheckpointFolder(chain.folder).mark_best(state.step)
+        return
+    state.no_better += 1
+    if patience is not None and state.no_better >= patience and state.step < chain.step_plan.total_steps:
+        end_here(chain)
+
+
+def end_here(chain: Chain) -> None:
+    """Make the step that was evaluated the last: its link is tied, and none follows."""
+    state = chain.state
+    state.ended_step = state.step
+    chain.step_plan = chain.step_plan.ending_at(state.step)
+    chain.logger.say(f"ends at step {state.step}: no better than at step {state.best_step} (eval.patience)")
+    chain.logger.event("ended early", **position(chain), best_step=state.best_step)
+    if state.link <= chain.links:  # as before any last knot
+        save_checkpoint(chain)
+
+
+def evaluate(chain: Chain) -> float:
+    """Held-out loss now or, of a task, its dev score with the sign turned; where that is the best so far, its test score too.
+    All go into the journal. Raises StoppedError when a signal asks for it."""
+    assert chain.held_out is not None
+    stop = 0.0
+
+    def stopped() -> bool:
+        nonlocal stop
+        (stop,) = collectives.all_reduce_max([signals.requested()])
+        return stop > 0
+
+    found: list[HeldOut | TaskScore | None]
+    if chain.score is None:
+        batch_size = chain.config.eval.batch_size or chain.config.optim.micro_batch_size
+        found = [held_out_loss(chain.engine, chain.held_out, batch_size, stopped)]
+    else:
+        found = [chain.score(chain.engine, "dev", stopped)]
+        if found[0] is not None and found[0].value < chain.state.best:
+            found.append(chain.score(chain.engine, "test", stopped))
+    for each in found:
+        if each is None:
+            stop_here(chain, int(stop))
+    for each in found:
+        assert each is not None
+        chain.logger.evaluation(position(chain), each)
+    assert found[0] is not None
+    return found[0].value

@@ -1,0 +1,67 @@
+"""Loading under ZeRO-3 goes straight into shards: no process holds the whole model, and all of it arrives."""
+
+import re
+import threading
+import time
+
+import pytest
+import torch
+
+from cola_ds.config.schema import ModelConfig
+from tests.support.distributed import process_group, run_distributed
+from tests.support.toys import save_model
+
+
+def private_bytes():
+    """Memory of this process alone: pages of mapped files, which the kernel drops at will, are not among it."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return int(re.search(r"RssAnon:\s+(\d+)", status.read())[1]) * 1024
+
+
+def load_and_watch(process, path):
+    from cola_ds.distributed.engine import load_model
+    from cola_ds.distributed.shards import gathered
+
+    process_group(process)
+    engine_config = {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    engine_config["train_batch_size"] = process.world_size
+    # A first load of a small model, so that what is imported and set up once does not count.
+    load_model(ModelConfig(path=str(path / "small"), dtype="fp32"), engine_config)
+    before, peak, done = private_bytes(), [0], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], private_bytes())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(ModelConfig(path=str(path / "large"), dtype="fp32"), engine_config)
+    done.set()
+    watcher.join()
+    digest = {}
+    for name, param in model.named_parameters():
+        with gathered([param]):
+            digest[name] = param.detach().double().sum().item()
+    return {"peak": peak[0] - before, "kept": private_bytes() - before, "digest": digest}
+
+
+def test_no_process_holds_the_whole_model(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12}
+    save_model(tmp_path / "small")
+    save_model(tmp_path / "large", **sizes)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float32)
+    whole = sum(p.numel() * 4 for p in model.parameters())
+    largest = max(p.numel() * 4 for p in model.parameters())
+    expected = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
+    del model
+    for found in run_distributed(load_and_watch, 4, tmp_path, timeout_s=300):
+        assert found["digest"] == pytest.approx(expected, rel=1e-9)
+        shard = whole / 4
+        assert shard * 0.9 < found["peak"] < shard + 8 * largest < whole * 0.55, (found["peak"], whole)

@@ -1,0 +1,89 @@
+"""`cola-ds` without the seconds of its imports: forked from a server that has made them.
+
+`python tests/support/forked.py SOCKET WORD ...` is `cola-ds WORD ...`, forked by the server of that socket,
+`python -m tests.support.forked SOCKET`: with this process's environment, folder,
+output and status, and the signals that are sent to it.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Server:
+    """`with Server(folder) as server`: `server.command` begins a command line."""
+
+    def __init__(self, folder: Path):
+        self.socket = folder / "forked.socket"
+        self.command = [sys.executable, "-S", "-E", str(Path(__file__).resolve()), str(self.socket)]
+
+    def __enter__(self):
+        words = [sys.executable, "-m", "tests.support.forked", str(self.socket)]
+        self.process = subprocess.Popen(words, cwd=Path(__file__).resolve().parents[2], stdout=subprocess.PIPE)
+        assert b"ready\n" in self.process.stdout  # reads as far as that: libraries speak before
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.communicate()
+
+
+def serve(path: str) -> None:
+    import tests.support.preload  # noqa: F401
+    from cola_ds.cli import main
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        print("ready", flush=True)
+        while True:
+            caller, _ = listening.accept()
+            text, outputs, _, _ = socket.recv_fds(caller, 1 << 20, 2)
+            if pid := os.fork():
+                caller.send(f"{pid}\n".encode())
+                for output in outputs:
+                    os.close(output)
+                caller.send(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+                caller.close()
+                continue
+            told = json.loads(text)
+            for number, output in enumerate(outputs, 1):
+                os.dup2(output, number)
+            os.environ.clear()
+            os.environ.update(told["environment"])
+            os.chdir(told["folder"])
+            status = 1
+            try:
+                status = main(told["words"])
+            except SystemExit as error:
+                status = error.code
+            finally:
+                sys.stdout.flush()
+                os._exit(status or 0)
+
+
+def call(path: str, words: list[str]) -> int:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        told = {"words": words, "environment": dict(os.environ), "folder": os.getcwd()}
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
+        socket.send_fds(server, [json.dumps(told).encode()], [1, 2])
+        answers = server.makefile()
+        pid = int(answers.readline())
+        for number in PASSED_ON:
+            signal.signal(number, lambda number, frame: os.kill(pid, number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        status = int(answers.readline())
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        serve(sys.argv[1])
+    sys.exit(call(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,71 @@
+"""Algorithm 1 of COLA (arXiv 2401.04151) in plain torch, one process: what the pipeline is measured against.
+
+It shares with the pipeline only the draw of A, the order of examples and the tokenizer; forward, loss, update and merge are
+written again, on whole batches and whole matrices.
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cola_ds.lora.layers import draw_lora_A
+
+
+def tokenized(path, tokenizer):
+    with open(path, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [
+        (tokenizer(r["prompt"]).input_ids, [*tokenizer(r["completion"], add_special_tokens=False).input_ids, 2])
+        for r in rows
+    ]
+
+
+def chain_of_lora(config, knots):
+    """Train as a run's dict says. Returns the losses and the model, with every link merged into it."""
+    model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
+    data = tokenized(config["data"]["train"], AutoTokenizer.from_pretrained(config["model"]["path"]))
+    optim, alpha, size = config["optim"], config["lora"]["alpha"], config["optim"]["global_batch_size"]
+    ranks = config["lora"]["rank"]
+    targets = {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))}
+    model.requires_grad_(False)
+    losses, start = [], 0
+    for link, knot in enumerate(knots, start=1):
+        r = ranks[link - 1] if isinstance(ranks, list) else ranks
+        A = {n: draw_lora_A(0, link, n, (r, m.in_features)).requires_grad_() for n, m in targets.items()}
+        B = {n: torch.zeros(m.out_features, r, requires_grad=True) for n, m in targets.items()}
+        for name, module in targets.items():
+            module.forward = lambda x, m=module, a=A[name], b=B[name], s=alpha / r: (
+                F.linear(x, m.weight, m.bias) + s * F.linear(F.linear(x, a), b)
+            )
+        params = [*A.values(), *B.values()]
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optim["name"]]
+        optimizer = kind(params, lr=optim["lr"], weight_decay=0.0)
+        for step in range(start, knot):
+            epoch, i = divmod(step, math.ceil(len(data) / size))
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
+            # In the order of their lengths: the sum is the same, and the last bit of it too.
+            batch = sorted((data[k] for k in order[i * size : (i + 1) * size]), key=lambda e: len(e[0]) + len(e[1]))
+            width = max(len(p) + len(c) for p, c in batch)
+            ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in batch])
+            labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in batch])
+            mask = torch.tensor([[1] * (len(p) + len(c)) + [0] * (width - len(p) - len(c)) for p, c in batch])
+            counted = (labels[:, 1:] != -100).any(0).nonzero().flatten()
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=counted, use_cache=False).logits
+            labels = labels[:, 1:][:, counted]
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (labels != -100).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, optim["max_grad_norm"] or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = optim["lr"] * (1 - step / knots[-1])
+            optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            for name, module in targets.items():
+                module.weight += alpha / r * (B[name] @ A[name])
+                del module.forward
+        start = knot
+    return losses, model

@@ -1,0 +1,102 @@
+"""The sweeps that come with the project: each task and method resolves, on a small model of that architecture."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from cola_ds.report.paper import PAPER, PAPER_TABLES, paper_columns
+from cola_ds.sweep.plan import load_plan
+from tests.data.test_tasks import BY_HAND
+from tests.support.toys import REPOSITORY, save_model
+
+SWEEPS = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") if not path.stem.endswith("base"))
+
+FEW = {"num_train": 20, "num_dev": 4, "num_test": 4, "demonstrations": 2}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Rows of every task, enough to draw from."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in {task for task, _, _ in BY_HAND}:
+        rows = [row for task, row, _ in BY_HAND if task == name]
+        (folder / name).mkdir()
+        for split in ("train", "validation"):
+            text = "".join(json.dumps(row) + "\n" for row in rows * 60)
+            (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_model(folder / name, name, max_position_embeddings=4096) for name in ("llama", "opt")}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
+    from cola_ds.training.prepare import prepare
+
+    monkeypatch.chdir(REPOSITORY)
+    name = str(path.relative_to(REPOSITORY))
+    plan = load_plan(name, [])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith(f"#   cola-ds sweep {name}") for line in lines)
+    report = next(line for line in lines if line.startswith("#   cola-ds report "))
+    assert report.split()[3] == plan.sweep.dir
+    if "--paper" in report:  # every number of the paper's table has one place
+        assert report.split()[-1] == path.stem
+        columns, *lines = (line.split() for line in PAPER[path.stem].splitlines())
+        numbers = {(line[0], column) for line in lines for column in columns}
+        found = [
+            (series.group.task, column)
+            for series in plan.series
+            for column in paper_columns(series.configs[series.group.points[0]], path.stem)
+            if (series.group.task, column) in numbers
+        ]
+        assert sorted(found) == sorted(numbers)
+    for series in plan.series:
+        config = series.configs[series.group.points[0]]
+        model = models["opt" if re.search("opt-", config.model.path) else "llama"]
+        own = {"path": str(model), "dtype": "fp32"}
+        config = config.model_copy(update={
+            "model": config.model.model_copy(update=own),
+            "data": config.data.model_copy(update={"dir": str(tasks), **FEW}),
+            "deepspeed": "ds_configs/zero3.json",
+        })  # fmt: skip
+        prepared = prepare(config, 1)
+        assert prepared.test.task.name == series.group.task
+        if config.trains_lora:
+            assert len(prepared.step_plan.knots) == config.chain.length == len(config.lora_ranks)
+
+
+def test_pickled_weights_become_safetensors(models, tmp_path):
+    """As the base of OPT's sweeps says."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = load_file(models["opt"] / "model.safetensors")
+    shutil.copytree(models["opt"], tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights, tmp_path / "pickled/pytorch_model.bin")
+    text = (REPOSITORY / "launch/sweeps/paper/opt-1.3b-base.yaml").read_text(encoding="utf-8")
+    command = next(line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   python -c "))
+    *words, source, target = shlex.split(command)
+    assert (words[0], source, target) == ("python", "facebook/opt-1.3b", yaml.safe_load(text)["model"]["path"])
+    subprocess.run([sys.executable, *words[1:], tmp_path / "pickled", tmp_path / "out"], check=True, timeout=120)
+    made = load_file(tmp_path / "out/model.safetensors")
+    assert made.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in made.items())
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids
+
+
+def test_the_papers_tables_are_all_there():
+    assert {path.stem for path in SWEEPS if path.parent.name == "paper"} == set(PAPER_TABLES)
