@@ -26,7 +26,7 @@ def ready_configs() -> dict[str, Path]:
 
 
 def engine_file(name: str) -> str:
-    """The path of the DeepSpeed JSON that `deepspeed` names: a file, or a ready one. Raises UserError for a bare name that is neither."""
+    """The path of the DeepSpeed JSON that `deepspeed` names: a file, or a ready one. Raises UserError for a name of neither."""
     if os.path.isfile(name):
         return name
     ready = ready_configs()
