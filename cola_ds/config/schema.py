@@ -143,9 +143,9 @@ class DataConfig(_Section):
     num_train: _Count = 1000
     """The task's training examples, drawn by run.seed."""
     num_dev: _Count | None = None
-    """Its held-out examples, taken from its training split; null: 100 for cb and copa, 500 for the others."""
+    """The task's held-out examples, taken from its training split; null: 100 for cb and copa, 500 for the others."""
     num_test: _Count = 1000
-    """Its test examples."""
+    """The task's test examples, drawn from its validation split."""
     demonstrations: _Count = 32
     """Solved examples in front of each prompt, with method icl."""
     train: Annotated[str | list[str] | None, BeforeValidator(_files), Mark.PLACE] = None
@@ -156,9 +156,9 @@ class DataConfig(_Section):
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
     hub_config: str | None = None
-    """Its configuration, where it has several."""
+    """The dataset's configuration, where it has several."""
     revision: str | None = None
-    """A branch, tag or commit of it, or of the task's data on the hub."""
+    """A branch, tag or commit of the dataset, or of the task's data on the hub."""
     prompt: str = "prompt"
     """The prompt's column."""
     completion: str = "completion"
@@ -213,7 +213,7 @@ class OptimConfig(_Section):
     max_grad_norm: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Global gradient norm to clip to; null or 0 turns clipping off."""
     epochs: _Count | None = None
-    """Epochs of the whole run, whatever its links."""
+    """Epochs of the whole run, whatever its links; these or `max_steps` must be given."""
     max_steps: _Count | None = None
     """Steps of the whole run, whatever its epochs; null: the epochs decide."""
     global_batch_size: _Count = 8
