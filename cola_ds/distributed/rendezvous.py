@@ -451,6 +451,12 @@ class _Guest(_Side):
         self.send({"ended": status})
         self.over = True
 
+    def stop(self) -> None:
+        with self.changed:
+            if self.unsent:  # process 0 would wait for what it was never told
+                self.changed.wait_for(lambda: self.link, _GRACE_S)
+        super().stop()
+
     def connections(self) -> list[socket.socket]:
         return [self.connection] if self.connection else []
 

@@ -30,7 +30,7 @@ class _Listening:
     read: int
     write: int
     thread: threading.Thread
-    handlers: dict[int, Any]
+    handlers: dict[signal.Signals, Any]
     wakeup_fd: int
 
 

@@ -251,7 +251,8 @@ class Watch:
                     self._links.pop(rank, None)
                     self._peers.pop(rank, None)
                     if said["bye"] != 0:
-                        self._stopped.wait(2 * _GRACE_S)  # launchers end the others; if this one does not, they would wait
+                        # Launchers end the others; if this one does not, they would wait.
+                        self._stopped.wait(2 * _GRACE_S)
                         self._die(f"process {rank} on {peer.host} ended with status {said['bye']}", [], said["bye"])
                     return
                 if "end" in said:
