@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from cola_ds.report.figures import _score_lines
 from cola_ds.report.find import find
 from cola_ds.report.paper import PAPER_TABLES
 from cola_ds.report.report import report
-from cola_ds.report.statistics import holm, paired_t_test
 from cola_ds.sweep.selection import Group, read_groups, write_groups
 from tests.support.recorded import recorded
 from tests.support.toys import run_config, save_run
@@ -95,28 +93,6 @@ def test_a_difference_that_is_not_significant_is_not_called_so(tmp_path):
     assert "| cb | cola-2 - lora | 5 | -2.30 | 0.0452 | 0.0905 | no significant difference |" in tables(tmp_path)
     alone = [tmp_path / f"cb-{kind}{seed}" for kind in "lc" for seed in range(5)]
     assert "| cb | cola-2 - lora | 5 | -2.30 | 0.0452 | 0.0452 | worse |" in tables(*alone)
-
-
-@pytest.mark.parametrize(
-    ("df", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (10, 2.22814), (30, 2.04227)]
-)
-def test_t_distribution(df, t):
-    """The two-sided 5% points of the printed tables."""
-    ones = [1.0] * (df + 1)  # any sample of that size, moved until its t is the table's
-    sample = [value + (index - df / 2) for index, value in enumerate(ones)]
-    deviation = math.sqrt(sum((value - 1) ** 2 for value in sample) / df)
-    moved = [value - 1 + t * deviation / math.sqrt(df + 1) for value in sample]
-    assert paired_t_test(moved) == pytest.approx(0.05, abs=1e-6)
-    assert paired_t_test([-value for value in moved]) == pytest.approx(0.05, abs=1e-6)
-
-
-def test_samples_without_a_test():
-    assert paired_t_test([]) is None
-    assert paired_t_test([3.0]) is None
-    assert paired_t_test([71.1 - 71.0, 65.1 - 65.0, 3.1 - 3.0]) is None  # the same, but for rounding
-    assert paired_t_test([1.0, -1.0]) == pytest.approx(1)
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1, 1]
 
 
 def test_only_alike_runs_are_compared(tmp_path):
