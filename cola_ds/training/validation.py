@@ -58,8 +58,8 @@ def end_here(chain: Chain) -> None:
 
 
 def evaluate(chain: Chain) -> float:
-    """Held-out loss now or, of a task, its dev score with the sign turned; where that is the best so far, its test score too.
-    All go into the journal. Raises StoppedError when a signal asks for it."""
+    """The objective now (run/scores.py): of the held-out loss or, of a task, its dev score; where that is the best so far, its
+    test score is found too. All go into the journal. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
     stop = 0.0
 
@@ -74,7 +74,7 @@ def evaluate(chain: Chain) -> float:
         found = [held_out_loss(chain.engine, chain.held_out, batch_size, stopped)]
     else:
         found = [chain.score(chain.engine, "dev", stopped)]
-        if found[0] is not None and found[0].value < chain.state.best:
+        if found[0] is not None and found[0].objective < chain.state.best:
             found.append(chain.score(chain.engine, "test", stopped))
     for each in found:
         if each is None:
@@ -83,4 +83,4 @@ def evaluate(chain: Chain) -> float:
         assert each is not None
         chain.logger.evaluation(position(chain), each)
     assert found[0] is not None
-    return found[0].value
+    return found[0].objective
