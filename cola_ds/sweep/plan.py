@@ -19,8 +19,8 @@ from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import SECTIONS, RunConfig, is_task_file
 from cola_ds.errors import UserError, cut, quoted, some_of
 from cola_ds.run.folder import file_name
+from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
-from cola_ds.sweep.selection import Group
 
 PAPER_GRIDS = {
     "adamw": [1e-3, 8e-4, 5e-4, 1e-4, 5e-5],
@@ -250,7 +250,8 @@ def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str
     paths = {(point, seed): folder / point / f"seed={seed}" for point in points for seed in {*seeds, *search}}
     if len(points) < len(grid_points):
         raise UserError(f"{task} / {name}: two points of the grid have the same name: {', '.join(points)}")
-    group = Group(task, name, paths, tuple(points), seeds, search if len(points) > 1 else seeds)
+    search = search if len(points) > 1 else seeds
+    group = Group(task=task, name=name, paths=paths, points=tuple(points), seeds=seeds, search_seeds=search)
     configs = {}
     for point, of_point in points.items():
         its_own = [override_word("run.seed", seeds[0]), override_word("run.dir", str(paths[point, seeds[0]]))]

@@ -26,9 +26,11 @@ from cola_ds.config.parsing import dump_yaml
 from cola_ds.config.schema import RunConfig, is_task_file
 from cola_ds.distributed.signals import STOPPING
 from cola_ds.errors import UserError, cut
+from cola_ds.run.scores import show_dev
+from cola_ds.sweep.groups import write_groups
 from cola_ds.sweep.outcomes import LOG_MARK
 from cola_ds.sweep.plan import FILES, Overrides, Plan, Run, command_words, override_word, read_yaml
-from cola_ds.sweep.selection import Choice, choose, show_dev, write_groups
+from cola_ds.sweep.selection import Choice, choose
 
 # Each run finds its own: those of this process are not theirs.
 _LAUNCHER_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -218,7 +220,7 @@ def _report(run: Run, point: str, status: int) -> int:
     """Say what a run that has just ended has come to. Returns its status; 1 for one that says it is done and left no result."""
     outcome = run.outcome(point)
     if outcome.state == "finished":
-        dev = f"dev {show_dev(outcome.dev)}, " if outcome.dev is not None else ""
+        dev = f"dev {show_dev(outcome.objective)}, " if outcome.objective is not None else ""
         test = f"test {100 * outcome.test:.2f}, " if outcome.is_task else ""
         print(f"{run.name(point)}: {dev}{test}{outcome.result['wall_time_s']:.0f} s", flush=True)
         return status
