@@ -8,7 +8,6 @@ from typing import Any
 
 from cola_ds.errors import UserError, inline
 from cola_ds.report.cells import Cell, cell_of_run
-from cola_ds.report.figures import draw_figures, draw_losses
 from cola_ds.report.files import check_csv, check_picture, csv_bytes, write_file
 from cola_ds.report.find import find_runs
 from cola_ds.report.paper import PAPER_TABLES, published_scores
@@ -44,9 +43,13 @@ def report(
         write_file("--csv", Path(csv_file), rows)
     plain = plain | {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
     if plot:
+        from cola_ds.report.figures import draw_losses  # it takes torch, a second that tables alone do not need
+
         curves = {name: outcome.folder for name, outcome in plain.items()}
         draw_losses(curves | {str(o.folder): o.folder for cell in tasks for o in cell.finished}, Path(plot))
     if figures:
+        from cola_ds.report.figures import draw_figures
+
         draw_figures(cells, Path(figures))
     parts = [run_table(plain)] if plain else []
     if tasks:

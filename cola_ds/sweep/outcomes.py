@@ -1,4 +1,4 @@
-"""Outcomes: what a run of a sweep has come to, by its folder and the log beside it. Neither torch nor pandas is needed."""
+"""Run status: what a run has come to, by its folder and the log beside it. Neither torch nor pandas is needed."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def _files_of(config: RunConfig) -> Iterator[Path]:
 
 
 def read_outcome(folder: Path, seed: int) -> Outcome:
-    """How far the run of that folder is. A start that was refused later than it finished makes it a failed one: what is there is
-    not what the sweep asks for."""
+    """Read a run's status from its folder and log. A start that was refused later than it finished makes it a failed one: what is
+    there is not what the sweep asks for."""
     status, said = _last_start(folder.with_name(folder.name + ".log"))
     if (folder / "result.json").is_file() and status in (None, 0, 75):
         try:

@@ -1,4 +1,4 @@
-"""What a sweep is: its YAML, and the runs that follow from it, each with its config and its folder."""
+"""Sweep plan: a sweep's YAML, and the runs that follow from it, each with its config and its folder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def command_words(text: str) -> list[str]:
 
 
 class Sweep(BaseModel):
-    """The sweep's YAML. Paths in it are relative to the working directory."""
+    """The schema of a sweep's YAML. Paths in it are relative to the working directory."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -134,7 +134,8 @@ class Run:
     seed: int
 
     @property
-    def stage(self) -> str:
+    def purpose(self) -> str:
+        """What it is for: the search of the grid, or the seeds at the point that is chosen."""
         return "seeds" if self.point is None else "search"
 
     def name(self, point: str | None) -> str:
@@ -210,6 +211,7 @@ def _load_sweep(path: str) -> Sweep:
 
 
 def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """A YAML file's keys. Raises UserError, which calls it `what`."""
     raw = parse_yaml(read_text(path, what), path)
     if not isinstance(raw, dict):
         raise UserError(f"{cut(path)} holds no keys")
@@ -282,7 +284,7 @@ def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
 
 
 def override_word(key: str, value: Any) -> str:
-    """An override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
+    """A config override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
     if isinstance(value, str) and re.fullmatch(r"[\w./+=,-]+", value) and _is_its_own_yaml(value):
         return f"{key}={value}"
     return f"{key}={_text(value, quotes=True)}"
