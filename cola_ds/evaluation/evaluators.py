@@ -20,6 +20,7 @@ from cola_ds.evaluation.candidates import score_candidates
 from cola_ds.evaluation.generation import generate_answers
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.evaluation.shares import total
+from cola_ds.run.scores import loss_objective, score_objective
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class HeldOut:
     seconds: float
 
     @property
-    def value(self) -> float:
-        """What is better the lower it is."""
-        return self.loss
+    def objective(self) -> float:
+        return loss_objective(self.loss)
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ class TaskScore:
     seconds: float
 
     @property
-    def value(self) -> float:
-        """What is better the lower it is."""
-        return -self.score
+    def objective(self) -> float:
+        return score_objective(self.score)
 
 
 def task_score(
