@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.data.batch import IGNORED, PackedBatch
+from cola_ds.data.batch import IGNORED, Encoded, PackedBatch
 from cola_ds.data.candidates import pack, packed_length
-from cola_ds.data.tasks.encoding import Encoded
 from cola_ds.distributed import accelerator
 from cola_ds.distributed.engine import Engine
 from cola_ds.evaluation.shares import over_shares

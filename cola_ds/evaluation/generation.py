@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_ds.data.batch import PADDING
-from cola_ds.data.tasks.encoding import Encoded
+from cola_ds.data.batch import PADDING, Encoded
 from cola_ds.distributed import accelerator, watchdog
 from cola_ds.distributed.engine import Engine
 from cola_ds.errors import UserError
