@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola_ds.data.files import check_text, json_rows
+from cola_ds.data.columns import check_text
+from cola_ds.data.files import json_rows
 from cola_ds.data.hub import load_hub
 from cola_ds.data.tasks.catalog import Example, Row, Task
 from cola_ds.errors import UserError
