@@ -19,6 +19,7 @@ from cola_ds.distributed.shards import (
     writable_part,
 )
 from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
+from cola_ds.run.peft_files import bias_name, layers_of, lora_names
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
 
@@ -73,7 +74,7 @@ def tie_link(
             factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
             if keep_tensors:
-                names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.base_layer.bias")
+                names = (*lora_names(name), bias_name(name))
                 tied.tensors |= {key: p.detach().to("cpu", copy=True) for key, p in zip(names, learnt, strict=False)}
         local_shard(layer.lora_B)[0].zero_()
         tied.bytes_moved += collective_bytes(learnt) + collective_bytes(whole, write=True)
@@ -116,10 +117,9 @@ def overlap(tensors: dict[str, Tensor], earlier: Iterable[dict[str, Tensor]], sc
     `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r, read
     again at each knot: for links number and LoRA rank as in the paper, milliseconds.
     """
-    total = 0.0
-    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    total, layers = 0.0, layers_of(tensors)
     for other, scaling in zip(earlier, scalings, strict=False):
         for layer in layers:
-            A, B = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            A, B = lora_names(layer)
             total += float(inner_product((tensors[A], tensors[B], scalings[-1]), (other[A], other[B], scaling)))
     return total
