@@ -55,7 +55,7 @@ def generate_ids(
     engine: Engine, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int
 ) -> list[list[int] | None]:
     """The most likely ids after each prompt, up to the first of `stop_ids` and with it; None where a logit was NaN. Collective:
-    each process has its own prompts, or none; inside `zero.evaluating`.
+    each process has its own prompts, or none; inside `evaluating`.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 

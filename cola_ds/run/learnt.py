@@ -22,7 +22,7 @@ from cola_ds.run.marker import NAME, Marker
 _PLACES = ("model.path", "model.revision", "model.links", "deepspeed", "data.train", "data.eval", "data.dir")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TiedLink:
     """A link of a chain, as it was tied."""
 
@@ -41,7 +41,7 @@ class TiedLink:
         return self.path / "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learnt:
     """A run that has finished."""
 
@@ -115,7 +115,7 @@ def read_learnt(folder: str | Path) -> Learnt:
     links = [_link(path, row) for row in marker.facts["links"]]
     for name, digest in marker.facts.get("model", {}).items():
         _check_file(path / name, digest, "the model that the run trained")
-    return Learnt(path, config, result, marker.facts["base"], links, marker.facts)
+    return Learnt(folder=path, config=config, result=result, base=marker.facts["base"], links=links, facts=marker.facts)
 
 
 def _result(folder: Path, marker: Marker) -> dict[str, Any]:
@@ -131,7 +131,12 @@ def _result(folder: Path, marker: Marker) -> dict[str, Any]:
 
 
 def _link(folder: Path, row: dict[str, Any]) -> TiedLink:
-    link = TiedLink(folder / "chain" / f"link-{row['link']:04d}", row["lora_rank"], row["lora_alpha"], row["layers"])
+    link = TiedLink(
+        path=folder / "chain" / f"link-{row['link']:04d}",
+        lora_rank=row["lora_rank"],
+        alpha=row["lora_alpha"],
+        layers=row["layers"],
+    )
     if not link.file.is_file():
         raise UserError(
             f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing; its checkpoints hold a copy: "

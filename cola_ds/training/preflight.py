@@ -22,7 +22,6 @@ from cola_ds.distributed import collectives
 from cola_ds.errors import UserError
 from cola_ds.run import lock
 from cola_ds.run.environment import version_of
-from cola_ds.run.fingerprint import data_fingerprint
 from cola_ds.training.prepare import Prepared
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
@@ -83,7 +82,7 @@ def _facts(prepared: Prepared) -> dict[str, str]:
 
 
 def _describe(data: TokenizedData | TaskData | None) -> str:
-    return f"{len(data)} examples ({(data_fingerprint(data) or '')[:8]})" if data else "none"
+    return f"{len(data)} examples ({data.fingerprint()[:8]})" if data else "none"
 
 
 def check_shared(folder: Path) -> None:

@@ -31,7 +31,7 @@ from cola_ds.errors import UserError
 from cola_ds.evaluation.evaluators import TaskScore, task_score
 from cola_ds.lora.layers import inject, start_link
 from cola_ds.run.environment import describe_environment
-from cola_ds.run.fingerprint import data_fingerprint, model_fingerprint
+from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.run.model_folder import write_model_folder
@@ -254,11 +254,10 @@ def _write_result(chain: Chain, prepared: Prepared, folder: RunDir, more: dict[s
 
 
 def _identity(prepared: Prepared) -> Identity:
-    train = data_fingerprint(prepared.train)
-    assert train is not None
-    held_out = data_fingerprint(prepared.held_out)
+    train = prepared.train.fingerprint()
+    held_out = prepared.held_out.fingerprint() if prepared.held_out is not None else None
     if prepared.test is not None:
-        held_out = f"{held_out} {data_fingerprint(prepared.test)}"
+        held_out = f"{held_out} {prepared.test.fingerprint()}"
     return Identity(engine_facts(prepared.engine_json), train, held_out)
 
 
