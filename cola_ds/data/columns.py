@@ -29,7 +29,7 @@ def no_column(place: str, column: str, names: list[str], row: Mapping[str, Any] 
         remedy = CONVERSATIONS
     elif row and any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
         remedy = "rows inside an object are not read: the file must be their list, or have one on each line"
-    return UserError(f"{place} has no column {shown(column)}; it has {names_of(names)}: {remedy}")
+    return UserError(f"{place} has no column {shown(column)}; it has {shown_names(names)}: {remedy}")
 
 
 def text_of(place: str, column: str, value: Any) -> str:
@@ -64,14 +64,14 @@ def check_text(place: str, value: str) -> None:
 
 def shown(name: str) -> str:
     """A name, such as a column's, for a message."""
-    return name if name.isprintable() and len(name) <= 60 else cut_end(repr(name))
+    return name if name.isprintable() and len(name) <= 60 else cut_name(repr(name))
 
 
-def cut_end(text: str) -> str:
+def cut_name(text: str) -> str:
     """A text for a message, without what is too long of its end."""
     return text if len(text) <= 120 else text[:80] + "..."
 
 
-def names_of(names: Iterable[str]) -> str:
+def shown_names(names: Iterable[str]) -> str:
     """Names for a message: the first few, or "none"."""
     return some_of([shown(name) for name in names]) or "none"

@@ -24,9 +24,9 @@ from typing import IO, Any
 
 from cola_ds.data.arrow import arrow_rows, parquet_rows
 from cola_ds.data.columns import Texts, check_columns, no_column, text_of
-from cola_ds.data.columns import cut_end as _cut
-from cola_ds.data.columns import names_of as _names
+from cola_ds.data.columns import cut_name as _cut
 from cola_ds.data.columns import shown as _shown
+from cola_ds.data.columns import shown_names as _names
 from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]

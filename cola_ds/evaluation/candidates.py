@@ -1,4 +1,4 @@
-"""Candidates of an example scored by a (sharded) model, and the loss over them.
+"""Candidates of an example, scored by a (sharded) model: their log-likelihoods, and the loss over them.
 
 Shapes as in data/batch.py; V is the vocabulary.
 """

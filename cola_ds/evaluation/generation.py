@@ -1,4 +1,4 @@
-"""Greedy generation of answers with a (sharded) model."""
+"""Generation: greedy decoding of answers with a (sharded) model."""
 
 from __future__ import annotations
 

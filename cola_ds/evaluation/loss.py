@@ -1,4 +1,4 @@
-"""The loss of a batch under a (sharded) model. Shapes as in data/batch.py; V is the vocabulary."""
+"""Loss of a batch under a (sharded) model. Shapes as in data/batch.py; V is the vocabulary."""
 
 from __future__ import annotations
 

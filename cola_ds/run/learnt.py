@@ -33,6 +33,7 @@ class TiedLink:
 
     @property
     def scaling(self) -> float:
+        """alpha / r."""
         return self.alpha / self.lora_rank
 
     @property
@@ -57,6 +58,7 @@ class Learnt:
 
     @property
     def link_hashes(self) -> list[str]:
+        """SHA-256 of each link's file."""
         return [row["sha256"] for row in self.facts["links"]]
 
     def check_base(self, path: str, fingerprint: str) -> None:

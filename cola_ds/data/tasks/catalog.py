@@ -89,6 +89,8 @@ def strip(text: str) -> str:
 
 
 # Fields of a row
+
+
 def _field(row: Row, name: str, kind: type) -> Any:
     if name not in row:
         raise UserError(f"field {name} is missing; this row has {', '.join(row) or 'none'}")
@@ -130,6 +132,8 @@ def _label(row: Row, names: Sequence[str]) -> int:
 
 
 # Templates
+
+
 def fields_of(template: str) -> list[str]:
     """The names of a template's {fields}.
 

@@ -1,4 +1,4 @@
-"""Rows of a task, from files or the hub, as examples."""
+"""Files of tasks: rows of a task, from files or the hub, as examples."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def examples_of(task: Task, rows: Iterable[tuple[str, Row]], source: str) -> Row
 
 
 def reasons_text(left_out: dict[str, int]) -> str:
+    """How many rows were left out and why, as the end of a line; empty where none was."""
     counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     return f"; rows left out: {counts}" if counts else ""
 
