@@ -18,7 +18,7 @@ from cola_ds.config.loading import apply_override, check_config, explain_some, k
 from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import SECTIONS, RunConfig, is_task_file
 from cola_ds.errors import UserError, cut, quoted, some_of
-from cola_ds.run.folder import file_name
+from cola_ds.run.atomic import file_name
 from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
 
