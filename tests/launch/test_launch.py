@@ -122,7 +122,7 @@ def test_wrong_calls_of_the_scripts(tmp_path, words, env, message):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-RUNS = sorted((REPOSITORY / "launch/runs").glob("*.yaml"))
+RUNS = sorted([*(REPOSITORY / "launch/runs").glob("*.yaml"), REPOSITORY / "launch/quickstart/run.yaml"])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
@@ -141,7 +141,7 @@ def test_ready_runs_resolve_as_their_first_lines_call_them(tmp_path, path):
     for words in calls:
         assert (REPOSITORY / words[0]).is_file()
         at = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
-        assert words[at] == f"launch/runs/{path.name}"
+        assert words[at] == str(path.relative_to(REPOSITORY))
         named = dict(zip(words[1:at:2], words[2:at:2], strict=True))
         count = (
             int(words[at + 1])
@@ -203,7 +203,7 @@ def test_readme_names_what_is_there():
 @pytest.mark.quickstart
 def test_quickstart_runs(copy):
     """With fewer steps and held-out examples; the whole of it otherwise, the download of the model included."""
-    in_copy(copy, "python launch/quickstart_data.py build/quickstart 800 8")
+    in_copy(copy, "python launch/quickstart/data.py build/quickstart 800 8")
     stamp = REPOSITORY / ".venv/.installed-quickstart"
     first = in_copy(copy, "./launch/quickstart.sh 2 optim.max_steps=3 eval.every=end", timeout_s=1200)
     installed = stamp.stat().st_mtime_ns
@@ -225,7 +225,7 @@ def test_quickstart_runs(copy):
 
     # What the script does before its runs, a second time.
     second = in_copy(
-        copy, "./launch/setup.sh quickstart && python launch/quickstart_model.py build/SmolLM2-135M-Instruct"
+        copy, "./launch/setup.sh quickstart && python launch/quickstart/model.py build/SmolLM2-135M-Instruct"
     )
     assert "installing" not in second  # it neither installs nor converts again
     assert stamp.stat().st_mtime_ns == installed
@@ -251,7 +251,7 @@ def test_benchmark_runs(copy):
 
 
 def test_quickstart_data_is_split_without_leakage(copy):
-    in_copy(copy, "python launch/quickstart_data.py data/docs")
+    in_copy(copy, "python launch/quickstart/data.py data/docs")
     halves = []
     for name in ("train", "dev"):
         rows = [
