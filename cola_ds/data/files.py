@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import csv
-import glob
 import gzip
 import io
 import json
@@ -22,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cola_ds.errors import UserError, first_line, quoted, some_of
+from cola_ds.config.inputs import cut_name, kind_of, shown, shown_names
+from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]
 Texts = Iterator[tuple[str, list[str]]]
 """The place to name in an error, and the text of each column."""
 
-_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _USABLE = (
     "use .jsonl, .ndjson, .json, .csv, .tsv (also .gz or .zst of these), .parquet, .arrow, or .txt with data.text=text"
 )
@@ -38,75 +37,12 @@ _BATCH_ROWS = 1000
 _LONGEST_NUMBER = 4300  # digits, as Python itself limits them: longer ones take time that grows with their square
 
 
-# Which files
-
-
-def find_files(name: str) -> list[Path]:
-    """The files that a name of data means: itself, those of a folder or of a saved `datasets.Dataset`, or a glob's, sorted."""
-    if os.path.isdir(name):
-        return _of_folder(Path(name))
-    if os.path.isfile(name):
-        return [Path(name)]
-    if glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-        if not found:
-            raise UserError(f"{name} is not a file, and matches none")
-        return [Path(path) for path in found]
-    raise UserError(
-        f"{_shown(name)} is not a file, a folder or a glob; for a dataset on the hub name it in data.hub and its split here"
-    )
-
-
-def _of_folder(folder: Path) -> list[Path]:
-    try:
-        there = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from None
-    names = {path.name for path in there}
-    if "dataset_dict.json" in names:
-        splits = [path.name for path in there if path.is_dir()]
-        raise UserError(
-            f"{folder} holds the splits {_names(splits)} of a saved dataset: name the folder of one of them"
-        )
-    if {"state.json", "dataset_info.json"} <= names:
-        return _of_saved(folder)
-    found = [path for path in there if path.suffix.lower() != ".md"]
-    strange = [path.name for path in found if path.is_dir() or _kind(path) not in _KINDS]
-    if strange:
-        raise UserError(
-            f"{folder} holds {_names(strange)} beside or instead of data: name the files by a glob, or list them"
-        )
-    if not found:
-        raise UserError(f"{folder} is empty: it needs at least one file of data")
-    kinds = {_kind(path) for path in found}
-    if len(kinds) > 1:
-        raise UserError(f"{folder} holds files of several kinds, {', '.join(sorted(kinds))}: name one kind by a glob")
-    return found
-
-
-def _of_saved(folder: Path) -> list[Path]:
-    """The files of Dataset.save_to_disk: beside them may lie what later work with it has cached."""
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-        return [folder / Path(each["filename"]).name for each in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / 'state.json'} does not name the files of a saved dataset: {first_line(error)}"
-        ) from None
-
-
-def _kind(path: Path) -> str:
-    """The ending that says how a file is read, in lower case, without that of a packed file."""
-    name = path.name.lower()
-    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1]
-
-
 # Rows
 
 
 def text_rows(path: Path, columns: Sequence[str]) -> Texts:
     """The named columns of a file's rows. Raises UserError for what is not text."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in (".jsonl", ".ndjson", ".json"):
         return _picked(json_rows(path), columns)
     if kind in (".csv", ".tsv"):
@@ -172,7 +108,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         ((twin, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {_shown(twin)} is given twice")
+        raise ValueError(f"key {shown(twin)} is given twice")
     return row
 
 
@@ -214,7 +150,7 @@ def _no_column(place: str, column: str, names: list[str], row: Mapping[str, Any]
         remedy = _CONVERSATIONS
     elif row and any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
         remedy = "rows inside an object are not read: the file must be their list, or have one on each line"
-    return UserError(f"{place} has no column {_shown(column)}; it has {_names(names)}: {remedy}")
+    return UserError(f"{place} has no column {shown(column)}; it has {shown_names(names)}: {remedy}")
 
 
 def _text(place: str, column: str, value: Any) -> str:
@@ -223,7 +159,7 @@ def _text(place: str, column: str, value: Any) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{place}: column {_shown(column)} is not UTF-8: {error.reason}") from None
+            raise UserError(f"{place}: column {shown(column)} is not UTF-8: {error.reason}") from None
     if not isinstance(value, str):
         talk = (
             isinstance(value, list)
@@ -232,7 +168,7 @@ def _text(place: str, column: str, value: Any) -> str:
             and bool({"role", "from"} & value[0].keys())
         )
         remedy = f"; {_CONVERSATIONS}" if talk else ""
-        raise UserError(f"{place} has {quoted(value)} in column {_shown(column)}; it must be text{remedy}")
+        raise UserError(f"{place} has {quoted(value)} in column {shown(column)}; it must be text{remedy}")
     if not value.isascii():
         check_text(place, value)
     return value
@@ -258,7 +194,7 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{place}: not valid {_kind(path)[1:]}: {first_line(error)}") from None
+            raise UserError(f"{place}: not valid {kind_of(path)[1:]}: {first_line(error)}") from None
         if fields is None:
             return
         if not fields:  # a blank line
@@ -278,7 +214,7 @@ def _check_columns(place: str, names: list[str], columns: Sequence[str]) -> None
         if column not in names:
             raise _no_column(place, column, names)
         if names.count(column) > 1:
-            raise UserError(f"{place} has column {_shown(column)} twice")
+            raise UserError(f"{place} has column {shown(column)} twice")
 
 
 def _document(path: Path) -> Texts:
@@ -376,7 +312,7 @@ def check_arrow(source: str, schema: Any, columns: Sequence[str]) -> None:
         if not any(is_kind(kind) for is_kind in text):
             talk = "role" in str(kind) or "from" in str(kind)
             remedy = f"; {_CONVERSATIONS}" if talk and types.is_nested(kind) else ""
-            raise UserError(f"{source} has {_shown(str(kind))} in column {_shown(column)}; it must be text{remedy}")
+            raise UserError(f"{source} has {shown(str(kind))} in column {shown(column)}; it must be text{remedy}")
 
 
 def arrow_texts(source: str, batches: Iterable[Any], columns: Sequence[str]) -> Texts:
@@ -412,19 +348,4 @@ def _arrow_errors(path: Path) -> Iterator[None]:
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
         with _opened(path):  # a pointer of Git LFS is named as such
             pass
-        raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {_cut(first_line(error))}") from None
-
-
-# Names in messages
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 60 else _cut(repr(name))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 120 else text[:80] + "..."
-
-
-def _names(names: Iterable[str]) -> str:
-    return some_of([_shown(name) for name in names]) or "none"
+        raise UserError(f"{path} cannot be read as {kind_of(path)[1:]}: {cut_name(first_line(error))}") from None
