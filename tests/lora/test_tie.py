@@ -98,7 +98,7 @@ def test_readme_shows_the_roundings():
     def numbers(lines):
         return [[float(n) for n in re.findall(r"[\d.]+", line)] for line in lines if re.match(r"\| \d", line)]
 
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "launch/README.md").read_text(encoding="utf-8")
     shown = readme.split("| change / base |")[1].split("\n\n")[0].splitlines()
     found = numbers(rounding.table())
     assert len(found) == 6
