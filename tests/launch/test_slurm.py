@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from tests.support.jobs import run_job
 from tests.support.launching import Cluster, clean_environment, workers
 from tests.support.runs import record, three_links
 from tests.support.toys import REPOSITORY, rows, save_run
@@ -28,11 +29,8 @@ def cluster(tmp_path_factory):
 def whole(toy, tmp_path_factory):
     """What a run that nothing happened to leaves, on two processes of one machine."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        ["./launch/local.sh", str(run_file(toy, folder)), "2"],
-        cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    statuses, text = run_job(folder / "job", ["train", run_file(toy, folder)])
+    assert statuses == [0, 0], text
     return record(folder / "run")
 
 
