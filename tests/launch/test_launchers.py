@@ -94,7 +94,7 @@ LAUNCHERS = ["deepspeed", "torchrun", "mpirun", "srun"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
 
 
-@pytest.mark.parametrize(("launcher", "number"), zip(LAUNCHERS, SIGNALS, strict=True))
+@pytest.mark.parametrize(("launcher", "number"), list(zip(LAUNCHERS, SIGNALS, strict=True)))
 def test_a_signal_to_one_process(request, run_file, tmp_path, launcher, number):
     words, env = command(launcher, run_file, launcher == "srun" and request.getfixturevalue("cluster"))
     process = started(words, env, tmp_path)
