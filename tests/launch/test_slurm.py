@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from tests.support import forked
 from tests.support.jobs import run_job
 from tests.support.launching import Cluster, clean_environment, workers
 from tests.support.runs import record, three_links
@@ -221,8 +222,10 @@ def test_a_second_job_in_one_run_folder(cluster, toy, tmp_path):
 
 
 def submit(*words):
+    env = clean_environment()
+    env["PATH"] = f"{forked.shared_python()}:{env['PATH']}"
     return subprocess.run(
-        ["./slurm/submit.sh", *map(str, words)], cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
+        ["./slurm/submit.sh", *map(str, words)], cwd=REPOSITORY, env=env, capture_output=True, text=True
     )
 
 

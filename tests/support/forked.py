@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -54,6 +55,19 @@ def shared_command() -> list[str]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.__exit__)
     return server.__enter__().command
+
+
+def shared_python() -> str:
+    """A folder to put before others in PATH: for scripts, whose `python -m cola_ds` is then this command."""
+    command = shared_command()
+    script = Path(command[-1]).with_name("python")
+    script.write_text(
+        '#!/usr/bin/env bash\n[ "$1 $2" = "-m cola_ds" ] || '
+        f'exec {shlex.quote(sys.executable)} "$@"\nshift 2\nexec {shlex.join(command)} "$@"\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    return str(script.parent)
 
 
 def serve(path: str) -> None:
