@@ -147,10 +147,15 @@ def tie_in_all_ways(process, paths):
     return {way: tie_three_links(process, path) for way, path in paths.items()}
 
 
-WORLDS = [*((w, e) for e in ENGINES for w in (1, 2)), (4, "sharded")]
+WORLDS = [(1, "sharded"), (1, "zero2"), *((2, engine) for engine in ENGINES), (4, "sharded")]
+CORE = (2, "sharded")
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids="{0[1]}-{0[0]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(world, marks=pytest.mark.core if world == CORE else ()) for world in WORLDS],
+    ids="{0[1]}-{0[0]}".format,
+)
 def tied(request, odd, tmp_path_factory):
     """By dtype, tie and merge, what each process found; ranks change once, so that both kinds of extension are passed."""
     world_size, engine = request.param
@@ -262,8 +267,7 @@ def count_a_knot(process, path):
     return row["bytes_moved"], tie_calls, counted.calls
 
 
-@pytest.mark.parametrize("next_rank", [4, 3])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("world_size", "next_rank"), [(2, 4), (2, 3), (4, 3)])
 def test_a_local_knot_moves_adapters_alone(odd, tmp_path, world_size, next_rank):
     found = {}
     for tie in ("local", "gathered"):
