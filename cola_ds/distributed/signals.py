@@ -21,6 +21,7 @@ _NO_SIGNAL = b"\0"  # ends the thread that reads
 _requested = 0
 _training = False
 _finished = False
+_interrupting = False
 
 
 @dataclass
@@ -44,15 +45,15 @@ def requested() -> int:
 
 def listen(say: Callable[[str], None], leave: Callable[[int], None]) -> None:
     """From now on, take the signals. Before `steps_begin`, the first one calls `leave` with exit status 75; a second one, more
-    than two seconds later, always calls it with 128 plus the signal's number. `leave` must end the process. In the main thread
-    alone, as Python's handlers are; `restore` puts everything back.
+    than two seconds later, always calls it with 128 plus the signal's number. `leave` must end the process, or be `interrupt`. In
+    the main thread alone, as Python's handlers are; `restore` puts everything back.
     """
     global _listening
     restore()
     read, write = os.pipe()
     os.set_blocking(write, False)
     wakeup_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda number, frame: None) for number in STOPPING}
+    handlers: dict[int, Any] = {number: signal.signal(number, _handle) for number in STOPPING}
     thread = threading.Thread(target=_read, args=(read, say, leave), name="signals", daemon=True)
     _listening = _Listening(read, write, thread, handlers, wakeup_fd)
     thread.start()
@@ -63,7 +64,7 @@ def restore() -> None:
 
     Where a process goes on after a run. In the main thread alone, if `listen` was called.
     """
-    global _requested, _training, _finished, _listening
+    global _requested, _training, _finished, _interrupting, _listening
     listening, _listening = _listening, None
     if listening:
         for number, handler in listening.handlers.items():
@@ -73,7 +74,23 @@ def restore() -> None:
         listening.thread.join()
         os.close(listening.read)
         os.close(listening.write)
-    _requested, _training, _finished = 0, False, False
+    _requested, _training, _finished, _interrupting = 0, False, False, False
+
+
+def interrupt(status: int) -> None:
+    """Raise KeyboardInterrupt in the main thread: a `leave` for a process that goes on, such as a notebook's."""
+    global _finished, _interrupting
+    _finished = _interrupting = True
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGINT)  # a call of the system that the thread is in ends, too
+
+
+def _handle(number: int, frame: Any) -> None:
+    global _interrupting
+    if _interrupting:
+        _interrupting = False
+        raise KeyboardInterrupt
 
 
 def steps_begin() -> None:
@@ -101,6 +118,7 @@ def _read(pipe: int, say: Callable[[str], None], leave: Callable[[int], None]) -
         if not _training:
             # Nothing to save, and nothing to say: launchers end so whom another process's mistake leaves behind.
             leave(75)
+            continue
         if not _requested:
             _requested, first = number, time.monotonic()
             say(f"{name}: stopping after this step, with a checkpoint")
