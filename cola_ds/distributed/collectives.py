@@ -106,13 +106,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def all_reduce_max_of_one(value: float) -> float:
-    """The largest of one number per process. Collective."""
-    held = torch.tensor([value], dtype=torch.float64, device=device())
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return float(held.item())
-
-
 def all_reduce_max(values: Sequence[float | Tensor]) -> list[float]:
     """The largest of each of some numbers per process: plain ones, or tensors () on its device. Collective.
 
@@ -196,7 +189,7 @@ def all_gather_texts(text: str, size: int = 256) -> list[str]:
 def all_gather_objects(value: Any) -> list[Any]:
     """One value per process, of what JSON can say, in the order of their ranks. Collective."""
     encoded = json.dumps(value)
-    return [json.loads(text) for text in all_gather_texts(encoded, int(all_reduce_max_of_one(len(encoded))))]
+    return [json.loads(text) for text in all_gather_texts(encoded, int(all_reduce_max([len(encoded)])[0]))]
 
 
 def time_collectives(size: int, rounds: int = 5) -> dict[str, float]:

@@ -143,7 +143,7 @@ def flat_masters(optimizer: Any) -> list[Tensor]:
 
 
 def shard(param: Any) -> tuple[Tensor, int]:
-    """The flat part of a ZeRO-3 parameter that this process keeps, without its padding, and where in the whole parameter it starts
+    """The flat part of a ZeRO-3 parameter that this process keeps, without its padding, and its place in the whole parameter
     (0.19.8)."""
     from deepspeed import comm as dist
 
