@@ -130,12 +130,12 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         raise UserError(
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
         )
-    from cola_ds.config.loading import load_config
-
     if not args.dry_run:
         _listen(process)
     if not args.dry_run and args.freeze is None:
         rendezvous.begin(process, _exit_now)
+    from cola_ds.config.loading import load_config
+
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
         from cola_ds.commands.freeze import freeze

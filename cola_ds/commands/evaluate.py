@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.folder import ENGINE, file_name
+from cola_ds.run.atomic import file_name
+from cola_ds.run.folder import ENGINE
 from cola_ds.run.learnt import Learnt, is_run, read_learnt
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ class _Listening:
     read: int
     write: int
     thread: threading.Thread
-    handlers: dict[signal.Signals, Any]
+    handlers: dict[int, Any]
     wakeup_fd: int
 
 

@@ -40,7 +40,7 @@ class ChainState:
     """The step after which the last evaluation was."""
     best_step: int = 0
     best: float = math.inf
-    """The lowest held-out loss or, of a task, the highest dev score with its sign turned; and the step it was found after."""
+    """The lowest objective (run/scores.py) so far, and the step it was found after."""
     no_better: int = 0
     """Evaluations since then."""
     ended_step: int | None = None

@@ -61,8 +61,8 @@ def end_here(chain: Chain) -> None:
 
 
 def evaluate(chain: Chain) -> float:
-    """Held-out loss now or, of a task, its dev score with the sign turned; where that is the best so far, its test score too.
-    All go into the log. Raises StoppedError when a signal asks for it."""
+    """The objective now (run/scores.py): of the held-out loss or, of a task, its dev score; where that is the best so far, its
+    test score is found too. All go into the log. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
     stop = 0.0
 
@@ -74,7 +74,7 @@ def evaluate(chain: Chain) -> float:
     found: list[HeldOut | TaskScore | None]
     if chain.is_scored:
         found = [_score(chain, "dev", stopped)]
-        if found[0] is not None and found[0].value < chain.state.best:
+        if found[0] is not None and found[0].objective < chain.state.best:
             found.append(_score(chain, "test", stopped))
     else:
         found = [held_out_loss(chain.engine, chain.held_out, chain.eval_batch_size, stopped)]
@@ -85,7 +85,7 @@ def evaluate(chain: Chain) -> float:
         assert each is not None
         chain.logger.evaluation(position(chain), each)
     assert found[0] is not None
-    return found[0].value
+    return found[0].objective
 
 
 def _score(chain: Chain, split: str, stop: Callable[[], bool]) -> TaskScore | None:
