@@ -188,7 +188,7 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in found.groups()) if found else ""
 
 
-def hosts(names: str) -> list[str]:
+def slurm_nodes(names: str) -> list[str]:
     """The nodes of a Slurm list such as "a1,b[2-3,07]-ib"; not those of one with several brackets in a name."""
     nodes: list[str] = []
     for before, numbers, after in re.findall(r"([^,\[\]]+)(?:\[([\d,-]+)\]([^,\[\]]*))?(?=,|$)", names):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ds.distributed.launcher import Process, hosts
+from cola_ds.distributed.launcher import Process, slurm_nodes
 from cola_ds.errors import ArrivalError, UserError, first_line, some_of
 
 _GRACE_S = 3.0  # for an answer of a process that is there
@@ -245,7 +245,7 @@ class Host(_Side):
         names = [str(rank) for rank in missing]
         hosts = sorted({self.host, *(peer.host for rank, peer in self.peers.items() if rank not in missing)})
         arrived = [host.partition(".")[0] for host in hosts]
-        nodes = hosts(os.environ.get("SLURM_STEP_NODELIST", ""))
+        nodes = slurm_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))
         empty = [node for node in nodes if node.partition(".")[0] not in arrived]
         return (
             f"process{'es' if len(missing) > 1 else ''} {some_of(names)} did not arrive within {wait_s:g} s"
