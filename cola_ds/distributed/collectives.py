@@ -27,6 +27,7 @@ from cola_ds.distributed import rendezvous
 from cola_ds.distributed.accelerator import backend, check_compilation, device, interface_variable, take_device
 from cola_ds.distributed.deepspeed_internals import remove_shared_memory_name
 from cola_ds.distributed.launcher import Process
+from cola_ds.distributed.rendezvous_sides import port_taken
 from cola_ds.errors import UserError
 
 
@@ -91,7 +92,7 @@ def _check_port(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise rendezvous.port_taken(port, error) from None
+            raise port_taken(port, error) from None
 
 
 def destroy_process_group() -> None:

@@ -186,3 +186,14 @@ def first_host(nodes: str) -> str:
     """The first host of a Slurm node list, such as a1 of "a1,b[2-3]" and rack-07-ib of "rack-[07-09,12]-ib,x"."""
     found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
     return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def slurm_nodes(names: str) -> list[str]:
+    """The nodes of a Slurm list such as "a1,b[2-3,07]-ib"; not those of one with several brackets in a name."""
+    nodes: list[str] = []
+    for before, numbers, after in re.findall(r"([^,\[\]]+)(?:\[([\d,-]+)\]([^,\[\]]*))?(?=,|$)", names):
+        for part in filter(None, numbers.split(",")):
+            first, _, last = part.partition("-")
+            nodes += [f"{before}{n:0{len(first)}}{after}" for n in range(int(first), int(last or first) + 1)]
+        nodes += [] if numbers else [before]
+    return nodes

@@ -23,6 +23,7 @@ from typing import Any
 
 from cola_ds.distributed import rendezvous
 from cola_ds.distributed.launcher import slurmstepd
+from cola_ds.distributed.rendezvous_sides import shut
 
 _EVERY_S = 1.0
 _GRACE_S = 5.0  # process 0 speaks first
@@ -179,10 +180,10 @@ class Watch:
         self._left = True
         self._stopped.set()
         if self._server:
-            rendezvous.shut(self._server)
+            shut(self._server)
         while self._threads:  # the one that accepts may begin another, and connect it
             for link in list(self._links.values()):
-                rendezvous.shut(link)
+                shut(link)
             self._threads.pop(0).join()
 
     # -- threads -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cola_ds.distributed import rendezvous
+from cola_ds.distributed import rendezvous, rendezvous_sides
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import ArrivalError, UserError
 from tests.support.distributed import free_port
@@ -65,13 +65,13 @@ def killed_when_it_has_arrived(rank):
     """While process 0 has not."""
     at_call(rank, (0,), "cola_ds.distributed.collectives", "check_compilation", 1, ("sleep", 4))
     if rank == 1:
-        inner = rendezvous._Guest.meet
+        inner = rendezvous_sides.Guest.meet
 
         def meet(*args):
             threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
             return inner(*args)
 
-        rendezvous._Guest.meet = meet
+        rendezvous_sides.Guest.meet = meet
 
 
 def process_0_killed(rank):
@@ -116,13 +116,15 @@ def meeting(monkeypatch):
     """Sides of a meeting of so many, all in this process, and what each was ended with."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr(rendezvous, "_ACTS_AFTER_S", 0.3)
-    monkeypatch.setattr(rendezvous, "_REMINDS_EVERY_S", 0.5)
+    monkeypatch.setattr(rendezvous_sides, "_ACTS_AFTER_S", 0.3)
+    monkeypatch.setattr(rendezvous_sides, "_REMINDS_EVERY_S", 0.5)
     ended = {}
 
     def side(rank, world_size):
         process = Process(rank, rank, world_size)
-        return (rendezvous._Guest if rank else rendezvous._Host)(process, lambda status: ended.update({rank: status}))
+        return (rendezvous_sides.Guest if rank else rendezvous_sides.Host)(
+            process, lambda status: ended.update({rank: status})
+        )
 
     return side, ended
 
@@ -135,7 +137,7 @@ def meet(side, wait_s=10.0, after_s=0.0):
         time.sleep(after_s)
         try:
             found.append(side.meet(wait_s, lambda timeout_s: f"store of {side.rank}"))
-        except (UserError, rendezvous._UnreachableError) as error:
+        except (UserError, rendezvous_sides.UnreachableError) as error:
             found.append(error)
 
     thread = threading.Thread(target=work)
@@ -263,7 +265,7 @@ def test_who_meets_a_stranger(meeting):
         host = side(0, 2)
         assert "Address already in use; set another MASTER_PORT" in str(all_meet(meet(host))[0])
         (found,) = all_meet(meet(side(1, 2), 0.5))
-    assert isinstance(found, rendezvous._UnreachableError)
+    assert isinstance(found, rendezvous_sides.UnreachableError)
     assert str(found) == "somebody is there, but it is not process 0 of this run"
 
 
