@@ -8,15 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_ds.checkpoint.format import Checkpoint
+from cola_ds.checkpoint.format import Checkpoint, SavedState
+from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.engine import Engine
-from cola_ds.distributed.engine_state import set_optimizer_scalars, set_trained_tensor, trained
+from cola_ds.distributed.engine_state import (
+    set_loss_scale_state,
+    set_optimizer_scalars,
+    set_random_state,
+    set_trained_tensor,
+    trained,
+)
+from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.shards import gathered, local_shard, numel, writable_part
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import inject, lora_layers, start_link
 from cola_ds.lora.tie import tie_link
+from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
 from cola_ds.run.peft_files import read_link
 
@@ -152,9 +161,42 @@ def _from_process_0(found: Checkpoint | None, params: dict[str, nn.Parameter], k
             yield name, this, collectives.broadcast_tensor(tensor, numel(params[name]))
 
 
-def restore_optimizer(engine: Engine, scalars: dict[str, float], found: Checkpoint | None) -> None:
-    """Give a new engine the masters, moments and step counts that the checkpoint's had."""
+def restore_engine(engine: Engine, saved: SavedState, found: Checkpoint | None, process: Process) -> None:
+    """Give a new engine the masters, moments, step counts and loss scale that the checkpoint's had, and each process its random
+    state."""
     params = trained(engine)
     for name, kind, whole in _from_process_0(found, params, None):
         set_trained_tensor(engine, kind, params[name], whole)
-    set_optimizer_scalars(engine, scalars)
+    set_optimizer_scalars(engine, saved.scalars)
+    set_loss_scale_state(engine, saved.loss_scale)
+    _restore_random_state(found, saved.world_size, process)
+
+
+def _restore_random_state(found: Checkpoint | None, world_size: int, process: Process) -> None:
+    """Each process's own; at another world size they begin anew, from the seed and the step."""
+    if world_size != process.world_size:
+        return
+    states = found.random_states() if found else []
+    sizes = collectives.broadcast_object([state.numel() for state in states])
+    for rank, size in enumerate(sizes):
+        held = collectives.broadcast_bytes(states[rank] if states else None, size)
+        if rank == process.rank:
+            set_random_state(held)
+
+
+def restore_folder(folder: RunDir, config: RunConfig, targets: list[str], found: Checkpoint) -> Checkpoint:
+    """Make the run's folder what it was when the checkpoint was written, with those before it. Returns the folder's own copy of
+    it. On process 0 alone.
+
+    Whatever is done of it when the process dies, the next start finds that checkpoint and does it again.
+    """
+    checkpoints = CheckpointFolder(folder)
+    if found.path.parent.resolve() == checkpoints.path.resolve():
+        checkpoints.set_aside(later_than=found.step)
+    else:
+        found = checkpoints.take_in(found)
+    checkpoints.mark_best(found.state.chain.best_step)
+    folder.go_back(found.state.rows.model_dump())
+    for link in range(1, found.state.chain.link):
+        folder.write_link(config, link, targets, read_link(found.link_path(link)))
+    return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
     `overrides` say where the base lies now: model.path, model.revision. Raises UserError when `out` exists, the run has not
     finished, is not what it recorded (learnt.py) or has trained nothing, or its base model is not there or is another.
     """
+    with _readable(str(run)):
+        return _export(run, to, out, overrides)
+
+
+def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str]) -> Path:
     target, learnt = Path(out), read_learnt(run)
     if target.exists() or target.is_symlink():
         raise UserError(f"--out {target} already exists; name a new folder")
@@ -79,6 +85,17 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn what damaged files of a run raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _with_base(learnt: Learnt, overrides: Sequence[str]) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.loading import dump_config
 from cola_ds.config.schema import RunConfig, is_task_file
 from cola_ds.errors import UserError
@@ -14,6 +15,7 @@ from cola_ds.run.atomic import write_atomically
 def freeze(config: RunConfig, folder: Path) -> Path:
     """Write a run's config, its DeepSpeed JSON and its own task's YAML to a new folder, for a job that waits in a queue or comes
     back. Returns the config's path. Relative paths in it stay relative to where the command runs. Raises UserError."""
+    read_engine_config(config)
     try:
         folder.mkdir(parents=True)
         engine = folder.resolve() / "deepspeed.json"
