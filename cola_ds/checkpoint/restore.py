@@ -23,11 +23,11 @@ from cola_ds.distributed.engine_state import (
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.shards import gathered, local_shard, numel, writable_part
 from cola_ds.errors import UserError
-from cola_ds.lora.layers import inject, lora_layers, start_link
+from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.tie import tie_link
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
-from cola_ds.run.peft_files import read_link
+from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
 
 # Masters, and the moments of torch's AdamW and AdaGrad.
 _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
@@ -66,9 +66,8 @@ def _tie_again(
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():
         lora_A, lora_B = (
-            collectives.broadcast_tensor(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
-            for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
-            for count in [shape[0] * shape[1]]
+            collectives.broadcast_tensor(tensors.get(key), shape[0] * shape[1]).view(shape)
+            for key, shape in zip(lora_names(name), _shapes(layer, lora_rank), strict=True)
         )
         layer.reset(lora_A, scaling, accelerator.device())
         layer.lora_B.data.copy_(lora_B)
@@ -91,7 +90,7 @@ def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
     if facts["biases"]:  # the last link's are the run's
         for name, layer in lora_layers(model).items():
             if layer.bias is not None:
-                bias = collectives.broadcast_tensor(tensors.get(f"{name}.base_layer.bias"), layer.out_features)
+                bias = collectives.broadcast_tensor(tensors.get(bias_name(name)), layer.out_features)
                 with gathered([layer.bias], write=True):
                     part = writable_part(layer.bias)
                     part.copy_(bias[: part.numel()])
@@ -122,10 +121,14 @@ def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoi
         lora_rank = config.lora_ranks[past - 1]
         expected: dict[str, tuple[int, ...]] = {}
         for name, layer in lora_layers(model).items():
-            expected[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
-            expected[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
+            expected |= zip(lora_names(name), _shapes(layer, lora_rank), strict=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in read_link(found.link_path(past)).items()}
-        _refuse_misfit(found.link_path(past), {k: v for k, v in shapes.items() if not k.endswith(".bias")}, expected)
+        _refuse_misfit(found.link_path(past), {k: v for k, v in shapes.items() if not is_bias(k)}, expected)
+
+
+def _shapes(layer: LoRALinear, lora_rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B."""
+    return (lora_rank, layer.in_features), (layer.out_features, lora_rank)
 
 
 def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> None:

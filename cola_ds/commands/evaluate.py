@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.folder import ENGINE, file_name
+from cola_ds.run.atomic import file_name
+from cola_ds.run.folder import ENGINE
 from cola_ds.run.learnt import Learnt, is_run, read_learnt
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def evaluation_config(
     model: dict[str, Any] = {"path": target}
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    raw: dict[str, Any] = {"deepspeed": _default_engine()}
+    raw: dict[str, Any] = {}
     if is_run(Path(target)) or os.path.isfile(os.path.join(target, "run.yaml")):
         learnt = read_learnt(target)
         config = learnt.config
@@ -79,13 +80,6 @@ def _engine_of(run: Learnt) -> str:
     """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started."""
     kept = run.folder.resolve() / ENGINE
     return str(kept) if kept.is_file() else run.config.deepspeed
-
-
-def _default_engine() -> str:
-    """The default DeepSpeed JSON, here or, in another folder, where this program lies."""
-    name = str(RunConfig.model_fields["deepspeed"].default)
-    beside = Path(__file__).resolve().parents[2] / name
-    return name if Path(name).is_file() or not beside.is_file() else str(beside)
 
 
 def _words(target: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from cola_ds.errors import UserError, inline
 from cola_ds.report.cells import Cell, budget
 from cola_ds.report.files import PNG_TEXT, check_picture, write_file
-from cola_ds.run.folder import RunDir, file_name
+from cola_ds.run.atomic import file_name
+from cola_ds.run.folder import RunDir
 
 _NAMED = 12  # curves: the legend of more would hide them
 

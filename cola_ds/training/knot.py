@@ -124,7 +124,7 @@ def _row(chain: Chain, tied: TiedLink, begin: float) -> dict[str, Any]:
         "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else math.nan,
         "tie_s": time.perf_counter() - begin,
         "bytes_moved": tied.bytes_moved,
-        "peak_memory_bytes": int(collectives.all_reduce_max_of_one(accelerator.peak_memory_bytes())),
+        "peak_memory_bytes": int(collectives.all_reduce_max([accelerator.peak_memory_bytes()])[0]),
     }
 
 

@@ -22,7 +22,7 @@ def finish(chain: Chain, prepared: Prepared, loading_s: float) -> None:
     if chain.config.method == "full":
         _save_whole_model(chain, prepared)
     chain.logger.close()
-    peak = int(collectives.all_reduce_max_of_one(accelerator.peak_memory_bytes()))
+    peak = int(collectives.all_reduce_max([accelerator.peak_memory_bytes()])[0])
     remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=accelerator.device())
     remainder_bytes = 4 * int(collectives.all_reduce_sum(remainders))
     if chain.folder:
