@@ -1,4 +1,5 @@
-"""The JSON that a run leaves, whatever others have made of it since: read as what it must be, or refused in a few words."""
+"""Validation of the JSON that a run leaves, whatever others have made of it since: read as what it must be, or refused in a few
+words."""
 
 from __future__ import annotations
 
