@@ -97,6 +97,14 @@ def test_what_runs_elsewhere_does():
         assert begin.split("/")[-1].strip() in read(path), begin
 
 
+def test_the_hooks_are_what_ci_checks():
+    (repository,) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert len(repository["hooks"]) == 3
+    for hook in repository["hooks"]:
+        words = hook["entry"].split()
+        assert " ".join(word for word in words if not word.startswith("-")) in read(".ci/run")
+
+
 def test_every_document_with_commands_is_run_here():
     ours = {document for document in DOCUMENTS if commands(document)}
     assert ours == {README, LAUNCH, SWEEPS, ENGINE, SLURM}
