@@ -27,7 +27,6 @@ from cola_ds.run import lock
 
 if TYPE_CHECKING:  # pydantic takes longer than all that --help needs
     from cola_ds.config.schema import RunConfig
-    from cola_ds.training.prepare import Prepared
 
 _PATIENCE_S = 10  # launchers end the other processes of a run within seconds of the first that exits
 _LAST_WORDS_S = 3  # before that, for what they have to say
@@ -131,30 +130,25 @@ def _train(args: argparse.Namespace, process: Process) -> None:
         raise UserError(
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
         )
-    from cola_ds.config.loading import load_config
-
     if not args.dry_run:
         _listen(process)
     if not args.dry_run and args.freeze is None:
         rendezvous.begin(process, _exit_now)
+    from cola_ds.config.loading import load_config
+
     config = load_config(args.config, args.overrides)
     if args.freeze is not None:
         from cola_ds.commands.freeze import freeze
-        from cola_ds.config.deepspeed_json import read_engine_config
 
-        read_engine_config(config)
         print(f"wrote {freeze(config, Path(args.freeze))}")
-        return
-    if args.dry_run:
-        from cola_ds.training.prepare import summarize
+    elif args.dry_run:
+        from cola_ds.training.api import describe  # torch takes seconds to import: not for a misspelt key
 
-        world_size = args.processes or process.world_size
-        prepared = _prepare(config, process, world_size)
+        text = describe(config, process, args.processes or process.world_size)
         if process.rank == 0:
-            _check_folder(config)
-            _print(summarize(prepared, world_size))
-        return
-    _start(config, process, args.resume, args.fresh, tuple(args.allow_change))
+            _print(text)
+    else:
+        _run(config, process, args.resume, args.fresh, args.allow_change)
 
 
 def _evaluate(args: argparse.Namespace, process: Process) -> None:
@@ -165,113 +159,34 @@ def _evaluate(args: argparse.Namespace, process: Process) -> None:
     config = evaluation_config(
         args.target, args.method, args.task, args.dir, args.out, process.world_size, args.overrides
     )
-    _start(config, process, args.resume, args.fresh)
+    _run(config, process, args.resume, args.fresh, [])
 
 
 def _listen(process: Process) -> None:
     signals.listen(lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), _leave_now)
 
 
-def _prepare(config: RunConfig, process: Process, world_size: int) -> Prepared:
-    from cola_ds.training.prepare import prepare
-
-    _quiet_libraries(process)
-    return prepare(config, world_size)
-
-
-def _check_folder(config: RunConfig) -> None:
-    from cola_ds.run.folder import RunDir
-
-    data = config.data
-    inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
-    RunDir(config.run.dir).check_inputs(inputs)
-
-
-def _start(
-    config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: tuple[str, ...] = ()
-) -> NoReturn:
-    """Run a config to its end."""
-    from cola_ds.training.prepare import summarize
-
-    prepared = _prepare(config, process, process.world_size)
-    if process.rank == 0:
-        print(summarize(prepared, process.world_size), flush=True)
+def _run(config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: list[str]) -> NoReturn:
     from cola_ds.checkpoint.decide import ResumeOptions
-    from cola_ds.distributed import accelerator, collectives
-    from cola_ds.training.run import train
+    from cola_ds.training.api import run_config
 
-    if process.rank == 0:  # before the others wait for it
-        _check_folder(config)
-    accelerator.check_dtype(config.model.dtype)
-    limit_s = config.run.hang_after_s
-    collectives.init_process_group(
-        process,
-        begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, _exit_now, share),
-    )
-    ran = train(prepared, process, ResumeOptions(resume, fresh, allow_change))
-    signals.finished()
-    watchdog.leave(0)
-    collectives.destroy_process_group()
-    if process.rank == 0:
-        print(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}", flush=True)
+    run_config(config, process, ResumeOptions(resume, fresh, tuple(allow_change)), _exit_now)
     atexit._run_exitfuncs()  # W&B sends its last rows here
-    # DeepSpeed's references keep gloo's threads alive. One that lets go of a tensor while the interpreter shuts down aborts
-    # the process: one run in fourteen ended in SIGABRT after it had written everything.
     _exit_now(0)
-
-
-def _quiet_libraries(process: Process) -> None:
-    """One progress bar from one process: the libraries' own bars and notices stay away."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    if process.rank != 0:
-        transformers.utils.logging.set_verbosity_error()
 
 
 def _export(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.commands.export import export
+    from cola_ds.training.api import quiet_libraries
 
-    _quiet_libraries(process)
-    with _readable(args.run_dir):
-        print(f"wrote {export(args.run_dir, args.to, args.out, args.overrides)}")
+    quiet_libraries(process)
+    print(f"wrote {export(args.run_dir, args.to, args.out, args.overrides)}")
 
 
 def _doctor(args: argparse.Namespace, process: Process) -> None:
-    if args.wait <= 0:
-        raise UserError("--wait must be a positive number of seconds")
-    if args.dir and args.config:
-        raise UserError("--dir goes without RUN.yaml, whose run.dir is looked at")
-    from cola_ds.config.loading import load_config
+    from cola_ds.commands.doctor import examine
 
-    config = load_config(args.config, args.overrides) if args.config else None
-    from cola_ds.config.deepspeed_json import read_engine_config
-
-    engine_json = read_engine_config(config) if config else {}
-    folder = Path(config.run.dir if config else args.dir or ".")
-    from cola_ds.commands.doctor import doctor, remove_token
-    from cola_ds.distributed import collectives
-
-    def end(status: int) -> NoReturn:
-        remove_token()
-        _leave_now(1)
-
-    signals.listen(lambda message: None, end)
-    rendezvous.begin(process, end)
-    try:
-        works = doctor(config, engine_json, folder, args.wait, process, end)
-    except UserError as error:  # of the machines, not of the call
-        works = False
-        _say(f"cola-ds: {error}", process, isinstance(error, ArrivalError))
-    signals.finished()
-    watchdog.leave(0 if works else 1)
-    if watchdog.begun():
-        collectives.destroy_process_group()
-    elif process.rank == 0 and process.world_size > 1:
-        time.sleep(_LAST_WORDS_S)
+    works = examine(args.config, args.overrides, args.dir, args.wait, process, _exit_now, _say)
     _exit_now(0 if works else 1)
 
 
@@ -325,16 +240,3 @@ def _reachable(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or what}: {error.strerror or error}") from None
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Turn what damaged files of a run raise into a UserError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
-        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None

@@ -1,7 +1,9 @@
 """What all tests share. In CI nothing may be skipped: what a user's machine may lack, CI installs, but for tests that are marked
 as beyond_ci."""
 
+import inspect
 import os
+from types import CodeType
 
 import pytest
 
@@ -17,6 +19,38 @@ def toy(tmp_path_factory):
         save_sums(folder / "train.jsonl", 40),
         save_sums(folder / "dev.jsonl", 20, seed=1),
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Marks that follow from where a test stands and what it uses."""
+    for item in items:
+        if "cluster" in item.fixturenames or "slurm" in item.path.name:
+            item.add_marker(pytest.mark.slurm)
+        elif item.path.parent.name == "launch":
+            item.add_marker(pytest.mark.launchers)
+        fixtures = [found[-1].func for found in item._fixtureinfo.name2fixturedefs.values()]
+        if any(_starts_runs(function, set()) for function in (item.function, *fixtures)):
+            item.add_marker(pytest.mark.distributed)
+
+
+# What starts processes of a run, in tests/support and tests/commands/test_cli.py.
+_STARTERS = {"run_distributed", "run_job", "Job", "train_in", "train_scored", "Server", "cola_ds", "COMMAND"}
+
+
+def _starts_runs(function, seen):
+    """Whether a test or a fixture names one of these, or a function of the tests that does."""
+    function = inspect.unwrap(function)
+    if function in seen or not function.__module__.startswith("tests."):
+        return False
+    seen.add(function)
+    names, codes = set(), [function.__code__]
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    others = [function.__globals__.get(name) for name in names]
+    return bool(names & _STARTERS) or any(_starts_runs(each, seen) for each in others if inspect.isfunction(each))
 
 
 @pytest.hookimpl(wrapper=True)

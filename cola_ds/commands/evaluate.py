@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.folder import ENGINE, file_name
+from cola_ds.run.atomic import file_name
+from cola_ds.run.folder import ENGINE
 from cola_ds.run.learnt import Learnt, is_run, read_learnt
+
+if TYPE_CHECKING:
+    from cola_ds.training.api import RunResult
 
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
 """Keys of data that a run's examples and their ids follow from, with its seed."""
+
+
+def evaluate(
+    target: str | Path, task: str, *, method: str = "zero-shot", dir: str | Path | None = None, out: str | Path | None = None,
+    overrides: Sequence[str] = (), fresh: bool = False,
+) -> RunResult:  # fmt: skip
+    """Score a model (its folder or hub name), or what a finished run has learnt, on a task: what `cola-ds evaluate` does, in this
+    process. Collective under a launcher, as `cola_ds.train` is, and raises what that raises."""
+    from cola_ds.checkpoint.decide import ResumeOptions  # torch takes seconds to import: not for a mistake in the call
+    from cola_ds.distributed.session import joined
+    from cola_ds.training.api import run_config
+
+    with joined() as (process, end):
+        config = evaluation_config(
+            str(target), method, task, None if dir is None else str(dir), None if out is None else str(out),
+            process.world_size, list(overrides),
+        )  # fmt: skip
+        return run_config(config, process, ResumeOptions(fresh=fresh), end)
 
 
 def evaluation_config(

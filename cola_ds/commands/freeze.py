@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.inputs import engine_file, named_file
 from cola_ds.config.loading import dump_config
 from cola_ds.config.schema import RunConfig
@@ -15,6 +16,7 @@ from cola_ds.run.atomic import write_atomically
 def freeze(config: RunConfig, folder: Path) -> Path:
     """Write a run's config, its DeepSpeed JSON and its own task's YAML to a new folder, for a job that waits in a queue or comes
     back. Returns the config's path. Relative paths in it stay relative to where the command runs. Raises UserError."""
+    read_engine_config(config)
     try:
         folder.mkdir(parents=True)
         engine = folder.resolve() / "deepspeed.json"

@@ -1,4 +1,4 @@
-"""Rows of local files, as the text that stands in them.
+"""Files of data: the rows of local files, as the text that stands in them.
 
 Only the columns that are asked for are read, and no type is guessed. A row is named by its file and line (`train.jsonl:12`; of
 Parquet and Arrow by its row), counted from 1, in whatever part of a large file it stands. What is raised is a UserError that
@@ -12,28 +12,25 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cola_ds.config.inputs import cut_name, kind_of, shown, shown_names
+from cola_ds.config.inputs import cut_name, kind_of, shown
+from cola_ds.data.arrow import arrow_rows, parquet_rows
+from cola_ds.data.columns import Texts, check_columns, no_column, text_of
 from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]
-Texts = Iterator[tuple[str, list[str]]]
-"""The place to name in an error, and the text of each column."""
 
 _USABLE = (
     "use .jsonl, .ndjson, .json, .csv, .tsv (also .gz or .zst of these), .parquet, .arrow, or .txt with data.text=text"
 )
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes: names lie
-_CONVERSATIONS = "conversations are not read yet: turn each into a prompt and a completion that are text"
-_BATCH_ROWS = 1000
 _LONGEST_NUMBER = 4300  # digits, as Python itself limits them: longer ones take time that grows with their square
 
 
@@ -48,9 +45,9 @@ def text_rows(path: Path, columns: Sequence[str]) -> Texts:
     if kind in (".csv", ".tsv"):
         return _table_rows(path, columns, "," if kind == ".csv" else "\t")
     if kind == ".parquet":
-        return _parquet_rows(path, columns)
+        return _typed_rows(path, parquet_rows(path, columns))
     if kind == ".arrow":
-        return _arrow_rows(path, columns)
+        return _typed_rows(path, arrow_rows(path, columns))
     if kind == ".txt" and list(columns) == ["text"]:
         return _document(path)
     raise UserError(f"{path}: {_USABLE}")
@@ -140,47 +137,8 @@ def _picked(rows: Iterable[tuple[str, Row]], columns: Sequence[str]) -> Texts:
     for place, row in rows:
         missing = [column for column in columns if column not in row]
         if missing:
-            raise _no_column(place, missing[0], list(row), row)
-        yield place, [_text(place, column, row[column]) for column in columns]
-
-
-def _no_column(place: str, column: str, names: list[str], row: Mapping[str, Any] | None = None) -> UserError:
-    remedy = "name its own in data.prompt and data.completion, or in data.text"
-    if {"messages", "conversation", "conversations"} & set(names):
-        remedy = _CONVERSATIONS
-    elif row and any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
-        remedy = "rows inside an object are not read: the file must be their list, or have one on each line"
-    return UserError(f"{place} has no column {shown(column)}; it has {shown_names(names)}: {remedy}")
-
-
-def _text(place: str, column: str, value: Any) -> str:
-    """A value that is text. Numbers are not: how one is written is not in the row any more."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: column {shown(column)} is not UTF-8: {error.reason}") from None
-    if not isinstance(value, str):
-        talk = (
-            isinstance(value, list)
-            and value
-            and isinstance(value[0], dict)
-            and bool({"role", "from"} & value[0].keys())
-        )
-        remedy = f"; {_CONVERSATIONS}" if talk else ""
-        raise UserError(f"{place} has {quoted(value)} in column {shown(column)}; it must be text{remedy}")
-    if not value.isascii():
-        check_text(place, value)
-    return value
-
-
-def check_text(place: str, value: str) -> None:
-    """Raise UserError for half of a pair of surrogates, which JSON can write, and which is no text."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = quoted(value[error.start])
-        raise UserError(f"{place}: {half} is half a letter (a lone surrogate), which is not text") from None
+            raise no_column(place, missing[0], list(row), row)
+        yield place, [text_of(place, column, row[column]) for column in columns]
 
 
 def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
@@ -201,7 +159,7 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
             continue
         if header is None:
             header = fields
-            _check_columns(place, header, columns)
+            check_columns(place, header, columns)
             wanted = [header.index(column) for column in columns]
         elif len(fields) != len(header):
             raise UserError(f"{place} has {len(fields)} fields, where the first row names {len(header)}")
@@ -209,12 +167,16 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
             yield place, [fields[index] for index in wanted]
 
 
-def _check_columns(place: str, names: list[str], columns: Sequence[str]) -> None:
-    for column in columns:
-        if column not in names:
-            raise _no_column(place, column, names)
-        if names.count(column) > 1:
-            raise UserError(f"{place} has column {shown(column)} twice")
+def _typed_rows(path: Path, rows: Texts) -> Texts:
+    """The rows that pyarrow reads of a file. What it raises becomes one line."""
+    import pyarrow
+
+    try:
+        yield from rows
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
+        with _opened(path):  # a pointer of Git LFS is named as such
+            pass
+        raise UserError(f"{path} cannot be read as {kind_of(path)[1:]}: {cut_name(first_line(error))}") from None
 
 
 def _document(path: Path) -> Texts:
@@ -264,88 +226,3 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
                 yield raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
-
-
-# Parquet and Arrow
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Texts:
-    import pyarrow.parquet
-
-    with _arrow_errors(path), pyarrow.parquet.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        check_arrow(str(path), schema, columns)
-        yield from arrow_texts(str(path), file.iter_batches(_BATCH_ROWS, columns=list(columns)), columns)
-
-
-def _arrow_rows(path: Path, columns: Sequence[str]) -> Texts:
-    import pyarrow
-
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return
-    with _arrow_errors(path), pyarrow.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            file = pyarrow.ipc.open_file(source)
-            batches: Iterable[Any] = (file.get_batch(index) for index in range(file.num_record_batches))
-            schema = file.schema
-        else:
-            source.seek(0)
-            stream = pyarrow.ipc.open_stream(source)
-            batches, schema = stream, stream.schema
-        check_arrow(str(path), schema, columns)
-        yield from arrow_texts(str(path), batches, columns)
-
-
-def check_arrow(source: str, schema: Any, columns: Sequence[str]) -> None:
-    """Raise UserError unless the schema has each column, once, and as text."""
-    from pyarrow import types
-
-    _check_columns(source, schema.names, columns)
-    text = (
-        types.is_string, types.is_large_string, types.is_string_view,
-        types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null,
-    )  # fmt: skip
-    for column in columns:
-        kind = schema.field(column).type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if not any(is_kind(kind) for is_kind in text):
-            talk = "role" in str(kind) or "from" in str(kind)
-            remedy = f"; {_CONVERSATIONS}" if talk and types.is_nested(kind) else ""
-            raise UserError(f"{source} has {shown(str(kind))} in column {shown(column)}; it must be text{remedy}")
-
-
-def arrow_texts(source: str, batches: Iterable[Any], columns: Sequence[str]) -> Texts:
-    """The rows of record batches, or of tables, whose schema has been checked."""
-    number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            part = batch.slice(start, _BATCH_ROWS)
-            for values in zip(*(_values(part.column(column)) for column in columns), strict=True):
-                number += 1
-                place = f"{source} row {number}"
-                yield place, [_text(place, column, value) for column, value in zip(columns, values, strict=True)]
-
-
-def _values(column: Any) -> list[bytes | None]:
-    """A column's bytes. Offsets that lead outside are found before they are followed; what is not UTF-8 is found row by row."""
-    import pyarrow
-
-    column.validate(full=pyarrow.types.is_dictionary(column.type))
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    column = column.cast(pyarrow.binary_view() if pyarrow.types.is_string_view(column.type) else pyarrow.large_binary())
-    column.validate(full=True)
-    return column.to_pylist()
-
-
-@contextmanager
-def _arrow_errors(path: Path) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
-        with _opened(path):  # a pointer of Git LFS is named as such
-            pass
-        raise UserError(f"{path} cannot be read as {kind_of(path)[1:]}: {cut_name(first_line(error))}") from None

@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sa
 
 
 def describe_environment(hosts: list[str], accelerator: str) -> dict[str, Any]:
-    """environment.json: what would be needed to run this again. No environment variables: they hold secrets."""
+    """environment.json: what would be needed to run this again."""
     return {
         "cola_ds": version_of("cola_ds"),
         "git_revision": _git_revision(Path(__file__).resolve().parent),

@@ -57,10 +57,8 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
     from transformers import GenerationConfig
 
     bare: Any = model
-    said, bare.generation_config = (
-        bare.generation_config,
-        GenerationConfig(),
-    )  # the base's may be one that cannot be saved
+    said = bare.generation_config
+    bare.generation_config = GenerationConfig()  # the base's may be one that cannot be saved
     try:
         bare.save_pretrained(out, state_dict=state)
     finally:
@@ -88,9 +86,8 @@ def _all_files(base: ModelConfig) -> Path:
 def _set_dtype(path: Path, name: str) -> None:
     """Have a config.json say what its weights are stored in; nothing else of it changes."""
     said = json.loads(path.read_text(encoding="utf-8"))
-    keys = [key for key in ("torch_dtype", "dtype") if key in said] or [
-        "torch_dtype"
-    ]  # the name that all versions read
+    keys = [key for key in ("torch_dtype", "dtype") if key in said]
+    keys = keys or ["torch_dtype"]  # the name that all versions read
     if any(said.get(key) != name for key in keys):
         said |= dict.fromkeys(keys, name)
         path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

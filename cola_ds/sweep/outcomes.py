@@ -1,4 +1,4 @@
-"""Outcomes: what a run of a sweep has come to, by its folder and the log beside it. Neither torch nor pandas is needed."""
+"""Run status: what a run has come to, by its folder and the log beside it. Neither torch nor pandas is needed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from cola_ds.config.keys import flat_keys, is_free, is_per_run, names_file
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, inline
 from cola_ds.run.learnt import is_run, read_learnt, run_config
+from cola_ds.run.scores import loss_objective, score_objective
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run has come to, by its folder and the log beside it."""
 
@@ -46,12 +47,12 @@ class Outcome:
         return self.result["scores"]["test"]
 
     @property
-    def dev(self) -> float | None:
-        """What a grid point is chosen by, the higher the better: the dev score; without a task, the held-out loss's negative."""
+    def objective(self) -> float | None:
+        """What a grid point is chosen by, to be minimized: that of the dev score or, without a task, of the held-out loss."""
         scores = self.result.get("scores", {})
         if self.is_task:
-            return scores["dev"]
-        return None if scores.get("loss") is None else -scores["loss"]
+            return None if scores["dev"] is None else score_objective(scores["dev"])
+        return None if scores.get("loss") is None else loss_objective(scores["loss"])
 
     def is_of(self, config: RunConfig) -> bool:
         """Whether it is a run of this config, apart from its seed, and began after the last change of the files that this names.
@@ -112,21 +113,22 @@ def _same_content(key: str, one: str | None, other: str | None) -> bool:
 
 
 def read_outcome(folder: Path, seed: int) -> Outcome:
-    """How far the run of that folder is. A start that was refused later than it finished makes it a failed one: what is there is
-    not what the sweep asks for."""
+    """Read a run's status from its folder and log. A start that was refused later than it finished makes it a failed one: what is
+    there is not what the sweep asks for."""
     status, said = _last_start(folder.with_name(folder.name + ".log"))
     if (folder / "result.json").is_file() and status in (None, 0, 75):
         try:
             result = read_learnt(folder).result
         except UserError as error:
-            return Outcome(folder, seed, "failed", str(error), damaged=True)
+            return Outcome(folder=folder, seed=seed, state="failed", why=str(error), damaged=True)
         if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
-            return Outcome(folder, seed, "diverged", "its held-out loss is not finite")
-        return Outcome(folder, seed, "finished", result=result)
+            return Outcome(folder=folder, seed=seed, state="diverged", why="its held-out loss is not finite")
+        return Outcome(folder=folder, seed=seed, state="finished", result=result)
     if status in (None, 75):
-        return Outcome(folder, seed, "stopped" if is_run(folder) else "missing")
+        return Outcome(folder=folder, seed=seed, state="stopped" if is_run(folder) else "missing")
     diverged = said.startswith("training failed: ") and "finite" in said
-    return Outcome(folder, seed, "diverged" if diverged else "failed", inline(f"status {status}: {said}", 400))
+    why = inline(f"status {status}: {said}", 400)
+    return Outcome(folder=folder, seed=seed, state="diverged" if diverged else "failed", why=why)
 
 
 def _text_of(log: Path) -> str:

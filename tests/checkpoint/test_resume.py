@@ -53,7 +53,9 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stops", STOPS)
+@pytest.mark.parametrize(
+    "stops", [pytest.param(name, marks=pytest.mark.core if name == "after a knot" else ()) for name in STOPS]
+)
 def test_a_stopped_run_ends_with_the_same_bits(toy, whole, tmp_path, stops):
     weights, expected = whole("fp32")
     assert train_in(tmp_path, three_links(toy), stops=STOPS[stops]) == weights

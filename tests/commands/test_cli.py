@@ -1,6 +1,8 @@
-"""The command: what it prints, what it leaves, and how it refuses. Real processes under the deepspeed launcher."""
+"""The command: what it prints, what it leaves, and how it refuses. Real processes, forked where it does not matter how they
+were started; and under the deepspeed launcher."""
 
 import json
+import multiprocessing.connection
 import os
 import shutil
 import socket
@@ -11,6 +13,8 @@ import time
 import pytest
 import torch
 
+from tests.support import forked
+from tests.support.jobs import Job
 from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_run, save_sums
 
 COMMAND = [sys.executable, "-m", "cola_ds"]
@@ -30,13 +34,23 @@ def run(*words, timeout_s=240, **environment):
 
 
 def cola_ds(*words, **options):
-    return run(*COMMAND, *words, **options)
+    """The command, without the seconds of its imports."""
+    return run(*forked.shared_command(), *words, **options)
 
 
-def under_two_processes(*words):
+def under_the_launcher(*words):
     begin = time.monotonic()
     done = run("./launch/local.sh", words[0], 2, *words[1:], timeout_s=180)
     return done, time.monotonic() - begin
+
+
+def under_two_processes(run_file, *overrides):
+    """As a launcher does, it kills the other process once one has ended. All that they print is the result's stderr."""
+    begin = time.monotonic()
+    with Job(run_file.parent / "job", ["train", run_file, *overrides]) as job:
+        assert multiprocessing.connection.wait([process.sentinel for process in job.processes], timeout=120), job.text()
+        (status, *_) = [process.exitcode for process in job.processes if process.exitcode is not None]
+    return subprocess.CompletedProcess([], status, "", job.text()), time.monotonic() - begin
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +88,7 @@ def test_a_run_leaves_its_folder(run_file, tmp_path):
     engine |= {"tensorboard": {"enabled": True, "output_path": str(events), "job_name": "toy"}}
     (tmp_path / "engine.json").write_text(json.dumps(engine), encoding="utf-8")
     before = set(os.listdir("/dev/shm"))
-    done, _ = under_two_processes(run_file, f"deepspeed={tmp_path / 'engine.json'}", "eval.every=link")
+    done, _ = under_the_launcher(run_file, f"deepspeed={tmp_path / 'engine.json'}", "eval.every=link")
     assert done.returncode == 0, done.stderr
     left = {name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name}
     deadline = time.monotonic() + 30
@@ -254,7 +268,9 @@ def test_bad_input_is_one_line_and_status_2(run_file, tmp_path, bad_input, case,
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # alone; and what the command sets is undone
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # read as it was imported; a hub takes its time
     monkeypatch.setattr("cola_ds.distributed.signals.listen", lambda *args: None)  # this process keeps its own handlers
     overrides, message = bad_input[case]
     assert main(["train", str(run_file), *overrides]) == 2
@@ -266,7 +282,8 @@ def test_bad_input_is_one_line_and_status_2(run_file, tmp_path, bad_input, case,
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_under_two_processes(run_file, tmp_path, bad_input, case):
     overrides, message = bad_input[case]
-    done, seconds = under_two_processes(run_file, *overrides)
+    start = under_the_launcher if case == "target that matches nothing" else under_two_processes
+    done, seconds = start(run_file, *overrides)
     assert done.returncode == 2, done.stderr
     assert said_in_one_line(done.stderr, message), done.stderr  # from one process
     assert seconds < 60  # no hang

@@ -152,11 +152,11 @@ def test_benchmark_runs(copy):
     """On a toy model; its tables have every row that launch/README.md shows."""
     save_sums(save_model(copy / "models/bench") / "sums.jsonl", 40)
     toy = "model.path=models/bench data.train=models/bench/sums.jsonl data.max_length=64"
-    shown = in_copy(copy, f"./launch/bench.sh {toy} --knots 1 --pairs 1 --steps 6 --memory-pairs 1")
+    shown = in_copy(copy, f"./launch/bench.sh {toy} --knots 1 --pairs 1 --steps 12 --memory-pairs 1")
     cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if line.startswith("| ")}
     shown_there = PAGE.split("\nknots of ")[1]
     names = {line.split("|")[1].strip() for line in shown_there.splitlines() if line.startswith("| ")}
-    assert {name.replace("120 steps", "6 steps") for name in names} == set(cells)
+    assert {name.replace("120 steps", "12 steps") for name in names} == set(cells)
     local, gathered, rebuilt = map(float, cells["tie, KiB moved per process"])
     assert 0 < local == rebuilt < gathered
     assert [float(moved) > 0 for moved in cells["extend, KiB moved per process"]] == [False, False, True]

@@ -10,6 +10,8 @@ import time
 import pytest
 import yaml
 
+from tests.support import forked
+from tests.support.jobs import run_job
 from tests.support.launching import Cluster, clean_environment, workers
 from tests.support.runs import record, three_links
 from tests.support.toys import REPOSITORY, rows, save_run
@@ -28,11 +30,8 @@ def cluster(tmp_path_factory):
 def whole(toy, tmp_path_factory):
     """What a run that nothing happened to leaves, on two processes of one machine."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        ["./launch/local.sh", str(run_file(toy, folder)), "2"],
-        cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    statuses, text = run_job(folder / "job", ["train", run_file(toy, folder)])
+    assert statuses == [0, 0], text
     return record(folder / "run")
 
 
@@ -223,8 +222,10 @@ def test_a_second_job_in_one_run_folder(cluster, toy, tmp_path):
 
 
 def submit(*words):
+    env = clean_environment()
+    env["PATH"] = f"{forked.shared_python()}:{env['PATH']}"
     return subprocess.run(
-        ["./slurm/submit.sh", *map(str, words)], cwd=REPOSITORY, env=clean_environment(), capture_output=True, text=True
+        ["./slurm/submit.sh", *map(str, words)], cwd=REPOSITORY, env=env, capture_output=True, text=True
     )
 
 

@@ -11,7 +11,7 @@ from cola_ds.cli import main
 from cola_ds.errors import inline
 from cola_ds.report.files import csv_bytes
 from cola_ds.report.tables import markdown
-from tests.commands.test_cli import cola_ds
+from tests.commands import test_cli
 from tests.report.test_tables import COLA, LORA, save_result, save_sweep, tables
 from tests.support.recorded import recorded
 from tests.support.sweeps import save_base, write_sweep
@@ -295,7 +295,7 @@ def test_rows_that_lack_what_they_may_lack(tmp_path, capsys):
 def test_what_cannot_be_printed(tmp_path):
     """An encoding that lacks letters of a name."""
     save_result(tmp_path / "ü", 0.5, **LORA)
-    done = cola_ds("report", tmp_path / "ü", PYTHONIOENCODING="ascii")
+    done = test_cli.run(*test_cli.COMMAND, "report", tmp_path / "ü", PYTHONIOENCODING="ascii")
     assert (done.returncode, "50.00 (1)" in done.stdout) == (0, True), done.stderr
 
 

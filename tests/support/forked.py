@@ -1,16 +1,22 @@
 """`cola-ds` without the seconds of its imports: forked from a server that has made them.
 
 `python tests/support/forked.py SOCKET WORD ...` is `cola-ds WORD ...`, forked by the server of that socket,
-`python -m tests.support.forked SOCKET`: with this process's environment, folder,
+`python -m tests.support.forked --serve SOCKET`: with this process's environment, folder,
 output and status, and the signals that are sent to it.
 """
 
+import atexit
+import functools
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -24,14 +30,44 @@ class Server:
         self.command = [sys.executable, "-S", "-E", str(Path(__file__).resolve()), str(self.socket)]
 
     def __enter__(self):
-        words = [sys.executable, "-m", "tests.support.forked", str(self.socket)]
-        self.process = subprocess.Popen(words, cwd=Path(__file__).resolve().parents[2], stdout=subprocess.PIPE)
+        words = [sys.executable, "-m", "tests.support.forked", "--serve", str(self.socket)]
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }  # read as the libraries are imported
+        self.process = subprocess.Popen(
+            words, cwd=Path(__file__).resolve().parents[2], env=environment, stdout=subprocess.PIPE
+        )
         assert b"ready\n" in self.process.stdout  # reads as far as that: libraries speak before
         return self
 
     def __exit__(self, *error):
         self.process.kill()
         self.process.communicate()
+
+
+@functools.cache
+def shared_command() -> list[str]:
+    """The command line of a server that all tests of this process share, begun with the first of them."""
+    folder = Path(tempfile.mkdtemp())
+    server = Server(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.__exit__)
+    return server.__enter__().command
+
+
+def shared_python() -> str:
+    """A folder to put before others in PATH: for scripts, whose `python -m cola_ds` is then this command."""
+    command = shared_command()
+    script = Path(command[-1]).with_name("python")
+    script.write_text(
+        '#!/usr/bin/env bash\n[ "$1 $2" = "-m cola_ds" ] || '
+        f'exec {shlex.quote(sys.executable)} "$@"\nshift 2\nexec {shlex.join(command)} "$@"\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    return str(script.parent)
 
 
 def serve(path: str) -> None:
@@ -41,17 +77,23 @@ def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets those that have ended
         print("ready", flush=True)
         while True:
             caller, _ = listening.accept()
             text, outputs, _, _ = socket.recv_fds(caller, 1 << 20, 2)
+            if os.fork():  # several at a time: each has a process that waits for it
+                caller.close()
+                for output in outputs:
+                    os.close(output)
+                continue
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if pid := os.fork():
                 caller.send(f"{pid}\n".encode())
                 for output in outputs:
                     os.close(output)
                 caller.send(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
-                caller.close()
-                continue
+                os._exit(0)
             told = json.loads(text)
             for number, output in enumerate(outputs, 1):
                 os.dup2(output, number)
@@ -63,8 +105,11 @@ def serve(path: str) -> None:
                 status = main(told["words"])
             except SystemExit as error:
                 status = error.code
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(status or 0)
 
 
@@ -84,6 +129,6 @@ def call(path: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        serve(sys.argv[1])
+    if sys.argv[1] == "--serve":
+        serve(sys.argv[2])
     sys.exit(call(sys.argv[1], sys.argv[2:]))

@@ -53,7 +53,15 @@ def losses() -> None:
 
     batches = (
         Batch(ids(2, 9), ids(2, 9) + 1, ids(4), ids(2, 4)),
-        PackedBatch(ids(2, 9), ids(2, 9), ids(2, 9), ids(4), ids(2, 4), ids(2, 3), ids(2)),
+        PackedBatch(
+            input_ids=ids(2, 9),
+            position_ids=ids(2, 9),
+            branches=ids(2, 9),
+            positions=ids(4),
+            labels=ids(2, 4),
+            counts=ids(2, 3),
+            correct=ids(2),
+        ),
     )
     for dtype in DTYPES.values():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype.torch_name))

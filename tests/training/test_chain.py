@@ -29,8 +29,8 @@ def toy(tmp_path_factory):
 def make_chain(process: Process, config_path):
     """A chain at its first step, its folder kept by process 0."""
     from cola_ds.run.folder import RunDir
+    from cola_ds.training.build import build_chain
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import build_chain
 
     config = load_config(config_path)
     process_group(process)
@@ -125,7 +125,11 @@ def through_a_knot(process, path):
     return found
 
 
-@pytest.fixture(scope="module", params=[(1, 4), (2, 3), (2, 4), (4, 3), (4, 4)], ids="{0[0]}-4to{0[1]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[(1, 4), pytest.param((2, 3), marks=pytest.mark.core), (2, 4), (4, 3)],
+    ids="{0[0]}-4to{0[1]}".format,
+)
 def knot(request, toy, tmp_path_factory):
     """What each process found; the second link has another LoRA rank, or the same one and starts in place."""
     world_size, next_rank = request.param
@@ -237,8 +241,8 @@ def three_links(process, path, in_place):
 @pytest.mark.parametrize(
     ("engine", "dtype", "optimizer"),
     [
-        ("tests/zero3_sharded", "fp32", "adamw"),
-        ("tests/zero3_sharded", "bf16", "adagrad"),
+        ("tests/support/zero3_sharded", "fp32", "adamw"),
+        ("tests/support/zero3_sharded", "bf16", "adagrad"),
         ("ds_configs/zero3_offload_cpu", "bf16", "adamw"),
         ("ds_configs/zero2", "bf16", "adamw"),
         ("ds_configs/zero2", "fp32", "sgd"),
@@ -305,7 +309,7 @@ def test_bf16_knot_is_one_rounding_and_the_old_adapter_stays_away(toy, tmp_path,
     assert 0 < row["rounding_error"] < 1
 
 
-# -- fifty knots -------------------------------------------------------------------------------------------------------
+# -- many knots --------------------------------------------------------------------------------------------------------
 
 
 def count_through_knots(process, path):
@@ -324,7 +328,7 @@ def count_through_knots(process, path):
             return counts
         extend_chain(chain)
         chain.state.link, chain.state.step_in_link = chain.state.link + 1, 0
-        if chain.state.link not in (10, 11, 30, 31, 50, 51):  # two of each LoRA rank
+        if chain.state.link not in (6, 7, 16, 17, 26, 27):  # two of each LoRA rank
             continue
         gc.collect()
         with open("/proc/self/status", encoding="ascii") as status:
@@ -339,22 +343,22 @@ def count_through_knots(process, path):
 
 @pytest.mark.parametrize(
     ("engine", "dtype", "ranks"),
-    [("zero3", "bf16", 512), ("zero3", "fp32", [512, 256] * 25 + [512]), ("zero2", "fp32", 512)],
+    [("zero3", "bf16", 512), ("zero3", "fp32", [512, 256] * 13 + [512]), ("zero2", "fp32", 512)],
 )
-def test_nothing_grows_over_fifty_knots(toy, tmp_path, engine, dtype, ranks):
+def test_nothing_grows_over_many_knots(toy, tmp_path, engine, dtype, ranks):
     config = run_config(
-        *toy, tmp_path / "run", model={"dtype": dtype}, chain={"length": 51}, lora={"rank": ranks},
-        optim={"max_steps": 51, "global_batch_size": 2, "micro_batch_size": 1}, deepspeed=ENGINES[engine],
+        *toy, tmp_path / "run", model={"dtype": dtype}, chain={"length": 27}, lora={"rank": ranks},
+        optim={"max_steps": 27, "global_batch_size": 2, "micro_batch_size": 1}, deepspeed=ENGINES[engine],
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
     for counts in run_distributed(count_through_knots, 2, path, timeout_s=300):
         assert len(counts) == 6
         for alike in (counts[::2], counts[1::2]):
             assert {found[:-1] for found in alike} == {alike[0][:-1]}
-        # Measured from the 11th to the 50th knot: 3 MiB in fp32; 45 MiB in bf16, most of it code that torch generates for
-        # each new shape of a batch, none of it after the 50th.
+        # From the 7th to the 26th knot. A link that stays behind at each would be 9 MiB in fp32. In bf16 that is little beside
+        # the code that torch generates for each new shape of a batch, some 45 MiB: there the counts above must tell.
         growth_kib = counts[-1][-1] - counts[1][-1]
-        assert growth_kib < {"fp32": 12, "bf16": 80}[dtype] * 1024, counts
+        assert growth_kib < {"fp32": 6, "bf16": 80}[dtype] * 1024, counts
 
 
 # -- every process the same, every engine file, every architecture -----------------------------------------------------
@@ -435,7 +439,7 @@ def test_every_engine_file_runs_a_chain(toy, tmp_path, engine):
 def full_fine_tuning(process, path):
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import train
+    from cola_ds.training.run import run_prepared as train
 
     process_group(process)
     train(prepare(load_config(path), process.world_size), process, ResumeOptions())
