@@ -53,7 +53,7 @@ def listen(say: Callable[[str], None], leave: Callable[[int], None]) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     wakeup_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    handlers: dict[signal.Signals, Any] = {number: signal.signal(number, _handle) for number in STOPPING}
+    handlers: dict[int, Any] = {number: signal.signal(number, _handle) for number in STOPPING}
     thread = threading.Thread(target=_read, args=(read, say, leave), name="signals", daemon=True)
     _listening = _Listening(read, write, thread, handlers, wakeup_fd)
     thread.start()
