@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.forked import Server
+from tests.support.forked import shared_command
 from tests.support.launching import in_copy
 from tests.support.toys import REPOSITORY, save_model, save_sums
 
@@ -36,6 +36,8 @@ OF_THE_SYSTEM = (
     "tail ",
 )  # in_copy has sourced; the others show what is there to somebody who waits
 
+quick = pytest.mark.core  # no process: what a contributor runs has them
+
 
 def read(document: str) -> str:
     return (REPOSITORY / document).read_text(encoding="utf-8")
@@ -59,10 +61,12 @@ def anchors(document: str) -> set[str]:
     return {line.lower().translate(letters).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
+@quick
 def test_the_readme_is_short():
     assert len(read(README).splitlines()) <= 150
 
 
+@quick
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_what_a_document_names_is_there(document):
     text = read(document)
@@ -78,6 +82,7 @@ def test_what_a_document_names_is_there(document):
         assert not anchor or anchor in anchors(str(led.relative_to(REPOSITORY))), target
 
 
+@quick
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_blocks_of_a_document_are_what_they_say(document):
     for block in blocks(document, "yaml"):
@@ -89,6 +94,7 @@ def test_the_blocks_of_a_document_are_what_they_say(document):
     assert set(re.findall(r"^```(\w+)$", read(document), re.MULTILINE)) <= {"bash", "json", "python", "yaml"}
 
 
+@quick
 def test_what_runs_elsewhere_does():
     """What these tests leave out is in the file that is said to run it."""
     every = "\n".join(block for document in DOCUMENTS for block in blocks(document, "bash"))
@@ -97,6 +103,16 @@ def test_what_runs_elsewhere_does():
         assert begin.split("/")[-1].strip() in read(path), begin
 
 
+@quick
+def test_the_hooks_are_what_ci_checks():
+    (repository,) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert len(repository["hooks"]) == 3
+    for hook in repository["hooks"]:
+        words = hook["entry"].split()
+        assert " ".join(word for word in words if not word.startswith("-")) in read(".ci/run")
+
+
+@quick
 def test_every_document_with_commands_is_run_here():
     ours = {document for document in DOCUMENTS if commands(document)}
     assert ours == {README, LAUNCH, SWEEPS, ENGINE, SLURM}
@@ -118,7 +134,7 @@ def save_task(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reader(copy, tmp_path_factory):
+def reader(copy):
     """The copy of somebody who has followed the README, with a toy model and data for the reader's own. `cola-ds` is forked
     from a process that has imported it, which saves seconds a command; what starts processes of its own is the real thing."""
     save_model(copy / "models/my-llama")
@@ -127,12 +143,11 @@ def reader(copy, tmp_path_factory):
     save_sums(copy / "data/dev.jsonl", 12, seed=1)
     save_named(copy, README, "my_run")
     (copy / "bin").mkdir()
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        (copy / "bin/cola-ds").write_text(f'#!/bin/sh\nexec {shlex.join(server.command)} "$@"\n', encoding="utf-8")
-        (copy / "bin/cola-ds").chmod(0o755)
-        for command in commands(README):
-            in_copy(copy, command)
-        yield copy
+    (copy / "bin/cola-ds").write_text(f'#!/bin/sh\nexec {shlex.join(shared_command())} "$@"\n', encoding="utf-8")
+    (copy / "bin/cola-ds").chmod(0o755)
+    for command in commands(README):
+        in_copy(copy, command)
+    return copy
 
 
 def test_the_first_run(reader):
