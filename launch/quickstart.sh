@@ -2,15 +2,15 @@
 # Fine-tunes a real small Llama on the documentation of Python's standard library: zero-shot, LoRA, and a chain of three
 # links, at the same steps and learning rate, under DeepSpeed ZeRO-3. Installs on its first run only.
 #   ./launch/quickstart.sh [N] [section.key=value ...]
-# N processes, 1 or 2 (default: up to two of the GPUs it finds, or two on the CPU); overrides of launch/runs/quickstart.yaml, e.g. optim.max_steps=90.
+# N processes, 1 or 2 (default: up to two of the GPUs it finds, or two on the CPU); overrides of launch/quickstart/run.yaml, e.g. optim.max_steps=90.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
-python launch/quickstart_model.py build/SmolLM2-135M-Instruct
-[ -f build/quickstart/dev.jsonl ] || python launch/quickstart_data.py build/quickstart 800 64
+python launch/quickstart/model.py build/SmolLM2-135M-Instruct
+[ -f build/quickstart/dev.jsonl ] || python launch/quickstart/data.py build/quickstart 800 64
 
 # The batch of 8 divides over one or two processes of 4.
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
@@ -25,7 +25,7 @@ for method in zero-shot lora cola; do
   length=1
   [ "$method" = cola ] && length=3
   echo "== $method"
-  ./launch/local.sh launch/runs/quickstart.yaml "$processes" --fresh "$@" \
+  ./launch/local.sh launch/quickstart/run.yaml "$processes" --fresh "$@" \
     "method=$method" "chain.length=$length" "run.dir=runs/quickstart/$method"
 done
 

@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_ds.checkpoint.format import Checkpoint
+from cola_ds.checkpoint.format import Checkpoint, SavedState
+from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.engine import Engine
-from cola_ds.distributed.engine_state import set_optimizer_scalars, set_trained_tensor, trained
+from cola_ds.distributed.engine_state import (
+    set_loss_scale_state,
+    set_optimizer_scalars,
+    set_random_state,
+    set_trained_tensor,
+    trained,
+)
+from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.shards import gathered, local_shard, numel, writable_part
 from cola_ds.errors import UserError
-from cola_ds.lora.layers import inject, lora_layers, start_link
+from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.tie import tie_link
+from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
-from cola_ds.run.peft_files import read_link
+from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
 
 # Masters, and the moments of torch's AdamW and AdaGrad.
 _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
@@ -57,9 +66,8 @@ def _tie_again(
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():
         lora_A, lora_B = (
-            collectives.broadcast_tensor(tensors.get(f"{name}.lora_{which}.weight"), count).view(shape)
-            for which, shape in (("A", (lora_rank, layer.in_features)), ("B", (layer.out_features, lora_rank)))
-            for count in [shape[0] * shape[1]]
+            collectives.broadcast_tensor(tensors.get(key), shape[0] * shape[1]).view(shape)
+            for key, shape in zip(lora_names(name), _shapes(layer, lora_rank), strict=True)
         )
         layer.reset(lora_A, scaling, accelerator.device())
         layer.lora_B.data.copy_(lora_B)
@@ -82,7 +90,7 @@ def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
     if facts["biases"]:  # the last link's are the run's
         for name, layer in lora_layers(model).items():
             if layer.bias is not None:
-                bias = collectives.broadcast_tensor(tensors.get(f"{name}.base_layer.bias"), layer.out_features)
+                bias = collectives.broadcast_tensor(tensors.get(bias_name(name)), layer.out_features)
                 with gathered([layer.bias], write=True):
                     part = writable_part(layer.bias)
                     part.copy_(bias[: part.numel()])
@@ -113,10 +121,14 @@ def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoi
         lora_rank = config.lora_ranks[past - 1]
         expected: dict[str, tuple[int, ...]] = {}
         for name, layer in lora_layers(model).items():
-            expected[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
-            expected[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
+            expected |= zip(lora_names(name), _shapes(layer, lora_rank), strict=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in read_link(found.link_path(past)).items()}
-        _refuse_misfit(found.link_path(past), {k: v for k, v in shapes.items() if not k.endswith(".bias")}, expected)
+        _refuse_misfit(found.link_path(past), {k: v for k, v in shapes.items() if not is_bias(k)}, expected)
+
+
+def _shapes(layer: LoRALinear, lora_rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B."""
+    return (lora_rank, layer.in_features), (layer.out_features, lora_rank)
 
 
 def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> None:
@@ -152,9 +164,42 @@ def _from_process_0(found: Checkpoint | None, params: dict[str, nn.Parameter], k
             yield name, this, collectives.broadcast_tensor(tensor, numel(params[name]))
 
 
-def restore_optimizer(engine: Engine, scalars: dict[str, float], found: Checkpoint | None) -> None:
-    """Give a new engine the masters, moments and step counts that the checkpoint's had."""
+def restore_engine(engine: Engine, saved: SavedState, found: Checkpoint | None, process: Process) -> None:
+    """Give a new engine the masters, moments, step counts and loss scale that the checkpoint's had, and each process its random
+    state."""
     params = trained(engine)
     for name, kind, whole in _from_process_0(found, params, None):
         set_trained_tensor(engine, kind, params[name], whole)
-    set_optimizer_scalars(engine, scalars)
+    set_optimizer_scalars(engine, saved.scalars)
+    set_loss_scale_state(engine, saved.loss_scale)
+    _restore_random_state(found, saved.world_size, process)
+
+
+def _restore_random_state(found: Checkpoint | None, world_size: int, process: Process) -> None:
+    """Each process's own; at another world size they begin anew, from the seed and the step."""
+    if world_size != process.world_size:
+        return
+    states = found.random_states() if found else []
+    sizes = collectives.broadcast_object([state.numel() for state in states])
+    for rank, size in enumerate(sizes):
+        held = collectives.broadcast_bytes(states[rank] if states else None, size)
+        if rank == process.rank:
+            set_random_state(held)
+
+
+def restore_folder(folder: RunDir, config: RunConfig, targets: list[str], found: Checkpoint) -> Checkpoint:
+    """Make the run's folder what it was when the checkpoint was written, with those before it. Returns the folder's own copy of
+    it. On process 0 alone.
+
+    Whatever is done of it when the process dies, the next start finds that checkpoint and does it again.
+    """
+    checkpoints = CheckpointFolder(folder)
+    if found.path.parent.resolve() == checkpoints.path.resolve():
+        checkpoints.set_aside(later_than=found.step)
+    else:
+        found = checkpoints.take_in(found)
+    checkpoints.mark_best(found.state.chain.best_step)
+    folder.go_back(found.state.rows.model_dump())
+    for link in range(1, found.state.chain.link):
+        folder.write_link(config, link, targets, read_link(found.link_path(link)))
+    return found

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.commands import machine
+from cola_ds.config.deepspeed_json import read_engine_config
+from cola_ds.config.loading import load_config
 from cola_ds.config.schema import RunConfig
-from cola_ds.distributed import accelerator, collectives, watchdog
+from cola_ds.distributed import accelerator, collectives, rendezvous, signals, watchdog
 from cola_ds.distributed.launcher import Process
-from cola_ds.errors import UserError, first_line, some_of
+from cola_ds.errors import ArrivalError, UserError, first_line, some_of
 from cola_ds.training.preflight import SHARED_WITHIN_S
 
 _HANG_S = 30.0
@@ -28,6 +30,7 @@ _COMPILATION_S = 240.0  # while a machine compiles what the group needs
 _CLOCKS_APART_S = 1.0
 _COLLECTIVE_BYTES = 4 * 2**20
 _EXCHANGE_BYTES = 8 * 2**20
+LAST_WORDS_S = 3  # before this process ends: for what the others have to say
 _SLOW = 2.0  # times the median pair
 _token: Path | None = None
 
@@ -50,6 +53,43 @@ class _Table:
     def _print(self, *cells: str) -> None:
         if self.speaks:
             print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def examine(
+    config_path: str | None, overrides: list[str], place: str | None, wait_s: float, process: Process,
+    exit_now: Callable[[int], Any], say: Callable[[str, Process, bool], None],
+) -> bool:  # fmt: skip
+    """Whether a run would work here, in the folder of a run's YAML or in `place`. Collective.
+
+    `exit_now` ends this process, `say` says what is wrong with the machines. Raises UserError for what is wrong with the call.
+    """
+    if wait_s <= 0:
+        raise UserError("--wait must be a positive number of seconds")
+    if place and config_path:
+        raise UserError("--dir goes without RUN.yaml, whose run.dir is looked at")
+    config = load_config(config_path, overrides) if config_path else None
+    engine_json = read_engine_config(config) if config else {}
+    folder = Path(config.run.dir if config else place or ".")
+
+    def end(status: int) -> None:
+        remove_token()
+        watchdog.leave(1)
+        exit_now(1)
+
+    signals.listen(lambda message: None, end)
+    rendezvous.begin(process, end)
+    try:
+        works = doctor(config, engine_json, folder, wait_s, process, end)
+    except UserError as error:  # of the machines, not of the call
+        works = False
+        say(f"cola-ds: {error}", process, isinstance(error, ArrivalError))
+    signals.finished()
+    watchdog.leave(0 if works else 1)
+    if watchdog.begun():
+        collectives.destroy_process_group()
+    elif process.rank == 0 and process.world_size > 1:
+        time.sleep(LAST_WORDS_S)
+    return works
 
 
 def doctor(

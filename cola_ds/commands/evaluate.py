@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.folder import ENGINE, file_name
+from cola_ds.run.atomic import file_name
+from cola_ds.run.folder import ENGINE
 from cola_ds.run.learnt import Learnt, is_run, read_learnt
+
+if TYPE_CHECKING:
+    from cola_ds.training.api import RunResult
 
 _DRAWN_BY = ("num_train", "num_dev", "num_test", "max_length", "demonstrations")
 """Keys of data that a run's examples and their ids follow from, with its seed."""
+
+
+def evaluate(
+    target: str | Path, task: str, *, method: str = "zero-shot", dir: str | Path | None = None, out: str | Path | None = None,
+    overrides: Sequence[str] = (), fresh: bool = False,
+) -> RunResult:  # fmt: skip
+    """Score a model (its folder or hub name), or what a finished run has learnt, on a task: what `cola-ds evaluate` does, in this
+    process. Collective under a launcher, as `cola_ds.train` is, and raises what that raises."""
+    from cola_ds.checkpoint.decide import ResumeOptions  # torch takes seconds to import: not for a mistake in the call
+    from cola_ds.distributed.session import joined
+    from cola_ds.training.api import run_config
+
+    with joined() as (process, end):
+        config = evaluation_config(
+            str(target), method, task, None if dir is None else str(dir), None if out is None else str(out),
+            process.world_size, list(overrides),
+        )  # fmt: skip
+        return run_config(config, process, ResumeOptions(fresh=fresh), end)
 
 
 def evaluation_config(
@@ -23,7 +46,7 @@ def evaluation_config(
     model: dict[str, Any] = {"path": target}
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    raw: dict[str, Any] = {"deepspeed": _default_engine()}
+    raw: dict[str, Any] = {}
     if is_run(Path(target)) or os.path.isfile(os.path.join(target, "run.yaml")):
         learnt = read_learnt(target)
         config = learnt.config
@@ -57,13 +80,6 @@ def _engine_of(run: Learnt) -> str:
     """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started."""
     kept = run.folder.resolve() / ENGINE
     return str(kept) if kept.is_file() else run.config.deepspeed
-
-
-def _default_engine() -> str:
-    """The default DeepSpeed JSON, here or, in another folder, where this program lies."""
-    name = str(RunConfig.model_fields["deepspeed"].default)
-    beside = Path(__file__).resolve().parent.parent / name
-    return name if Path(name).is_file() or not beside.is_file() else str(beside)
 
 
 def _words(target: str) -> str:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.errors import UserError, first_line
-from cola_ds.lora.layers import delta_weight
+from cola_ds.lora.layers import add_link, delta_weight
 from cola_ds.run.atomic import scratch_beside, sync_folder
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.learnt import Learnt, read_learnt
 from cola_ds.run.model_folder import check_is_there, check_no_adapter, write_model_folder
-from cola_ds.run.peft_files import adapter_files, read_link
+from cola_ds.run.peft_files import adapter_files, bias_name, layers_of, lora_names, read_link
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_BASE = ("model.path=", "model.revision=")
 
 
@@ -36,6 +37,11 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
     `overrides` say where the base lies now: model.path, model.revision. Raises UserError when `out` exists, the run has not
     finished, is not what it recorded (learnt.py) or has trained nothing, or its base model is not there or is another.
     """
+    with _readable(str(run)):
+        return _export(run, to, out, overrides)
+
+
+def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str]) -> Path:
     target, learnt = Path(out), read_learnt(run)
     if target.exists() or target.is_symlink():
         raise UserError(f"--out {target} already exists; name a new folder")
@@ -81,6 +87,17 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
     return target
 
 
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn what damaged files of a run raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SafetensorError) as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from None
+
+
 def _with_base(learnt: Learnt, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         if not override.startswith(_OF_BASE):
@@ -93,16 +110,12 @@ def _with_base(learnt: Learnt, overrides: Sequence[str]) -> RunConfig:
 def _write_chain(config: RunConfig, learnt: Learnt, out: Path) -> None:
     """sum of scaling_i B_i A_i = [scaling_1 B_1, scaling_2 B_2, ..] [A_1; A_2; ..], in fp32, with a scaling of 1."""
     links = [read_link(link.file) for link in learnt.links]
-    joined: dict[str, Tensor] = {}
-    for name, last in links[-1].items():
-        if name.endswith(".lora_A.weight"):
-            joined[name] = torch.cat([link[name].float() for link in links])
-        elif name.endswith(".lora_B.weight"):
-            scaled = [link[name].float() * tied.scaling for link, tied in zip(links, learnt.links, strict=True)]
-            joined[name] = torch.cat(scaled, dim=1)
-        else:
-            joined[name] = last  # a trained bias
-    layers = [name.removesuffix(".lora_A.weight") for name in joined if name.endswith(".lora_A.weight")]
+    joined = dict(links[-1])  # with its trained biases: the last ones are the chain's
+    layers = layers_of(joined)
+    for layer in layers:
+        A, B = lora_names(layer)
+        scaled = [link[B].float() * tied.scaling for link, tied in zip(links, learnt.links, strict=True)]
+        joined |= {A: torch.cat([link[A].float() for link in links]), B: torch.cat(scaled, dim=1)}
     lora_rank = sum(tied.lora_rank for tied in learnt.links)
     for name, content in adapter_files(config, lora_rank, lora_rank, layers, joined).items():
         (out / name).write_bytes(content)
@@ -114,7 +127,7 @@ def _merge(config: RunConfig, learnt: Learnt, out: Path) -> None:
     model = _load_base(config.model)
     learnt.check_base(config.model.path, model_fingerprint(config.model))
     links = [read_link(link.file) for link in learnt.links]
-    tie_saved_links(model, links, [link.scaling for link in learnt.links], plain=config.chain.merge == "plain")
+    tie_saved_links(model, links, [link.scaling for link in learnt.links], exact=config.chain.merge == "exact")
     write_model_folder(model, config.model, out)
 
 
@@ -124,27 +137,21 @@ def _load_base(base: ModelConfig) -> torch.nn.Module:
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=_DTYPES[base.dtype], use_safetensors=True, **options
+            base.path, dtype=getattr(torch, DTYPES[base.dtype].torch_name), use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {base.path} cannot be loaded: {first_line(error)}") from None
 
 
 @torch.no_grad()
-def tie_saved_links(
-    model: torch.nn.Module, links: list[dict[str, Tensor]], scalings: list[float], plain: bool = False
-) -> None:
-    """W <- W + scaling * B A for each layer and link in order, rounded as the run rounded; trained biases are put in place."""
-    layers = [name.removesuffix(".lora_A.weight") for name in links[0] if name.endswith(".lora_A.weight")]
-    for layer in layers:
+def tie_saved_links(model: torch.nn.Module, links: list[dict[str, Tensor]], scalings: list[float], exact: bool) -> None:
+    """Merge: W <- W + scaling * B A for each layer and link in order, by the arithmetic of the run's knots (lora/tie.py) on whole
+    weights; trained biases are put in place."""
+    for layer in layers_of(links[0]):
         weight = model.get_parameter(f"{layer}.weight")
-        merged = weight.float()
+        remainder = torch.zeros(())
         for tensors, scaling in zip(links, scalings, strict=True):
-            merged = merged + delta_weight(
-                tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"], scaling
-            )
-            if plain:
-                merged = merged.to(weight.dtype).float()
-        weight.copy_(merged)
-        if f"{layer}.base_layer.bias" in links[-1]:
-            model.get_parameter(f"{layer}.bias").copy_(links[-1][f"{layer}.base_layer.bias"])
+            lora_A, lora_B = (tensors[name] for name in lora_names(layer))
+            remainder = add_link(weight, delta_weight(lora_A, lora_B, scaling), remainder, exact)
+        if bias_name(layer) in links[-1]:
+            model.get_parameter(f"{layer}.bias").copy_(links[-1][bias_name(layer)])

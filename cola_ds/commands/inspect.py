@@ -15,6 +15,7 @@ from cola_ds.run.atomic import sha256_of
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt, run_config, run_marker
 from cola_ds.run.marker import Marker
+from cola_ds.run.scores import loss_objective, score_objective
 
 
 def inspect(run: str) -> str:
@@ -46,11 +47,11 @@ def inspect(run: str) -> str:
         )
     losses = [row for row in evaluations if row.get("loss") is not None]
     if losses:
-        best = min(losses, key=lambda row: row["loss"])
+        best = min(losses, key=lambda row: loss_objective(row["loss"]))
         lines.append(f"best         held-out loss {best['loss']:.4f} at step {best['step']}")
     on_dev = [row for row in evaluations if row.get("split") == "dev" and {"score", "metric"} <= row.keys()]
     if on_dev:
-        best = max(on_dev, key=lambda row: row["score"])
+        best = min(on_dev, key=lambda row: score_objective(row["score"]))
         lines.append(f"best         {best['metric']} {best['score']:.4f} on dev at step {best['step']}")
     if config.trains_lora:
         lines.append(f"links        {_count_links(folder)} of {config.chain.length} tied")

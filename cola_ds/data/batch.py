@@ -1,4 +1,5 @@
-"""Batches: the types that training and evaluation take. No logic.
+"""Batches: the types that training and evaluation take, and those that they are made from. No logic: see batcher.py, collate.py
+and candidates.py.
 
 Shapes: B examples of a micro batch, T their padded length, K the positions whose next token the loss counts, C the candidates of
 the example that has most.
@@ -7,21 +8,18 @@ the example that has most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-from dataclasses import fields
-
 IGNORED = -100  # the label that cross-entropy leaves out
 PADDING = 0  # any id that every vocabulary has: padding is masked, and never a label
+SHARED, OUTSIDE = -1, -2  # where a position belongs to no candidate: the shared prompt, and padding
 
 
-def move(tensor: Tensor, device: torch.device) -> Tensor:
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device; nobody waits for the copy but the device's own work that comes after it."""
     # Only from pinned memory does a copy run beside the host; torch keeps that memory until the copy has ended.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -38,7 +36,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(move(t, device) for t in (self.input_ids, self.attention_mask, self.positions, self.labels)))
+        return Batch(*(_move(getattr(self, field.name), device) for field in fields(self)))
 
     def first(self) -> Batch:
         """Its first example alone."""
@@ -49,26 +47,10 @@ class Batch:
         return (self.labels != IGNORED).sum()
 
 
-@dataclass(frozen=True)
-class StepExamples:
-    """The examples of one step, or of one evaluation batch, over all processes."""
-
-    micro_batches: Sequence[Batch | PackedBatch]
-    """This process's share; a process that runs out of examples gets a batch that counts nothing."""
-    examples: int
-    tokens: int
-    loss_tokens: int
-    """All three over all processes. The loss is the mean over labelled tokens, or over examples where candidates are compared."""
-    indices: list[int]
-    """The examples' 0-based places in the data, of all processes."""
-
-
-SHARED, OUTSIDE = -1, -2  # where a position belongs to no candidate: the shared prompt, and padding
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """A micro batch of packed rows, padded on the left: where answers have one length, their positions agree in all rows."""
+    """A micro batch of packed rows, the candidates of an example in each, padded on the left: where answers
+    have one length, their positions agree in all rows."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
@@ -80,7 +62,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
-        return PackedBatch(*(move(getattr(self, field.name), device) for field in fields(self)))
+        return PackedBatch(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
 
     def first(self) -> PackedBatch:
         """Its first example alone."""
@@ -109,3 +91,48 @@ class PackedBatch:
         queries, keys = self.branches[:, None, :, None], self.branches[:, None, None, :]
         visible = ((keys == queries) | (keys == SHARED)).tril()
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example of a task as token ids."""
+
+    candidate_ids: list[list[int]]
+    """The prompt with each candidate; without candidates, the prompt with the answer alone."""
+    answer_lengths: list[int]
+    """How many ids at the end of each belong to the answer; at least 1."""
+    prompt_ids: list[int]
+    """The prompt alone, with room for an answer to be generated."""
+    lost: str
+    """What the maximum length took from them, as in tokens.py; empty where nothing is lost."""
+
+
+class Dataset(Protocol):
+    """Dataset: examples as token ids, as the Batcher needs them. Indices are 0-based."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Positions of each example in a batch."""
+
+    @property
+    def loss_tokens(self) -> Sequence[int]:
+        """What the mean of the training loss counts of each example: labelled tokens, or the example once."""
+
+    def __len__(self) -> int: ...
+
+    def collate(self, indices: list[int]) -> Batch | PackedBatch:
+        """A micro batch of these examples; without any, one that counts nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepExamples:
+    """The examples of one step, or of one evaluation batch, over all processes."""
+
+    micro_batches: Sequence[Batch | PackedBatch]
+    """This process's share; a process that runs out of examples gets a batch that counts nothing."""
+    examples: int
+    tokens: int
+    loss_tokens: int
+    """All three over all processes. The loss is the mean over labelled tokens, or over examples where candidates are compared."""
+    indices: list[int]
+    """The examples' 0-based places in the data, of all processes."""

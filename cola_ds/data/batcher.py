@@ -6,21 +6,16 @@ A step's examples follow from (seed, step) alone: every process knows them all, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-from cola_ds.data.batch import StepExamples
-
-if TYPE_CHECKING:
-    from cola_ds.data.tasks.dataset import TaskData
-    from cola_ds.data.text import TokenizedData
+from cola_ds.data.batch import Dataset, StepExamples
 
 
 class Batcher:
     """Batches of a dataset for one process among `world_size`."""
 
-    def __init__(self, data: TokenizedData | TaskData, rank: int, world_size: int):
+    def __init__(self, data: Dataset, rank: int, world_size: int):
         self.data, self.rank, self.world_size = data, rank, world_size
         self._order: tuple[tuple[int, int], list[int]] | None = None
 

@@ -1,4 +1,4 @@
-"""The candidates of an example in one row, so that the prompt they share is computed once.
+"""Packing: the candidates of an example in one row, so that the prompt they share is computed once.
 
     padding | the shared prompt  0 .. p-1 | branch of candidate 0  p .. | branch of candidate 1  p .. | ...
 
@@ -6,25 +6,24 @@ The numbers are position ids: they go on from the prompt in every branch. A bran
 its logits is what the candidate's whole text alone would give. It begins with the prompt's last id, which predicts the first id
 of the answer, and ends with the answer's last id but one, which predicts the last.
 
-Shapes: B examples of a micro batch, T the length of the longest row, K the positions whose next id counts in some row, C the
-candidates of the example that has most.
+Shapes as in batch.py, T the length of the longest row.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from cola_ds.data.batch import IGNORED, OUTSIDE, PADDING, SHARED, PackedBatch
-from cola_ds.data.tasks.encoding import Encoded, common_prefix
+from cola_ds.data.batch import IGNORED, OUTSIDE, PADDING, SHARED, Encoded, PackedBatch
 from cola_ds.errors import UserError
 
 
 def pack(examples: Sequence[Encoded], correct: Sequence[int] | None = None) -> PackedBatch:
-    """One row an example; `correct` names the right candidate of each. Without examples, one row that counts nothing."""
+    """Pack examples, one row each; `correct` names the right candidate of each. Without examples, one row that counts nothing."""
     rows = [_row(example) for example in examples] or [[(PADDING, 0, SHARED, IGNORED)]]
     table = torch.tensor([PADDING, 0, OUTSIDE, IGNORED]).repeat(len(rows), max(map(len, rows)), 1)  # (B, T, 4)
     for place, row in enumerate(rows):
@@ -37,7 +36,15 @@ def pack(examples: Sequence[Encoded], correct: Sequence[int] | None = None) -> P
     for place, example in enumerate(examples):
         counts[place, : len(example.answer_lengths)] = torch.tensor(example.answer_lengths)
     right = torch.full((len(rows),), -1) if correct is None or not examples else torch.tensor(correct)
-    return PackedBatch(input_ids, position_ids, branches, positions, next_ids[:, positions], counts, right)
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        branches=branches,
+        positions=positions,
+        labels=next_ids[:, positions],
+        counts=counts,
+        correct=right,
+    )
 
 
 def _row(example: Encoded) -> list[tuple[int, int, int, int]]:
@@ -52,6 +59,17 @@ def _row(example: Encoded) -> list[tuple[int, int, int, int]]:
             for place in range(shared, len(ids) - 1)
         ]
     return row
+
+
+def common_prefix(encoded: Encoded) -> int:
+    """How many leading ids can be computed once for all candidates.
+
+    They are the same in all, and each candidate keeps its answer and the id before it, from which the answer is predicted.
+    """
+    own = min(len(ids) - n - 1 for ids, n in zip(encoded.candidate_ids, encoded.answer_lengths, strict=True))
+    columns = zip(*encoded.candidate_ids, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return max(0, min(own, shared))
 
 
 def packed_length(example: Encoded) -> int:

@@ -1,19 +1,14 @@
-"""Collating: examples of text become a padded micro batch."""
+"""Collate: examples of text become a padded micro batch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
 from cola_ds.data.batch import IGNORED, PADDING, Batch
 
-if TYPE_CHECKING:
-    pass
-
 
 def collate(examples: list[tuple[list[int], int]]) -> Batch:
-    """Pad (ids, prompt_length) pairs on the right; positions before the last id of the prompt count nothing."""
+    """Collate (ids, prompt_length) pairs, padded on the right; positions before the last id of the prompt count nothing."""
     width = max(len(ids) for ids, _ in examples)
     input_ids = torch.full((len(examples), width), PADDING)  # (B, T)
     attention_mask = torch.zeros_like(input_ids)

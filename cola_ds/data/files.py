@@ -1,4 +1,4 @@
-"""Rows of local files, as the text that stands in them.
+"""Files of data: the rows of local files, as the text that stands in them.
 
 Only the columns that are asked for are read, and no type is guessed. A row is named by its file and line (`train.jsonl:12`; of
 Parquet and Arrow by its row), counted from 1, in whatever part of a large file it stands. What is raised is a UserError that
@@ -9,96 +9,29 @@ from __future__ import annotations
 
 import collections
 import csv
-import glob
 import gzip
 import io
 import json
-import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cola_ds.errors import UserError, first_line, quoted, some_of
+from cola_ds.config.inputs import cut_name, kind_of, shown
+from cola_ds.data.arrow import arrow_rows, parquet_rows
+from cola_ds.data.columns import Texts, check_columns, no_column, text_of
+from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]
-Texts = Iterator[tuple[str, list[str]]]
-"""The place to name in an error, and the text of each column."""
 
-_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _USABLE = (
     "use .jsonl, .ndjson, .json, .csv, .tsv (also .gz or .zst of these), .parquet, .arrow, or .txt with data.text=text"
 )
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes: names lie
-_CONVERSATIONS = "conversations are not read yet: turn each into a prompt and a completion that are text"
-_BATCH_ROWS = 1000
 _LONGEST_NUMBER = 4300  # digits, as Python itself limits them: longer ones take time that grows with their square
-
-
-# Which files
-
-
-def find_files(name: str) -> list[Path]:
-    """The files that a name of data means: itself, those of a folder or of a saved `datasets.Dataset`, or a glob's, sorted."""
-    if os.path.isdir(name):
-        return _of_folder(Path(name))
-    if os.path.isfile(name):
-        return [Path(name)]
-    if glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-        if not found:
-            raise UserError(f"{name} is not a file, and matches none")
-        return [Path(path) for path in found]
-    raise UserError(
-        f"{_shown(name)} is not a file, a folder or a glob; for a dataset on the hub name it in data.hub and its split here"
-    )
-
-
-def _of_folder(folder: Path) -> list[Path]:
-    try:
-        there = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from None
-    names = {path.name for path in there}
-    if "dataset_dict.json" in names:
-        splits = [path.name for path in there if path.is_dir()]
-        raise UserError(
-            f"{folder} holds the splits {_names(splits)} of a saved dataset: name the folder of one of them"
-        )
-    if {"state.json", "dataset_info.json"} <= names:
-        return _of_saved(folder)
-    found = [path for path in there if path.suffix.lower() != ".md"]
-    strange = [path.name for path in found if path.is_dir() or _kind(path) not in _KINDS]
-    if strange:
-        raise UserError(
-            f"{folder} holds {_names(strange)} beside or instead of data: name the files by a glob, or list them"
-        )
-    if not found:
-        raise UserError(f"{folder} is empty: it needs at least one file of data")
-    kinds = {_kind(path) for path in found}
-    if len(kinds) > 1:
-        raise UserError(f"{folder} holds files of several kinds, {', '.join(sorted(kinds))}: name one kind by a glob")
-    return found
-
-
-def _of_saved(folder: Path) -> list[Path]:
-    """The files of Dataset.save_to_disk: beside them may lie what later work with it has cached."""
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-        return [folder / Path(each["filename"]).name for each in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / 'state.json'} does not name the files of a saved dataset: {first_line(error)}"
-        ) from None
-
-
-def _kind(path: Path) -> str:
-    """The ending that says how a file is read, in lower case, without that of a packed file."""
-    name = path.name.lower()
-    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1]
 
 
 # Rows
@@ -106,15 +39,15 @@ def _kind(path: Path) -> str:
 
 def text_rows(path: Path, columns: Sequence[str]) -> Texts:
     """The named columns of a file's rows. Raises UserError for what is not text."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in (".jsonl", ".ndjson", ".json"):
         return _picked(json_rows(path), columns)
     if kind in (".csv", ".tsv"):
         return _table_rows(path, columns, "," if kind == ".csv" else "\t")
     if kind == ".parquet":
-        return _parquet_rows(path, columns)
+        return _typed_rows(path, parquet_rows(path, columns))
     if kind == ".arrow":
-        return _arrow_rows(path, columns)
+        return _typed_rows(path, arrow_rows(path, columns))
     if kind == ".txt" and list(columns) == ["text"]:
         return _document(path)
     raise UserError(f"{path}: {_USABLE}")
@@ -172,7 +105,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         ((twin, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {_shown(twin)} is given twice")
+        raise ValueError(f"key {shown(twin)} is given twice")
     return row
 
 
@@ -204,47 +137,8 @@ def _picked(rows: Iterable[tuple[str, Row]], columns: Sequence[str]) -> Texts:
     for place, row in rows:
         missing = [column for column in columns if column not in row]
         if missing:
-            raise _no_column(place, missing[0], list(row), row)
-        yield place, [_text(place, column, row[column]) for column in columns]
-
-
-def _no_column(place: str, column: str, names: list[str], row: Mapping[str, Any] | None = None) -> UserError:
-    remedy = "name its own in data.prompt and data.completion, or in data.text"
-    if {"messages", "conversation", "conversations"} & set(names):
-        remedy = _CONVERSATIONS
-    elif row and any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values()):
-        remedy = "rows inside an object are not read: the file must be their list, or have one on each line"
-    return UserError(f"{place} has no column {_shown(column)}; it has {_names(names)}: {remedy}")
-
-
-def _text(place: str, column: str, value: Any) -> str:
-    """A value that is text. Numbers are not: how one is written is not in the row any more."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: column {_shown(column)} is not UTF-8: {error.reason}") from None
-    if not isinstance(value, str):
-        talk = (
-            isinstance(value, list)
-            and value
-            and isinstance(value[0], dict)
-            and bool({"role", "from"} & value[0].keys())
-        )
-        remedy = f"; {_CONVERSATIONS}" if talk else ""
-        raise UserError(f"{place} has {quoted(value)} in column {_shown(column)}; it must be text{remedy}")
-    if not value.isascii():
-        check_text(place, value)
-    return value
-
-
-def check_text(place: str, value: str) -> None:
-    """Raise UserError for half of a pair of surrogates, which JSON can write, and which is no text."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = quoted(value[error.start])
-        raise UserError(f"{place}: {half} is half a letter (a lone surrogate), which is not text") from None
+            raise no_column(place, missing[0], list(row), row)
+        yield place, [text_of(place, column, row[column]) for column in columns]
 
 
 def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
@@ -258,14 +152,14 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{place}: not valid {_kind(path)[1:]}: {first_line(error)}") from None
+            raise UserError(f"{place}: not valid {kind_of(path)[1:]}: {first_line(error)}") from None
         if fields is None:
             return
         if not fields:  # a blank line
             continue
         if header is None:
             header = fields
-            _check_columns(place, header, columns)
+            check_columns(place, header, columns)
             wanted = [header.index(column) for column in columns]
         elif len(fields) != len(header):
             raise UserError(f"{place} has {len(fields)} fields, where the first row names {len(header)}")
@@ -273,12 +167,16 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
             yield place, [fields[index] for index in wanted]
 
 
-def _check_columns(place: str, names: list[str], columns: Sequence[str]) -> None:
-    for column in columns:
-        if column not in names:
-            raise _no_column(place, column, names)
-        if names.count(column) > 1:
-            raise UserError(f"{place} has column {_shown(column)} twice")
+def _typed_rows(path: Path, rows: Texts) -> Texts:
+    """The rows that pyarrow reads of a file. What it raises becomes one line."""
+    import pyarrow
+
+    try:
+        yield from rows
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
+        with _opened(path):  # a pointer of Git LFS is named as such
+            pass
+        raise UserError(f"{path} cannot be read as {kind_of(path)[1:]}: {cut_name(first_line(error))}") from None
 
 
 def _document(path: Path) -> Texts:
@@ -328,103 +226,3 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
                 yield raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
-
-
-# Parquet and Arrow
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Texts:
-    import pyarrow.parquet
-
-    with _arrow_errors(path), pyarrow.parquet.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        check_arrow(str(path), schema, columns)
-        yield from arrow_texts(str(path), file.iter_batches(_BATCH_ROWS, columns=list(columns)), columns)
-
-
-def _arrow_rows(path: Path, columns: Sequence[str]) -> Texts:
-    import pyarrow
-
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return
-    with _arrow_errors(path), pyarrow.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            file = pyarrow.ipc.open_file(source)
-            batches: Iterable[Any] = (file.get_batch(index) for index in range(file.num_record_batches))
-            schema = file.schema
-        else:
-            source.seek(0)
-            stream = pyarrow.ipc.open_stream(source)
-            batches, schema = stream, stream.schema
-        check_arrow(str(path), schema, columns)
-        yield from arrow_texts(str(path), batches, columns)
-
-
-def check_arrow(source: str, schema: Any, columns: Sequence[str]) -> None:
-    """Raise UserError unless the schema has each column, once, and as text."""
-    from pyarrow import types
-
-    _check_columns(source, schema.names, columns)
-    text = (
-        types.is_string, types.is_large_string, types.is_string_view,
-        types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null,
-    )  # fmt: skip
-    for column in columns:
-        kind = schema.field(column).type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if not any(is_kind(kind) for is_kind in text):
-            talk = "role" in str(kind) or "from" in str(kind)
-            remedy = f"; {_CONVERSATIONS}" if talk and types.is_nested(kind) else ""
-            raise UserError(f"{source} has {_shown(str(kind))} in column {_shown(column)}; it must be text{remedy}")
-
-
-def arrow_texts(source: str, batches: Iterable[Any], columns: Sequence[str]) -> Texts:
-    """The rows of record batches, or of tables, whose schema has been checked."""
-    number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            part = batch.slice(start, _BATCH_ROWS)
-            for values in zip(*(_values(part.column(column)) for column in columns), strict=True):
-                number += 1
-                place = f"{source} row {number}"
-                yield place, [_text(place, column, value) for column, value in zip(columns, values, strict=True)]
-
-
-def _values(column: Any) -> list[bytes | None]:
-    """A column's bytes. Offsets that lead outside are found before they are followed; what is not UTF-8 is found row by row."""
-    import pyarrow
-
-    column.validate(full=pyarrow.types.is_dictionary(column.type))
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    column = column.cast(pyarrow.binary_view() if pyarrow.types.is_string_view(column.type) else pyarrow.large_binary())
-    column.validate(full=True)
-    return column.to_pylist()
-
-
-@contextmanager
-def _arrow_errors(path: Path) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
-        with _opened(path):  # a pointer of Git LFS is named as such
-            pass
-        raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {_cut(first_line(error))}") from None
-
-
-# Names in messages
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 60 else _cut(repr(name))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 120 else text[:80] + "..."
-
-
-def _names(names: Iterable[str]) -> str:
-    return some_of([_shown(name) for name in names]) or "none"

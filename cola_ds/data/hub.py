@@ -1,4 +1,4 @@
-"""Sets on the Hugging Face hub, which `datasets` loads by way of its cache. Local files need neither."""
+"""Hub: datasets on the Hugging Face hub, which `datasets` loads by way of its cache. Local files need neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows from files or the hub, turned into token ids."""
+"""Datasets of text: rows from files or the hub, as token ids."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy
 
+from cola_ds.config.inputs import find_files
 from cola_ds.config.schema import DataConfig
+from cola_ds.data.arrow import arrow_texts, check_arrow
 from cola_ds.data.batch import PADDING, Batch
 from cola_ds.data.collate import collate
-from cola_ds.data.files import Texts, arrow_texts, check_arrow, find_files, text_rows
+from cola_ds.data.columns import Texts
+from cola_ds.data.files import text_rows
 from cola_ds.data.hub import load_hub
 from cola_ds.data.tokens import closed_ids_of, cut_pair, pairs_of
 from cola_ds.errors import UserError, some_of
@@ -23,9 +26,9 @@ _BATCH_ROWS, _BATCH_LETTERS = 1000, 2_000_000  # of what is tokenized at once
 _Encoded = tuple[list[int], int, list[str]]  # ids, those of the prompt, what was lost
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TokenizedData:
-    """Examples as token ids."""
+    """Dataset of text: prompts with their completions, or windows of plain text."""
 
     ids: numpy.ndarray  # (all ids,) int32
     """Those of all examples, one after the other."""
@@ -123,7 +126,13 @@ def _encoded(rows: Texts, config: DataConfig, tokenizer: Any, names: str | list[
     flat = numpy.frombuffer(ids, dtype=numpy.int32)
     starts = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
     return TokenizedData(
-        flat, starts, prompt_lengths.tolist(), lengths.tolist(), loss_tokens, lost, int(flat.max(initial=0))
+        ids=flat,
+        starts=starts,
+        prompt_lengths=prompt_lengths.tolist(),
+        lengths=lengths.tolist(),
+        loss_tokens=loss_tokens,
+        lost=lost,
+        largest_id=int(flat.max(initial=0)),
     )
 
 

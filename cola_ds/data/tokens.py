@@ -1,5 +1,7 @@
-"""Texts to token ids. A text is tokenised as a whole, a prompt together with what follows it, since its ids are not always those
-of its parts; and the tokenizer's BOS and EOS are there once, where the text has them itself too.
+"""Tokenization: texts to token ids.
+
+A text is tokenised as a whole, a prompt together with what follows it, since its ids are not always those of its parts; and the
+tokenizer's BOS and EOS are there once, where the text has them itself too.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# What examples lose to a maximum length, as it is reported
+# What examples lose to a maximum length, as it is reported.
 PROMPT_BEGIN = "the beginning of their prompt"
 WHOLE_PROMPT = "their whole prompt"
 COMPLETION_END = "the end of their completion"
@@ -81,12 +83,12 @@ def _alike(one: Iterable[int], other: Iterable[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
-# Too long
-
-
 def cut_pair(ids: list[int], prompt_length: int, max_length: int, bos: int | None) -> tuple[list[int], int, list[str]]:
-    """At most `max_length` ids, how many are the prompt's, and what was lost: the prompt's beginning first, then the completion's
-    end. BOS stays, or the prompt's last id: something to predict the completion from."""
+    """Truncation of a pair: at most `max_length` ids, how many are the prompt's, and what was lost.
+
+    The prompt's beginning goes first, then the completion's end. BOS stays, or the prompt's last id: something to predict the
+    completion from.
+    """
     prompt, completion = ids[:prompt_length], ids[prompt_length:]
     kept = completion[: max_length - min(len(prompt), 1)]
     shown = keep_end(prompt, max_length - len(kept), bos)
@@ -99,7 +101,7 @@ def cut_pair(ids: list[int], prompt_length: int, max_length: int, bos: int | Non
 
 
 def keep_end(ids: list[int], room: int, bos: int | None) -> list[int]:
-    """The last `room` ids, with the BOS id kept at the front where there was one."""
+    """Truncation: the last `room` ids, with the BOS id kept at the front where there was one."""
     if len(ids) <= room:
         return ids
     if ids[0] == bos and room > 0:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -26,6 +25,7 @@ from torch.distributed import TCPStore
 
 from cola_ds.distributed import rendezvous
 from cola_ds.distributed.accelerator import backend, check_compilation, device, interface_variable, take_device
+from cola_ds.distributed.deepspeed_internals import remove_shared_memory_name
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import UserError
 
@@ -67,10 +67,7 @@ def init_process_group(
             f"process {process.rank} on {socket.gethostname()} has the same accelerator as another process; "
             "start one process per accelerator"
         ) from None
-    # On the CPU each process shares a buffer of 66 MiB with those on its machine, under a name that DeepSpeed never removes. Once
-    # all have opened it the name can go: the memory itself then goes with the processes, however they end.
-    name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(os.getuid(), **os.environ)
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    remove_shared_memory_name()
     if begin_watch and store is None:
         begin_watch(broadcast_object)
 
@@ -107,13 +104,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     """Add a tensor (on this process's device) element by element over all processes, in place. Collective."""
     dist.all_reduce(values)
     return values
-
-
-def all_reduce_max_of_one(value: float) -> float:
-    """The largest of one number per process. Collective."""
-    held = torch.tensor([value], dtype=torch.float64, device=device())
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return float(held.item())
 
 
 def all_reduce_max(values: Sequence[float | Tensor]) -> list[float]:
@@ -199,7 +189,7 @@ def all_gather_texts(text: str, size: int = 256) -> list[str]:
 def all_gather_objects(value: Any) -> list[Any]:
     """One value per process, of what JSON can say, in the order of their ranks. Collective."""
     encoded = json.dumps(value)
-    return [json.loads(text) for text in all_gather_texts(encoded, int(all_reduce_max_of_one(len(encoded))))]
+    return [json.loads(text) for text in all_gather_texts(encoded, int(all_reduce_max([len(encoded)])[0]))]
 
 
 def time_collectives(size: int, rounds: int = 5) -> dict[str, float]:

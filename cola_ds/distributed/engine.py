@@ -6,7 +6,6 @@ Every function here that says "collective" must be called by all processes toget
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +16,17 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed.accelerator import device
+from cola_ds.distributed.deepspeed_internals import loss_scale, take_down_engine
 from cola_ds.errors import UserError, first_line
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_engine_config(engine_config: dict[str, Any]) -> None:
@@ -60,7 +59,7 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 revision=config.revision,
-                dtype=DTYPES[config.dtype],
+                dtype=getattr(torch, DTYPES[config.dtype].torch_name),
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -149,8 +148,7 @@ def rebuild_engine(
     """
     model = engine.module
     if "fp16" in engine_config:
-        scale = float(engine.optimizer.loss_scale)
-        fp16 = {**engine_config["fp16"], "initial_scale_power": max(0, round(math.log2(scale)))}
+        fp16 = {**engine_config["fp16"], "initial_scale_power": max(0, round(math.log2(loss_scale(engine))))}
         engine_config = {**engine_config, "fp16": fp16}
     take_down_engine(engine)
     del engine
@@ -169,32 +167,6 @@ def restart_optimizer(engine: Engine) -> None:
         # Moments, sums of squares and step counts: torch's optimizers start all of them at zero.
         for value in state.values():
             value.zero_()
-
-
-def take_down_engine(engine: Engine) -> None:
-    """Free all that the engine holds, and leave the model as it is.
-
-    `engine.destroy()` leaves references to the engine, and with it its fp32 masters and moments, in four places.
-    """
-    engine.destroy()
-    # 1. Two hooks on the model.
-    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
-        if hook is not None:
-            hook.remove()
-    # 2. On every module, the functions that fetch parameters in the backward pass. A new engine keeps those that it finds, and
-    #    would prefetch by the old engine's trace of the old adapters.
-    for module in engine.module.modules():
-        for name in ("pre_bwd_fn", "post_bwd_fn"):
-            module.__dict__.pop(name, None)
-    # 3. On every trained parameter, the optimizer.
-    for param in engine.param_names:
-        param.__dict__.pop("_z3_optimizer", None)
-    # 4. In a cache of a method, keyed by the coordinator, which knows every parameter of its trace. The decorator around the
-    #    method hides the cache in its closure.
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in cached.__closure__ or ():
-        getattr(cell.cell_contents, "cache_clear", lambda: None)()
-    gc.collect()  # the engine is full of reference cycles; its memory must be free before the next one is built
 
 
 def set_learning_rate(engine: Engine, lr: float) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -12,40 +10,23 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from cola_ds.distributed.accelerator import device
+from cola_ds.distributed.deepspeed_internals import flat_masters, loss_scale_state, master_part, set_loss_scale_state
 from cola_ds.distributed.engine import Engine
-from cola_ds.distributed.shards import is_sharded, numel
+from cola_ds.distributed.shards import numel
+
+__all__ = [
+    "loss_scale_state",
+    "optimizer_scalars",
+    "random_state",
+    "set_loss_scale_state",
+    "set_optimizer_scalars",
+    "set_random_state",
+    "set_trained_tensor",
+    "trained",
+    "trained_tensors",
+]
 
 _ELEMENTS_AT_ONCE = 2**26  # 256 MiB of fp32: bounds what a checkpoint takes on the device at a time
-
-
-@dataclass(frozen=True)
-class _MasterPart:
-    """Where this process keeps its part of a trained parameter's fp32 master, and of its optimizer state."""
-
-    flat: Tensor  # the optimizer's own flat parameter
-    offset: int  # in flat
-    start: int  # in the whole parameter, flattened
-    count: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The part of a tensor shaped like `flat`. -> (count,)"""
-        return flat.narrow(0, self.offset, self.count)
-
-
-def _master_part(engine: Engine, param: Any) -> _MasterPart | None:
-    """None where no part of the parameter is this process's."""
-    optimizer = engine.optimizer
-    if is_sharded(param):
-        group, offset, padded = optimizer.grad_position[optimizer.get_param_id(param)]
-        start = padded * dist.get_rank(param.ds_process_group)
-        count = min(max(param.ds_numel - start, 0), padded)
-        return _MasterPart(optimizer.fp32_partitioned_groups_flat[group], offset, start, count) if count else None
-    mapping = param._hp_mapping
-    if mapping is None:
-        return None
-    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    where, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return _MasterPart(flat, where.start, whole.start, where.numel)
 
 
 def trained(engine: Engine) -> dict[str, nn.Parameter]:
@@ -86,7 +67,7 @@ def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], co
     whole = torch.zeros(count, dtype=torch.int32, device=device())
     begin = 0
     for _, param, kind in piece:
-        part = _master_part(engine, param)
+        part = master_part(engine.optimizer, param)
         if part:
             held = part.flat if kind == "master" else engine.optimizer.optimizer.state[part.flat][kind]
             whole[begin + part.start :][: part.count].copy_(part.of(held.detach()).float().view(torch.int32))
@@ -105,7 +86,7 @@ def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], co
 @torch.no_grad()
 def set_trained_tensor(engine: Engine, kind: str, param: nn.Parameter, whole: Tensor) -> None:
     """Put a whole master or moment (flat, on this process's device) where the engine keeps it."""
-    part = _master_part(engine, param)
+    part = master_part(engine.optimizer, param)
     if part is None:
         return
     if kind == "master":
@@ -120,28 +101,10 @@ def set_optimizer_scalars(engine: Engine, scalars: dict[str, float]) -> None:
     """Give the optimizer the numbers that `optimizer_scalars` found."""
     # Not those in the optimizer's groups: at stage 3 these are empty between steps.
     optimizer = engine.optimizer
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
-    for flat in next(getattr(optimizer, name) for name in names if hasattr(optimizer, name)):
+    for flat in flat_masters(optimizer):
         for key, value in scalars.items():
             # torch's optimizers keep them in host memory, as their own first step would make them.
             optimizer.optimizer.state[flat].setdefault(key, torch.zeros(())).fill_(value)
-
-
-def loss_scale_state(engine: Engine) -> dict[str, float]:
-    """The fp16 loss scale and its counters; nothing in other dtypes."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
-        return {}
-    return {name: float(getattr(scaler, name)) for name in _SCALER if hasattr(scaler, name)}
-
-
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def set_loss_scale_state(engine: Engine, state: dict[str, float]) -> None:
-    """Give the loss scaler what `loss_scale_state` found."""
-    for name, value in state.items():
-        setattr(engine.optimizer.loss_scaler, name, value if name == "cur_scale" else int(value))
 
 
 def random_state() -> Tensor:  # -> (n,) uint8

@@ -9,13 +9,16 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cola_ds.errors import UserError, first_line, quoted
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Where DeepSpeed looks for the device's number first; `accelerator.take_device` may set it.
+_CHANGED = (*_NAMES, "OMPI_COMM_WORLD_LOCAL_RANK")
 _MOST_PROCESSES = 1_000_000
 _ENDED_WITHIN_S = 3  # mpirun ends the others soon after the first that fails: where all do, one of them speaks
 
@@ -54,6 +57,21 @@ def identify() -> Process:
         raise UserError(f"MASTER_ADDR {quoted(address)} is no host's name or address; set that of process 0's machine")
     os.environ.update(given)
     return process
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """The variables that `identify` sets are after the block what they were before it: a process that goes on after a run is not
+    taken for one that a launcher started."""
+    before = {name: os.environ.get(name) for name in _CHANGED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _number(name: str, text: str, most: int = 2**63) -> int:

@@ -74,6 +74,14 @@ def leave(status: int) -> None:
         _current.leave(status)
 
 
+def stop() -> None:
+    """Forget the meeting: a process that goes on after a run may take part in another. After `leave`, where they have not met."""
+    global _current
+    side, _current = _current, None
+    if side:
+        side.stop()
+
+
 def say_why(message: str) -> None:
     """Tell process 0 what this process ends with, after `leave`."""
     if isinstance(_current, _Guest):
@@ -88,6 +96,13 @@ def process_0_left() -> bool:
 def by_agent() -> bool:
     """Whether torchrun's agent listens there itself, and ends the others when a process ends."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def shut(link: socket.socket) -> None:
+    """Close a socket, also under a thread that waits at it."""
+    with contextlib.suppress(OSError):  # it is closed already, or nobody is at its other end
+        link.shutdown(socket.SHUT_RDWR)  # a close alone would leave the thread there, and the port with it
+    link.close()
 
 
 def port_taken(port: int, error: OSError) -> UserError:
@@ -113,9 +128,12 @@ class _Side:
         self.verdict = ""
         """Why they will not meet."""
         self.in_meeting = False
+        self.stopped = threading.Event()
+        self.threads: list[threading.Thread] = []
 
     def thread(self, target: Callable[..., None], *args: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=args, name="arrival", daemon=True)
+        self.threads.append(thread)
         thread.start()
         return thread
 
@@ -126,7 +144,7 @@ class _Side:
                 return
             self.verdict = verdict
             self.changed.notify_all()
-        time.sleep(_ACTS_AFTER_S)
+        self.stopped.wait(_ACTS_AFTER_S)
         if not self.over and not self.in_meeting:
             self.over = True
             with contextlib.suppress(OSError, ValueError):
@@ -134,6 +152,22 @@ class _Side:
                     print(f"cola-ds: {verdict}", file=sys.stderr, flush=True)
             self.tell_verdict()
             self.end(2)
+
+    def stop(self) -> None:
+        """End every thread and close every connection."""
+        with self.changed:
+            self.over = True
+        self.stopped.set()
+        while self.threads:  # some may begin others until they end
+            with self.changed:
+                connections = self.connections()
+            for link in connections:
+                shut(link)
+            self.threads.pop(0).join()
+
+    def connections(self) -> list[socket.socket]:
+        """All that are open, or were."""
+        return []
 
     def tell_verdict(self) -> None:
         """Process 0 alone has somebody to tell."""
@@ -159,6 +193,7 @@ class _Host(_Side):
     def __init__(self, process: Process, end: Callable[[int], None]):
         super().__init__(process, end)
         self.peers: dict[int, _Peer] = {}
+        self.server: socket.socket | None = None
         self.problem: UserError | None = None
         port, both = int(os.environ["MASTER_PORT"]), socket.has_dualstack_ipv6()
         try:
@@ -170,12 +205,12 @@ class _Host(_Side):
         except OverflowError:
             self.problem = UserError(f"MASTER_PORT {port} is no port; set one between 1 and 65535")
             return
-        self.accepting = self.thread(self.accept)
+        self.accepting = self.thread(self.accept, self.server)
 
-    def accept(self) -> None:
+    def accept(self, server: socket.socket) -> None:
         with contextlib.suppress(OSError):  # it was closed
             while True:
-                link, _ = self.server.accept()
+                link, _ = server.accept()
                 self.thread(self.hear, link)
 
     def hear(self, link: socket.socket) -> None:
@@ -212,7 +247,7 @@ class _Host(_Side):
         except _NO_MESSAGE:
             return None
         with self.changed:
-            if not known or peer.rank in self.peers:
+            if not known or peer.rank in self.peers or self.stopped.is_set():
                 return None
             self.peers[peer.rank] = peer
         link.settimeout(None)
@@ -224,10 +259,9 @@ class _Host(_Side):
         if self.problem:
             raise self.problem
         why = self.wait(wait_s)
-        with contextlib.suppress(OSError):
-            self.server.shutdown(socket.SHUT_RDWR)  # a close alone leaves the thread in accept, and the port with it
+        assert self.server is not None
+        shut(self.server)
         self.accepting.join(_GRACE_S)
-        self.server.close()
         store = None
         if not why:
             try:
@@ -293,6 +327,9 @@ class _Host(_Side):
     def tell_verdict(self) -> None:
         self.tell({"verdict": self.verdict})
 
+    def connections(self) -> list[socket.socket]:
+        return [peer.link for peer in self.peers.values()] + ([self.server] if self.server else [])
+
     def leave(self, status: int) -> None:
         with self.changed:
             met, self.over = self.over and not self.verdict, True
@@ -305,7 +342,10 @@ class _Guest(_Side):
 
     def __init__(self, process: Process, end: Callable[[int], None]):
         super().__init__(process, end)
+        self.connection: socket.socket | None = None
+        """To whoever listens there."""
         self.link: socket.socket | None = None
+        """The same, once it is known to be process 0."""
         self.ready = False
         """All have arrived, and the store is open."""
         self.host_left = self.died_silently = False
@@ -318,10 +358,14 @@ class _Guest(_Side):
         """Connect, however long that takes, and take what process 0 says."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         hello = {"rank": self.rank, "world_size": self.world_size, "host": self.host, "pid": os.getpid()}
-        while not self.ready:
+        while not (self.ready or self.stopped.is_set()):
             try:
                 with socket.create_connection((address, port), timeout=_GRACE_S) as link:
                     link.settimeout(None)
+                    with self.changed:
+                        self.connection = link
+                    if self.stopped.is_set():
+                        return
                     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                     self.reason = "somebody is there, but it is not process 0 of this run"
                     _send(link, hello)
@@ -333,7 +377,7 @@ class _Guest(_Side):
                 self.reason = error.strerror or str(error)
             except _NO_MESSAGE:
                 pass
-            time.sleep(_TRIES_EVERY_S)
+            self.stopped.wait(_TRIES_EVERY_S)
 
     def hear(self, link: socket.socket, lines: Any, welcome: dict[str, Any]) -> None:
         host = f"process 0 on {welcome['welcome']} (pid {welcome['pid']})"
@@ -406,6 +450,15 @@ class _Guest(_Side):
     def leave(self, status: int) -> None:
         self.send({"ended": status})
         self.over = True
+
+    def stop(self) -> None:
+        with self.changed:
+            if self.unsent:  # process 0 would wait for what it was never told
+                self.changed.wait_for(lambda: self.link, _GRACE_S)
+        super().stop()
+
+    def connections(self) -> list[socket.socket]:
+        return [self.connection] if self.connection else []
 
 
 _current: _Host | _Guest | None = None

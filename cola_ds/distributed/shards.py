@@ -12,6 +12,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from cola_ds.distributed import deepspeed_internals
+
 
 def numel(param: Tensor) -> int:
     """Elements of the whole parameter, wherever its shards are."""
@@ -42,10 +44,7 @@ def local_shard(param: Any) -> tuple[Tensor, int]:
     """
     if not is_sharded(param):
         return param.data.view(-1), 0
-    # While a parameter is whole, its shard is a copy that the next gathering ignores.
-    assert param.ds_status.name == "NOT_AVAILABLE", f"{param.ds_id} is {param.ds_status.name}"
-    start = param.ds_tensor.ds_numel * dist.get_rank(param.ds_process_group)
-    return param.ds_tensor.data.narrow(0, 0, min(max(param.ds_numel - start, 0), param.ds_tensor.ds_numel)), start
+    return deepspeed_internals.shard(param)
 
 
 def writable_part(param: Tensor) -> Tensor:

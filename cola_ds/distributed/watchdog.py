@@ -107,6 +107,18 @@ def leave(status: int) -> None:
         _current.leave(status)
 
 
+def stop() -> None:
+    """The watch is over, and everything here as before the first heartbeat: a process that goes on may take part in another run.
+
+    After `leave`: who goes without a word is taken for dead by the others. Not in a thread of the watch.
+    """
+    global _current, _beats, _step, _doing, _armed
+    watch, _current = _current, None
+    _beats, _step, _doing, _armed = 0, 0, "starting", False
+    if watch:
+        watch.stop()
+
+
 def process_0_leaves(within_s: float) -> bool:
     """Wait until process 0 has ended or said that it does; whether it did in that time. Never without a watch, or a meeting."""
     deadline = time.monotonic() + within_s
@@ -126,7 +138,9 @@ class Watch:
         self._links: dict[int, socket.socket] = {}
         self._left = False
         self._lock = threading.Lock()
-
+        self._server: socket.socket | None = None
+        self._threads: list[threading.Thread] = []
+        self._stopped = threading.Event()
         self._looks = 0
         self._supervised = slurmstepd()
 
@@ -160,10 +174,23 @@ class Watch:
             with contextlib.suppress(OSError):
                 self._say(link, {"bye": status})
 
+    def stop(self) -> None:
+        """End every thread and close every connection."""
+        self._left = True
+        self._stopped.set()
+        if self._server:
+            rendezvous.shut(self._server)
+        while self._threads:  # the one that accepts may begin another, and connect it
+            for link in list(self._links.values()):
+                rendezvous.shut(link)
+            self._threads.pop(0).join()
+
     # -- threads -------------------------------------------------------------------------------------------------------
 
     def _thread(self, target: Callable[[], None]) -> None:
-        threading.Thread(target=target, name="watch", daemon=True).start()
+        thread = threading.Thread(target=target, name="watch", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _say(self, link: socket.socket, message: dict[str, Any]) -> None:
         with self._lock:
@@ -177,13 +204,19 @@ class Watch:
             for link in list(self._links.values()):
                 with contextlib.suppress(OSError):
                     self._say(link, self._state())
-            time.sleep(_EVERY_S)
+            self._stopped.wait(_EVERY_S)
 
     def _accept(self) -> None:
         self._thread(self._talk)
+        assert self._server is not None
         expected = len(self._peers) - 1
         while expected:
-            link, _ = self._server.accept()
+            try:
+                link, _ = self._server.accept()
+            except OSError:
+                if self._stopped.is_set():
+                    return
+                raise
             rank = self._greet(link)
             if rank is None:
                 link.close()
@@ -218,7 +251,8 @@ class Watch:
                     self._links.pop(rank, None)
                     self._peers.pop(rank, None)
                     if said["bye"] != 0:
-                        time.sleep(2 * _GRACE_S)  # launchers end the others; if this one does not, they would wait
+                        # Launchers end the others; if this one does not, they would wait.
+                        self._stopped.wait(2 * _GRACE_S)
                         self._die(f"process {rank} on {peer.host} ended with status {said['bye']}", [], said["bye"])
                     return
                 if "end" in said:
@@ -230,8 +264,7 @@ class Watch:
 
     def _look(self) -> None:
         """Find out who is silent, and on process 0 who does not move."""
-        while not self._left:
-            time.sleep(_EVERY_S)
+        while not self._stopped.wait(_EVERY_S) and not self._left:
             peers = dict(self._peers)
             if self.rank == 0:
                 peers[0].take(self._state())

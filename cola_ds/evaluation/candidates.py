@@ -1,34 +1,31 @@
-"""Candidates of an example scored by a (sharded) model, and the loss over them.
+"""Candidates of an example, scored by a (sharded) model: their log-likelihoods, and the loss over them.
 
 Shapes as in data/batch.py; V is the vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.data.batch import IGNORED, PackedBatch
+from cola_ds.data.batch import IGNORED, Encoded, PackedBatch
 from cola_ds.data.candidates import pack, packed_length
-from cola_ds.data.tasks.encoding import Encoded
 from cola_ds.distributed import accelerator
 from cola_ds.distributed.engine import Engine
+from cola_ds.evaluation.logits import labelled_logits
 from cola_ds.evaluation.shares import over_shares
 
 
 def candidate_scores(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, C), fp32
     """The mean log-probability (nats) of the ids of each candidate's answer; -inf where there is no such candidate.
 
-    `model` is the engine, or the causal LM itself. Logits are computed at the labelled positions only, where the
-    architecture offers that.
+    `model` is the engine, or the causal LM itself.
     """
-    logits = packed_logits(model, batch)  # (B, K, V)
+    logits = labelled_logits(model, batch)  # (B, K, V)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -41,19 +38,6 @@ def candidate_scores(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, 
 def classification_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Sum over the examples of the cross-entropy (nats) of the right candidate among the scores; 0 if there are none. -> ()"""
     return F.cross_entropy(candidate_scores(model, batch), batch.correct, ignore_index=-1, reduction="sum")
-
-
-def packed_logits(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, K, V)
-    inner: Any = getattr(model, "module", model)
-    inputs = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "attention_mask": batch.attention_mask(inner.dtype),
-        "use_cache": False,
-    }
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        return model(**inputs, logits_to_keep=batch.positions).logits
-    return model(**inputs).logits[:, batch.positions]
 
 
 def score_candidates(

@@ -20,9 +20,10 @@ from cola_ds.evaluation.candidates import score_candidates
 from cola_ds.evaluation.generation import generate_answers
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.evaluation.shares import total
+from cola_ds.run.scores import loss_objective, score_objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """What an evaluation on held-out examples found, over all processes."""
 
@@ -34,12 +35,11 @@ class HeldOut:
     seconds: float
 
     @property
-    def value(self) -> float:
-        """What is better the lower it is."""
-        return self.loss
+    def objective(self) -> float:
+        return loss_objective(self.loss)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """What an evaluation on a split of a task found, over all processes."""
 
@@ -52,9 +52,8 @@ class TaskScore:
     seconds: float
 
     @property
-    def value(self) -> float:
-        """What is better the lower it is."""
-        return -self.score
+    def objective(self) -> float:
+        return score_objective(self.score)
 
 
 def task_score(
@@ -78,7 +77,13 @@ def task_score(
         raise TrainingFailedError(f"the model's outputs are not finite on {lost} of {len(data)} {split} examples")
     right = total(score(data.task, data.examples[i], found) for i, found in predictions.items() if found is not None)
     assert data.task.metric is not None
-    return TaskScore(split, data.task.metric, right / len(data), len(data), time.perf_counter() - begin)
+    return TaskScore(
+        split=split,
+        metric=data.task.metric,
+        score=right / len(data),
+        examples=len(data),
+        seconds=time.perf_counter() - begin,
+    )
 
 
 def _best(scores: list[float]) -> int | None:
@@ -103,4 +108,10 @@ def held_out_loss(engine: Engine, batcher: Batcher, batch_size: int, stop: Calla
             examples += share.examples
             tokens += share.loss_tokens
     loss = collectives.all_reduce_sum(loss_total).item() / max(tokens, 1)
-    return HeldOut(loss, math.exp(min(loss, 700.0)), examples, tokens, time.perf_counter() - begin)
+    return HeldOut(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        examples=examples,
+        loss_tokens=tokens,
+        seconds=time.perf_counter() - begin,
+    )

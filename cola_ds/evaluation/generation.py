@@ -1,4 +1,4 @@
-"""Greedy generation of answers with a (sharded) model."""
+"""Generation: greedy decoding of answers with a (sharded) model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_ds.data.batch import PADDING
-from cola_ds.data.tasks.encoding import Encoded
+from cola_ds.data.batch import PADDING, Encoded
 from cola_ds.distributed import accelerator, watchdog
 from cola_ds.distributed.engine import Engine
 from cola_ds.errors import UserError
@@ -56,7 +55,7 @@ def generate_ids(
     engine: Engine, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int
 ) -> list[list[int] | None]:
     """The most likely ids after each prompt, up to the first of `stop_ids` and with it; None where a logit was NaN. Collective:
-    each process has its own prompts, or none; inside `zero.evaluating`.
+    each process has its own prompts, or none; inside `evaluating`.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 

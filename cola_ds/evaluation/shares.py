@@ -1,4 +1,4 @@
-"""Examples shared out to all processes, each process with its own."""
+"""Shares: examples divided among all processes (data parallel), each process with its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def over_shares(
     stop: Callable[[], bool],
     work: Callable[[list[int]], list[Result]],
 ) -> dict[int, Result] | None:
-    """What `work` makes of this process's examples, by index; every process calls it as often, if need be without any."""
+    """What `work` makes of this process's examples, by index; every process calls it as often, if need be without any.
+    Collective. None if `stop`, asked before each batch, says so."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)  # of like length together: less padding, less waiting
     width = batch_size * engine.world_size
     found: dict[int, Result] = {}

@@ -1,4 +1,4 @@
-"""Low-rank adapters: plain torch, no collectives.
+"""LoRA layers: low-rank adapters and the arithmetic of merging them. Plain torch, no collectives.
 
     before                          after inject(model, layers, r, alpha / r, ...)
     q_proj: Linear                  q_proj: LoRALinear
@@ -35,8 +35,9 @@ def delta_slice(lora_A: Tensor, lora_B: Tensor, scaling: float, start: int, coun
 
 
 def add_link(weight: Tensor, delta: Tensor, remainder: Tensor, exact: bool) -> Tensor:
-    """Add a link's delta (fp32) to a weight of any dtype, in place. Returns the new remainder, fp32, on delta's device.
+    """Merge: add a link's delta (fp32) to a weight of any dtype, in place. Returns the new remainder, fp32, on delta's device.
 
+    All that merges goes through here, shards in pieces (tie.py) and the whole weights of an export alike: the same bits.
     The remainder is what rounding has kept out of the weight: weight + remainder is the base plus all links, in fp32. An exact
     merge rounds that sum; a plain one rounds the stored weight plus delta, and loses the remainder.
     """

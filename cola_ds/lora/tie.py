@@ -1,4 +1,5 @@
-"""What a knot does to the weights in their shards: W takes the link up, and A and B start anew."""
+"""Ties under ZeRO: W takes the link up in its shards, and A and B start anew. Collectives stand in `tie_link` and
+`link_is_finite` alone."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from cola_ds.distributed.shards import (
     writable_part,
 )
 from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
+from cola_ds.run.peft_files import bias_name, layers_of, lora_names
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TiedLink:
     """What tying a link has found, over all processes."""
 
@@ -49,7 +51,7 @@ def link_is_finite(model: nn.Module) -> bool:
 def tie_link(
     model: nn.Module, remainders: dict[str, Tensor], local: bool, exact: bool, last: bool, keep_tensors: bool
 ) -> TiedLink:
-    """W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
+    """Tie (merge): W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
 
     `local` gathers A and B alone; otherwise W is gathered too, and process 0 changes it for all. `remainders` holds, for
     each layer in bf16 or fp16, the fp32 remainder of this process's part on the host. It is filled at the first knot, unless
@@ -73,7 +75,7 @@ def tie_link(
             factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
             if keep_tensors:
-                names = (f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.base_layer.bias")
+                names = (*lora_names(name), bias_name(name))
                 tied.tensors |= {key: p.detach().to("cpu", copy=True) for key, p in zip(names, learnt, strict=False)}
         local_shard(layer.lora_B)[0].zero_()
         tied.bytes_moved += collective_bytes(learnt) + collective_bytes(whole, write=True)
@@ -116,10 +118,9 @@ def overlap(tensors: dict[str, Tensor], earlier: Iterable[dict[str, Tensor]], sc
     `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r, read
     again at each knot: for links number and LoRA rank as in the paper, milliseconds.
     """
-    total = 0.0
-    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    total, layers = 0.0, layers_of(tensors)
     for other, scaling in zip(earlier, scalings, strict=False):
         for layer in layers:
-            A, B = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            A, B = lora_names(layer)
             total += float(inner_product((tensors[A], tensors[B], scalings[-1]), (other[A], other[B], scaling)))
     return total

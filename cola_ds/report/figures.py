@@ -1,4 +1,4 @@
-"""The pictures of `cola-ds report`: losses by step, and scores by chain length and LoRA rank."""
+"""Plots of `cola-ds report`: loss curves by step, and scores by chain length and LoRA rank."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.errors import UserError, inline
+from cola_ds.report.cells import Cell, budget
 from cola_ds.report.files import PNG_TEXT, check_picture, write_file
-from cola_ds.report.tables import budget
-from cola_ds.run.folder import RunDir, file_name
-from cola_ds.sweep.selection import Cell
+from cola_ds.run.atomic import file_name
+from cola_ds.run.folder import RunDir
 
 _NAMED = 12  # curves: the legend of more would hide them
 
@@ -45,8 +45,8 @@ def _finish(axes: Any, legend: Mapping[str, Any] | None = None, **labels: str) -
 
 
 def draw_losses(runs: Mapping[str, Path], path: Path) -> None:
-    """Training and held-out loss of the named runs by step, with a dashed line at each knot, as a PNG. Raises UserError without
-    matplotlib."""
+    """Plot loss curves as a PNG: training and held-out loss of the named runs by step, with a dashed line at each knot. Raises
+    UserError without matplotlib."""
     pyplot = _pyplot("--plot")
     figure, (train, held_out) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, run in runs.items():
@@ -86,8 +86,8 @@ def _smoothed(values: list[float], width: int = 5) -> list[float]:
 
 
 def draw_figures(cells: Sequence[Cell], folder: Path) -> None:
-    """loss-TASK.png: training loss by method, the mean of its seeds. score-by-length.png, score-by-rank.png: test scores, where
-    chains differ in that."""
+    """Plot a sweep. loss-TASK.png: training loss by method, the mean of its seeds. score-by-length.png, score-by-rank.png: test
+    scores, where chains differ in that."""
     pyplot = _pyplot("--figures")
     for task in dict.fromkeys(cell.group.task for cell in cells):
         figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""The files that a report writes where it is told to. Only an earlier report's own file is ever replaced."""
+"""Output files of a report, CSV and PNG, where it is told to write them. Only an earlier report's own is ever replaced."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _reason(error: Exception) -> str:
 
 
 def write_file(option: str, path: Path, content: bytes) -> None:
-    """Write or replace a file that was checked, whole or not at all. Raises UserError."""
+    """Write a file that was checked, atomically: whole or not at all, in place of an earlier one. Raises UserError."""
     real, scratch = path.resolve(), None
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,8 @@ def write_file(option: str, path: Path, content: bytes) -> None:
 
 
 def csv_bytes(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = CSV_COLUMNS) -> bytes:
-    """A CSV file. No cell is a formula to a spreadsheet: a text that would begin one has a ' before it. Numbers stay numbers."""
+    """Serialise rows as CSV. No cell is a formula to a spreadsheet: a text that would begin one has a ' before it.
+    Numbers stay numbers."""
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, columns)
     writer.writeheader()

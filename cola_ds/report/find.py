@@ -1,22 +1,64 @@
-"""Finding runs below folders, and grouping those that differ by their seed alone."""
+"""Run discovery: the runs below folders, and groups of those that differ by their seed alone."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, inline
+from cola_ds.report.cells import Cell, read_cell
 from cola_ds.run.learnt import read_learnt, run_config
+from cola_ds.sweep.groups import Group, read_groups
 from cola_ds.sweep.outcomes import Outcome, read_outcome
-from cola_ds.sweep.selection import Cell, Group, read_cell, read_groups
 
 
-def find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[str]]:
-    """Cells of tasks and sweeps; runs without a task, by the names to show them under; and what to say of those that have not
-    finished."""
+@dataclass(frozen=True)
+class Found:
+    """What lies below the folders of a report."""
+
+    cells: list[Cell]
+    """Of tasks and sweeps."""
+    plain: dict[str, Outcome]
+    """Finished runs without a task, by the names to show them under."""
+    unfinished: list[str]
+    """What to say of those that have not finished, or cannot be read."""
+
+
+def find_runs(paths: Sequence[str]) -> Found:
+    """Find the runs and sweeps of these folders, and of all below them. Raises UserError."""
+    by_sweep, loose = _scan(paths)
+    configs: dict[str, RunConfig] = {}
+    damaged: list[str] = []
+    for name, run in loose.items():
+        try:
+            configs[name] = run_config(run)
+        except UserError as error:
+            damaged.append(f"Unreadable: {run}: {error}")
+    if damaged and not configs and not by_sweep:
+        raise UserError(inline(damaged[0].partition(": ")[2]))
+    outcomes = {name: read_outcome(loose[name], config.run.seed) for name, config in configs.items()}
+    if len(loose) == len(outcomes) == 1 and not by_sweep:  # nothing beside it to show
+        (outcome,) = outcomes.values()
+        if outcome.damaged:
+            raise UserError(outcome.why)
+    tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
+    groups = _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
+    groups = [*_told_apart(by_sweep, {group.task for group in groups}), *groups]
+    plain = {name: outcome for name, outcome in outcomes.items() if not tasks[name]}
+    unfinished = [
+        f"Failed: {outcome.folder}: {outcome.why}" if outcome.why else f"Not finished: {outcome.folder}"
+        for outcome in plain.values()
+        if not outcome.result
+    ]
+    finished = {name: outcome for name, outcome in plain.items() if outcome.result}
+    return Found([read_cell(group) for group in groups], finished, [*unfinished, *damaged])
+
+
+def _scan(paths: Sequence[str]) -> tuple[dict[Path, list[Group]], dict[str, Path]]:
+    """The groups of every sweep, by its folder; and the folders of all other runs, by the names to show them under."""
     by_sweep: dict[Path, list[Group]] = {}
     loose: dict[str, Path] = {}
     for path in map(Path, paths):
@@ -37,31 +79,7 @@ def find(paths: Sequence[str]) -> tuple[list[Cell], dict[str, Outcome], list[str
         for run in runs:
             name = str(run.relative_to(path))
             loose[name if loose.get(name, run) == run else str(run)] = run
-    configs: dict[str, RunConfig] = {}
-    damaged: list[str] = []
-    for name, run in loose.items():
-        try:
-            configs[name] = run_config(run)
-        except UserError as error:
-            damaged.append(f"Unreadable: {run}: {error}")
-    if damaged and not configs and not by_sweep:
-        raise UserError(inline(damaged[0].partition(": ")[2]))
-    outcomes = {name: read_outcome(loose[name], config.run.seed) for name, config in configs.items()}
-    if len(loose) == len(outcomes) == 1 and not by_sweep:  # nothing beside it to show
-        (outcome,) = outcomes.values()
-        if outcome.damaged:
-            raise UserError(outcome.why)
-    tasks = {name: _task_of(outcome, configs[name]) for name, outcome in outcomes.items()}
-    groups = _group([(task, configs[name], outcomes[name].folder) for name, task in tasks.items() if task])
-    groups = [*_told_apart(by_sweep, {group.task for group in groups}), *groups]
-    plain = {name: outcome for name, outcome in outcomes.items() if not tasks[name]}
-    cells = [read_cell(group) for group in groups]
-    unfinished = [
-        f"Failed: {outcome.folder}: {outcome.why}" if outcome.why else f"Not finished: {outcome.folder}"
-        for outcome in plain.values()
-        if not outcome.result
-    ]
-    return cells, {name: outcome for name, outcome in plain.items() if outcome.result}, [*unfinished, *damaged]
+    return by_sweep, loose
 
 
 def _told_apart(by_sweep: Mapping[Path, list[Group]], elsewhere: set[str]) -> list[Group]:
@@ -100,14 +118,16 @@ def _group(runs: list[tuple[str, RunConfig, Path]]) -> list[Group]:
         seeds[config.run.seed] = path
     every = tuple(sorted({config.run.seed for _, config, _ in runs}))
     return [
-        Group(task, name, {("", s): seeds.get(s, Path(f"{task}/{name}/seed={s}")) for s in every}, ("",), every, every)
+        Group(
+            task=task,
+            name=name,
+            paths={("", seed): seeds.get(seed, Path(f"{task}/{name}/seed={seed}")) for seed in every},
+            points=("",),
+            seeds=every,
+            search_seeds=every,
+        )
         for (task, name), seeds in groups.items()
     ]
-
-
-def alone(name: str, outcome: Outcome) -> Group:
-    """A run without a task, as a group of itself."""
-    return Group("", name, {("", outcome.seed): outcome.folder}, ("",), (outcome.seed,), (outcome.seed,))
 
 
 def _method_name(config: RunConfig) -> str:

@@ -1,14 +1,13 @@
-"""The numbers of COLA's paper (arXiv 2401.04151)."""
+"""Published results: the numbers of COLA's paper (arXiv 2401.04151), and the cells that they stand beside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cola_ds.config.schema import RunConfig
-from cola_ds.sweep.selection import Cell
+from cola_ds.report.cells import Cell
 
-# The numbers of COLA's paper (arXiv 2401.04151). Columns: a method, a chain's length, or its LoRA ranks.
-PAPER = {
+PAPER_TABLES = {
     "opt-1.3b": """lora cola-2 cola-3
         wsc 56.53±7.67 59.81±4.10 60.19±3.77
         squad 83.23±1.42 83.28±1.35 83.55±0.80
@@ -50,30 +49,30 @@ PAPER = {
         copa 75.60 76.19
         record 70.00 70.20""",
 }
-PAPER_TABLES = tuple(PAPER)
+"""By name: a line of columns, each a method, a chain's length or its LoRA ranks, and a line for each task."""
 
 
-def paper_numbers(cells: Sequence[Cell], paper: str) -> dict[tuple[str, str], str]:
-    """The paper's numbers for those of our cells that are like its own, by task and name."""
-    columns, *rows = (line.split() for line in PAPER[paper].splitlines())
+def published_scores(cells: Sequence[Cell], table: str) -> dict[tuple[str, str], str]:
+    """Scores that a table of the paper has for those of our cells that are like its own, by task and name."""
+    columns, *rows = (line.split() for line in PAPER_TABLES[table].splitlines())
     numbers = {(row[0], column): text for row in rows for column, text in zip(columns, row[1:], strict=True)}
     found = {}
     for cell in cells:
         if cell.config is None:
             continue
         task = next((outcome.result.get("task") for outcome in cell.finished), None) or cell.group.task
-        for column in paper_columns(cell.config, paper):
+        for column in published_columns(cell.config, table):
             if text := numbers.get((task, column)):
                 found[cell.group.task, cell.group.name] = text.replace("±", " ±").replace(";", "; ")
     return found
 
 
-def paper_columns(config: RunConfig, paper: str) -> list[str]:
-    """What that table of the paper calls this method; nothing if it has none of it."""
+def published_columns(config: RunConfig, table: str) -> list[str]:
+    """Columns of a table of the paper that this method stands in; none where it has nothing like it."""
     if not config.trains_lora:
         return [config.method]
-    optimizer = paper if paper in ("sgd", "adagrad") else "adamw"
-    if config.optim.name != optimizer or (paper == "low-data" and config.data.num_train != 100):
+    optimizer = table if table in ("sgd", "adagrad") else "adamw"
+    if config.optim.name != optimizer or (table == "low-data" and config.data.num_train != 100):
         return []
     ranks = config.lora_ranks
     if len(ranks) == 1:

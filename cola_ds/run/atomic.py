@@ -1,14 +1,28 @@
-"""TODO"""
+"""Atomic writes: files and folders that appear whole or not at all, and are on the disk then; names and hashes of files."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes, owner: str = "") -> None:
+    """Atomic write: write or replace a file, whole or not at all. What a killed process leaves of it has `owner` in its name."""
+    scratch = scratch_beside(path, owner)
+    try:
+        write_synced(scratch, content)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def write_folder(target: Path, files: Mapping[str, bytes], owner: str = "") -> None:
@@ -26,13 +40,19 @@ def write_folder(target: Path, files: Mapping[str, bytes], owner: str = "") -> N
         raise
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as held:
-        while block := held.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def publish(scratch: Path, target: Path, last: str = "") -> None:
+    """Let a folder that is complete appear under its name. Where that has files of somebody else's, its own go beside them, the
+    one named `last` after the others."""
+    if target.exists():
+        for path in sorted(scratch.rglob("*"), key=lambda path: path.name == last):
+            if path.is_file():
+                place = target / path.relative_to(scratch)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(place)
+        shutil.rmtree(scratch)
+    else:
+        scratch.rename(target)
+    sync_folder(target.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -57,29 +77,15 @@ def scratch_beside(path: Path, owner: str = "") -> Path:
     return path.with_name(f".{owner}-{uuid.uuid4().hex}" if owner else f".{uuid.uuid4().hex}")
 
 
-def write_atomically(path: Path, content: bytes, owner: str = "") -> None:
-    """Write or replace a file, whole or not at all. What a killed process leaves of it has `owner` in its name."""
-    scratch = scratch_beside(path, owner)
-    try:
-        write_synced(scratch, content)
-        os.replace(scratch, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+def file_name(text: str) -> str:
+    """The text as the name of a file or folder."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"
 
 
-def publish(scratch: Path, target: Path, last: str = "") -> None:
-    """Let a folder that is complete appear under its name. Where that has files of somebody else's, its own go beside them, the
-    one named `last` after the others."""
-    if target.exists():
-        for path in sorted(scratch.rglob("*"), key=lambda path: path.name == last):
-            if path.is_file():
-                place = target / path.relative_to(scratch)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(place)
-        shutil.rmtree(scratch)
-    else:
-        scratch.rename(target)
-    sync_folder(target.parent)
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as held:
+        while block := held.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a checkpoint calls its base model and its data by: hashes of what they are, not of where they lie."""
+"""Fingerprint of a base model: a hash of what it is, not of where it lies. Datasets have their own, by `fingerprint()`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import json
 
 from cola_ds.config.schema import ModelConfig
-from cola_ds.data.tasks.dataset import TaskData
-from cola_ds.data.text import TokenizedData
 from cola_ds.errors import UserError
 from cola_ds.run.atomic import sha256_of
 from cola_ds.run.model_files import weight_files
@@ -46,8 +44,3 @@ def model_fingerprint(config: ModelConfig) -> str:
                     held.seek(8 + size + begin)
                     digest.update(held.read(min(_SAMPLE, end - begin)))
     return digest.hexdigest()
-
-
-def data_fingerprint(data: TokenizedData | TaskData | None) -> str | None:
-    """SHA-256 of all that a run reads of its examples, in order."""
-    return data.fingerprint() if data is not None else None

@@ -1,4 +1,4 @@
-"""The run's folder: what a run leaves. Process 0 alone writes.
+"""RunDir: the run's folder, what a run leaves. Process 0 alone writes.
 
 RUN_DIR/
   run.yaml           the config, as load_config reads it
@@ -8,7 +8,7 @@ RUN_DIR/
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
   events.jsonl       what happened to the run: started, resumed, checkpoints, skipped updates, stopped
-  checkpoints/       step-00000123/ and so on: see checkpoint.py
+  checkpoints/       step-00000123/ and so on: see checkpoint/format.py
   chain/link-0001/   each tied link as a PEFT adapter
   model/             method full alone: the trained model as a Hugging Face folder
   result.json        written last
@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -36,13 +35,7 @@ from torch import Tensor
 from cola_ds.config.loading import dump_config
 from cola_ds.config.schema import TRAINING, RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.atomic import (
-    publish,
-    sha256_of,
-    sync_folder,
-    write_atomically,
-    write_folder,
-)
+from cola_ds.run.atomic import publish, sha256_of, sync_folder, write_atomically, write_folder
 from cola_ds.run.marker import Marker
 from cola_ds.run.peft_files import adapter_files, read_link
 from cola_ds.run.rows import read_row
@@ -324,8 +317,3 @@ def _as_json_has_it(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_json_has_it(inner) for key, inner in value.items()}
     return [_as_json_has_it(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def file_name(text: str) -> str:
-    """The text as the name of a file or folder."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.keys import flat_keys, is_free, is_place
 from cola_ds.config.loading import load_config
-from cola_ds.config.schema import RunConfig, flat_keys, is_free, is_task_file
+from cola_ds.config.schema import RunConfig, is_task_file
 from cola_ds.errors import UserError, some_of
 from cola_ds.run.atomic import sha256_of
 from cola_ds.run.marker import NAME, Marker
 
-# Where things lie: what they are is compared by their fingerprints.
-_PLACES = ("model.path", "model.revision", "model.links", "deepspeed", "data.train", "data.eval", "data.dir")
 
-
-@dataclass(frozen=True)
-class TiedLink:
+@dataclass(frozen=True, kw_only=True)
+class SavedLink:
     """A link of a chain, as it was tied."""
 
     path: Path
@@ -33,6 +31,7 @@ class TiedLink:
 
     @property
     def scaling(self) -> float:
+        """alpha / r."""
         return self.alpha / self.lora_rank
 
     @property
@@ -41,7 +40,7 @@ class TiedLink:
         return self.path / "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learnt:
     """A run that has finished."""
 
@@ -51,12 +50,13 @@ class Learnt:
     """result.json."""
     base: str
     """The fingerprint of the model that it began with."""
-    links: list[TiedLink]
+    links: list[SavedLink]
     facts: dict[str, Any]
     """All that it recorded of itself."""
 
     @property
     def link_hashes(self) -> list[str]:
+        """SHA-256 of each link's file."""
         return [row["sha256"] for row in self.facts["links"]]
 
     def check_base(self, path: str, fingerprint: str) -> None:
@@ -89,7 +89,7 @@ def run_config(folder: Path, marker: Marker | None = None) -> RunConfig:
     changed = [
         f"{key} {said.get(key)}, and {NAME} {value}"
         for key, value in recorded.items()
-        if said.get(key) != value and not (is_free(key) or key in _PLACES or _both_files(key, value, said.get(key)))
+        if said.get(key) != value and not (is_free(key) or is_place(key) or _both_files(key, value, said.get(key)))
     ]
     if changed:
         raise UserError(
@@ -115,7 +115,7 @@ def read_learnt(folder: str | Path) -> Learnt:
     links = [_link(path, row) for row in marker.facts["links"]]
     for name, digest in marker.facts.get("model", {}).items():
         _check_file(path / name, digest, "the model that the run trained")
-    return Learnt(path, config, result, marker.facts["base"], links, marker.facts)
+    return Learnt(folder=path, config=config, result=result, base=marker.facts["base"], links=links, facts=marker.facts)
 
 
 def _result(folder: Path, marker: Marker) -> dict[str, Any]:
@@ -130,8 +130,13 @@ def _result(folder: Path, marker: Marker) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes()))
 
 
-def _link(folder: Path, row: dict[str, Any]) -> TiedLink:
-    link = TiedLink(folder / "chain" / f"link-{row['link']:04d}", row["lora_rank"], row["lora_alpha"], row["layers"])
+def _link(folder: Path, row: dict[str, Any]) -> SavedLink:
+    link = SavedLink(
+        path=folder / "chain" / f"link-{row['link']:04d}",
+        lora_rank=row["lora_rank"],
+        alpha=row["lora_alpha"],
+        layers=row["layers"],
+    )
     if not link.file.is_file():
         raise UserError(
             f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing; its checkpoints hold a copy: "

@@ -1,4 +1,4 @@
-"""One run folder, one run: a lock file that says who holds it, and that its holder is alive.
+"""Lock of a run folder: one folder, one run. A lock file says who holds it, and that its holder is alive.
 
 The file's time is renewed every half minute by its holder. It is stale, and taken over, when its holder was a process of this
 host that is gone, when it belongs to an earlier start of this very Slurm job, or, where its holder cannot be seen from here,

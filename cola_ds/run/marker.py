@@ -1,4 +1,4 @@
-"""run.json: what proves that a folder is a run's, which files in it are the run's own, and what the run has learnt.
+"""Marker, run.json: what proves that a folder is a run's, which files in it are the run's own, and what the run has learnt.
 
     run      32 random hex digits: the run's identity. Scratch files and folders have it in their names
     wrote    the files that the run has written, by their paths in the folder: nothing else is ever removed or renamed

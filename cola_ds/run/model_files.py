@@ -89,10 +89,8 @@ def _check_tokenizer(folder: Path) -> None:
     for name in _SENTENCEPIECE if absent else ():
         if (folder / name).is_file():
             with open(folder / name, "rb") as file:
-                is_sentencepiece = (
-                    file.read(1) == b"\n"
-                )  # of tiktoken's files, which have the same name, the first is a letter
-            if is_sentencepiece:
+                first = file.read(1)
+            if first == b"\n":  # tiktoken's files, which have the same name, begin with a letter
                 raise UserError(
                     f"model.path {folder}: its tokenizer, {name}, is SentencePiece's, which is not installed: "
                     "pip install sentencepiece protobuf"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.errors import UserError
 
@@ -17,7 +18,6 @@ _KEPT = (
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _LEFT_OUT = ("*.index.json", "adapter_config.json", "trainer_state.json", "all_results.json", "*_results.json")
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -57,10 +57,8 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
     from transformers import GenerationConfig
 
     bare: Any = model
-    said, bare.generation_config = (
-        bare.generation_config,
-        GenerationConfig(),
-    )  # the base's may be one that cannot be saved
+    said = bare.generation_config
+    bare.generation_config = GenerationConfig()  # the base's may be one that cannot be saved
     try:
         bare.save_pretrained(out, state_dict=state)
     finally:
@@ -73,7 +71,7 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
             target = out / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    _set_dtype(out / "config.json", _DTYPE_NAMES[base.dtype])
+    _set_dtype(out / "config.json", DTYPES[base.dtype].torch_name)
 
 
 def _all_files(base: ModelConfig) -> Path:
@@ -88,9 +86,8 @@ def _all_files(base: ModelConfig) -> Path:
 def _set_dtype(path: Path, name: str) -> None:
     """Have a config.json say what its weights are stored in; nothing else of it changes."""
     said = json.loads(path.read_text(encoding="utf-8"))
-    keys = [key for key in ("torch_dtype", "dtype") if key in said] or [
-        "torch_dtype"
-    ]  # the name that all versions read
+    keys = [key for key in ("torch_dtype", "dtype") if key in said]
+    keys = keys or ["torch_dtype"]  # the name that all versions read
     if any(said.get(key) != name for key in keys):
         said |= dict.fromkeys(keys, name)
         path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

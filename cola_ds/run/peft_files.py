@@ -1,8 +1,12 @@
-"""PEFT adapter files: a link as others open it."""
+"""PEFT adapter files: a link as others open it, and the names of what is in it.
+
+A link's tensors have PEFT's names without the prefix that stands before all of them in a file.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -10,13 +14,34 @@ from torch import Tensor
 
 from cola_ds.config.schema import RunConfig
 
-_PEFT_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
+_A, _B, _BIAS = ".lora_A.weight", ".lora_B.weight", ".base_layer.bias"
+
+
+def lora_names(layer: str) -> tuple[str, str]:
+    """The names of a layer's A (r, in) and B (out, r)."""
+    return layer + _A, layer + _B
+
+
+def bias_name(layer: str) -> str:
+    """The name of a layer's bias (out,), which a link has where biases are trained."""
+    return layer + _BIAS
+
+
+def is_bias(name: str) -> bool:
+    """Whether that is the name of a bias."""
+    return name.endswith(_BIAS)
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """The layers that a link's tensors are of, by their names and in their order."""
+    return [name.removesuffix(_A) for name in names if name.endswith(_A)]
 
 
 def adapter_files(
     config: RunConfig, lora_rank: int, alpha: float, layers: list[str], tensors: dict[str, Tensor]
 ) -> dict[str, bytes]:
-    """A and B of the named layers as the files of a PEFT adapter of the run's base model."""
+    """The files of a PEFT adapter of the run's base model, by name: A, B and trained biases of the layers."""
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -29,7 +54,7 @@ def adapter_files(
         "bias": config.lora.bias,
         "inference_mode": True,
     }
-    named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    named = {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}
     return {
         "adapter_model.safetensors": save(named, metadata={"format": "pt"}),
         "adapter_config.json": (json.dumps(adapter_config, indent=2) + "\n").encode(),
@@ -37,5 +62,5 @@ def adapter_files(
 
 
 def read_link(path: Path) -> dict[str, Tensor]:
-    """A tied link's tensors, under the names that `write_link` was given."""
-    return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
+    """A tied link's tensors, from the safetensors file of its adapter, under the names that `adapter_files` was given."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-_Count = Annotated[int, Field(ge=0, le=2**53)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+T = TypeVar("T", bound=BaseModel)
 
 
-class _Checked(BaseModel):
-    """Keys that are not named here may be there, and say anything."""
+class CheckedJson(BaseModel):
+    """The schema of a JSON document. Keys that are not named in it may be there, and say anything."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class _Metrics(_Checked):
-    step: _Count
-    link: _Count = 1
+class _Metrics(CheckedJson):
+    step: Count
+    link: Count = 1
     loss: float | None = None
 
 
-class _Evaluation(_Checked):
-    step: _Count
+class _Evaluation(CheckedJson):
+    step: Count
     loss: float | None = None
     perplexity: float | None = None
     split: str | None = None
@@ -31,22 +31,22 @@ class _Evaluation(_Checked):
     score: float = 0.0
 
 
-class _Knot(_Checked):
-    step: _Count
-    link: _Count
-    lora_rank: _Count
+class _Knot(CheckedJson):
+    step: Count
+    link: Count
+    lora_rank: Count
     delta_norm: float
     rounding_error: float | None = None
 
 
-class _Event(_Checked):
+class _Event(CheckedJson):
     event: str
-    step: _Count | None = None
+    step: Count | None = None
     time: str = ""
     signal: str = ""
 
 
-_KINDS: dict[str, type[_Checked]] = {
+_KINDS: dict[str, type[CheckedJson]] = {
     "metrics.jsonl": _Metrics,
     "evals.jsonl": _Evaluation,
     "knots.jsonl": _Knot,
@@ -56,36 +56,11 @@ _KINDS: dict[str, type[_Checked]] = {
 
 def read_row(name: str, line: bytes) -> dict[str, Any]:
     """A row of a run's .jsonl file of that name. Raises ValueError for one that is not what the run wrote, in a few words."""
-    return _read(_KINDS[name], line).model_dump(exclude_unset=True)
+    return read_json(_KINDS[name], line).model_dump(exclude_unset=True)
 
 
-class _Group(_Checked):
-    task: str
-    name: str
-    points: Annotated[list[str], Field(min_length=1)]
-    seeds: list[_Count]
-    search_seeds: list[_Count]
-    paths: list[tuple[str, _Count, str]]
-
-
-class _Sweep(_Checked):
-    groups: list[_Group]
-
-
-def read_sweep(path: Path) -> list[dict[str, Any]]:
-    """The groups of a sweep.json, whose runs all lie below its folder. Raises ValueError, in a few words."""
-    groups = _read(_Sweep, path.read_bytes()).groups
-    for group in groups:
-        places = {(point, seed) for point, seed, _ in group.paths}
-        if lacking := {(p, s) for p in group.points for s in {*group.seeds, *group.search_seeds}} - places:
-            raise ValueError(f"groups: no path for {min(lacking)}")
-        for _, _, place in group.paths:
-            if Path(place).is_absolute() or ".." in Path(place).parts or "\0" in place:
-                raise ValueError(f"groups: {place[:80]!r} is not below the sweep's folder")
-    return [group.model_dump() for group in groups]
-
-
-def _read(kind: type[Any], content: bytes) -> Any:
+def read_json(kind: type[T], content: bytes) -> T:
+    """Validate a JSON document as that kind. Raises ValueError, in a few words that name the key."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

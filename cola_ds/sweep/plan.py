@@ -1,4 +1,4 @@
-"""What a sweep is: its YAML, and the runs that follow from it, each with its config and its folder."""
+"""Sweep plan: a sweep's YAML, and the runs that follow from it, each with its config and its folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from cola_ds.config.keys import names_file
 from cola_ds.config.loading import apply_override, check_config, explain_some, keys_of
 from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import SECTIONS, RunConfig, is_task_file
 from cola_ds.errors import UserError, cut, quoted, some_of
-from cola_ds.run.folder import file_name
+from cola_ds.run.atomic import file_name
+from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
-from cola_ds.sweep.selection import Group
 
 PAPER_GRIDS = {
     "adamw": [1e-3, 8e-4, 5e-4, 1e-4, 5e-5],
@@ -33,8 +34,6 @@ _NOT_TRAINED = ("zero-shot", "icl")
 _MOST_RUNS = 10_000  # of a sweep: more than anyone waits for
 _MOST_VALUES = 1000  # of a key of the grid
 _LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255
-FILES = ("deepspeed", "data.task")
-"""Keys whose values are files that a sweep is frozen with."""
 _OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
 Overrides = dict[str, Any]
 
@@ -84,7 +83,7 @@ def command_words(text: str) -> list[str]:
 
 
 class Sweep(BaseModel):
-    """The sweep's YAML. Paths in it are relative to the working directory."""
+    """The schema of a sweep's YAML. Paths in it are relative to the working directory."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -134,7 +133,8 @@ class Run:
     seed: int
 
     @property
-    def stage(self) -> str:
+    def purpose(self) -> str:
+        """What it is for: the search of the grid, or the seeds at the point that is chosen."""
         return "seeds" if self.point is None else "search"
 
     def name(self, point: str | None) -> str:
@@ -210,6 +210,7 @@ def _load_sweep(path: str) -> Sweep:
 
 
 def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """A YAML file's keys. Raises UserError, which calls it `what`."""
     raw = parse_yaml(read_text(path, what), path)
     if not isinstance(raw, dict):
         raise UserError(f"{cut(path)} holds no keys")
@@ -229,7 +230,7 @@ def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> 
             )
         if key in _OWN_KEYS:
             raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
-        if key in FILES and key in sweep.grid:  # a point is named by its values
+        if names_file(key) and key in sweep.grid:  # a point is named by its values
             raise UserError(f"{path}: grid: {key} is nothing to search: make each of its values a task or a method")
     for key in common:
         if key in here or key in sweep.grid:
@@ -250,7 +251,8 @@ def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str
     paths = {(point, seed): folder / point / f"seed={seed}" for point in points for seed in {*seeds, *search}}
     if len(points) < len(grid_points):
         raise UserError(f"{task} / {name}: two points of the grid have the same name: {', '.join(points)}")
-    group = Group(task, name, paths, tuple(points), seeds, search if len(points) > 1 else seeds)
+    search = search if len(points) > 1 else seeds
+    group = Group(task=task, name=name, paths=paths, points=tuple(points), seeds=seeds, search_seeds=search)
     configs = {}
     for point, of_point in points.items():
         its_own = [override_word("run.seed", seeds[0]), override_word("run.dir", str(paths[point, seeds[0]]))]
@@ -281,7 +283,7 @@ def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
 
 
 def override_word(key: str, value: Any) -> str:
-    """An override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
+    """A config override as the command line takes it: JSON is YAML, and a text that is its own YAML stays as it is."""
     if isinstance(value, str) and re.fullmatch(r"[\w./+=,-]+", value) and _is_its_own_yaml(value):
         return f"{key}={value}"
     return f"{key}={_text(value, quotes=True)}"

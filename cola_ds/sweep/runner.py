@@ -1,4 +1,4 @@
-"""`cola-ds sweep`: every task with every method and seed, the best point of a grid chosen on dev, one run after the other.
+"""Runner of a sweep: every task with every method and seed, the best point of a grid chosen on dev, one run after the other.
 
 DIR/
   sweep.json                       what the sweep is made of, as `cola-ds report` reads it
@@ -21,28 +21,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.inputs import named_file
+from cola_ds.config.keys import names_file
 from cola_ds.config.loading import apply_override
 from cola_ds.config.parsing import dump_yaml
-from cola_ds.config.schema import RunConfig, is_task_file
+from cola_ds.config.schema import RunConfig
 from cola_ds.distributed.signals import STOPPING
 from cola_ds.errors import UserError, cut
+from cola_ds.run.scores import show_dev
+from cola_ds.sweep.groups import write_groups
 from cola_ds.sweep.outcomes import LOG_MARK
-from cola_ds.sweep.plan import FILES, Overrides, Plan, Run, command_words, override_word, read_yaml
-from cola_ds.sweep.selection import Choice, choose, show_dev, write_groups
+from cola_ds.sweep.plan import Overrides, Plan, Run, command_words, override_word, read_yaml
+from cola_ds.sweep.selection import Choice, choose
 
 # Each run finds its own: those of this process are not theirs.
 _LAUNCHER_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def list_runs(plan: Plan) -> str:
-    """A line for each run: its number for --only, its stage, its state, its folder's name."""
+    """A line for each run: its number for --only, search or seeds, its state, its folder's name."""
     lines = [f"# folder {plan.sweep.dir}"]
     for run in plan.runs:
         point = _choice(run).point
         state = "waits" if point is None else run.outcome(point).state
         if state == "finished" and point is not None and not run.is_done(point):
             state = "changed"
-        lines.append(f"{run.index:<5} {run.stage:<7} {state:<9} {run.name(point)}")
+        lines.append(f"{run.index:<5} {run.purpose:<7} {state:<9} {run.name(point)}")
     return "\n".join(lines)
 
 
@@ -60,12 +64,13 @@ def freeze(plan: Plan, folder: Path) -> Path:
     copies: dict[str, str] = {}
 
     def copied(key: str, value: Any) -> Any:
-        if value is None or key not in FILES or (key == "data.task" and not is_task_file(value)):
+        source = named_file(key, value) if names_file(key) else None
+        if source is None:
             return value
         if value not in copies:
-            there = folder.resolve() / "files" / str(len(copies)) / Path(value).name  # a task's name is its file's
+            there = folder.resolve() / "files" / str(len(copies)) / source.name  # a task's name is its file's
             there.parent.mkdir(parents=True)
-            shutil.copy2(value, there)  # with its time: it has not changed
+            shutil.copy2(source, there)  # with its time: it has not changed
             copies[value] = str(there)
         return copies[value]
 
@@ -83,16 +88,16 @@ def freeze(plan: Plan, folder: Path) -> Path:
             (folder / name).write_text(dump_yaml(content), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--freeze {folder}: {error.filename or folder}: {error.strerror}") from None
-    _write_down(plan)
+    _write_sweep_json(plan)
     return folder / "sweep.yaml"
 
 
-def _write_down(plan: Plan) -> None:
+def _write_sweep_json(plan: Plan) -> None:
     write_groups(Path(plan.sweep.dir), [series.group for series in plan.series])
 
 
 class Runner:
-    """Starts runs, and passes on the signals that ask this process to stop."""
+    """Starts runs as child processes, and passes on the signals that ask this process to stop."""
 
     def __init__(self, plan: Plan, launcher: str | None):
         words = plan.sweep.launcher if launcher is None else launcher
@@ -178,18 +183,18 @@ def run_one(plan: Plan, index: int, launcher: str | None) -> int:
         raise UserError(f"{run.name(None)} waits for the choice of a grid point: {choice.why}")
     runner = Runner(plan, launcher)
     if not (Path(plan.sweep.dir) / "sweep.json").exists():  # an array's task may be of an older sweep than the folder's
-        _write_down(plan)
+        _write_sweep_json(plan)
     if run.is_done(point):
         print(f"{run.name(point)}: finished already")
         return 0
-    return _report(run, point, runner.run(run, point))
+    return _print_outcome(run, point, runner.run(run, point))
 
 
 def run_all(plan: Plan, launcher: str | None) -> int:
     """Run what has not finished: the search, then the rest of the seeds at what it has chosen. Returns the exit status: 0 all
     have finished, 75 stopped on a signal, 1 otherwise. Raises UserError."""
     runner = Runner(plan, launcher)
-    _write_down(plan)
+    _write_sweep_json(plan)
     failed, waiting, before = [], [], 0
     for run in plan.runs:
         choice = _choice(run)
@@ -205,7 +210,7 @@ def run_all(plan: Plan, launcher: str | None) -> int:
         if status == 75:
             print(f"cola-ds: stopped at {run.name(point)}; the same command goes on from there", file=sys.stderr)
             return 75
-        if _report(run, point, status):
+        if _print_outcome(run, point, status):
             failed.append(f"{run.place(point)}: {run.outcome(point).why}")
     done = len(plan.runs) - len(failed) - len(waiting)
     print(f"{done} of {len(plan.runs)} runs have finished, {before} of them before; cola-ds report {plan.sweep.dir}")
@@ -214,11 +219,11 @@ def run_all(plan: Plan, launcher: str | None) -> int:
     return 1 if failed or waiting else 0
 
 
-def _report(run: Run, point: str, status: int) -> int:
+def _print_outcome(run: Run, point: str, status: int) -> int:
     """Say what a run that has just ended has come to. Returns its status; 1 for one that says it is done and left no result."""
     outcome = run.outcome(point)
     if outcome.state == "finished":
-        dev = f"dev {show_dev(outcome.dev)}, " if outcome.dev is not None else ""
+        dev = f"dev {show_dev(outcome.objective)}, " if outcome.objective is not None else ""
         test = f"test {100 * outcome.test:.2f}, " if outcome.is_task else ""
         print(f"{run.name(point)}: {dev}{test}{outcome.result['wall_time_s']:.0f} s", flush=True)
         return status

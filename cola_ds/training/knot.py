@@ -16,8 +16,7 @@ from cola_ds.distributed.engine import evaluating, rebuild_engine, restart_optim
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import lora_layers, start_link
-from cola_ds.lora.tie import link_is_finite, overlap, restart_link, tie_link
-from cola_ds.run.folder import RunDir
+from cola_ds.lora.tie import TiedLink, link_is_finite, overlap, restart_link, tie_link
 from cola_ds.training.optim import make_optimizer
 from cola_ds.training.state import Chain, step_examples
 
@@ -40,60 +39,93 @@ def last_batch(chain: Chain) -> Batch | PackedBatch:
 
 
 def tie_knot(chain: Chain) -> dict[str, Any]:
-    """Merge the link into the base weights, W <- W + scaling * B A, and save it. Returns the knot's figures.
+    """Merge the link into the base weights, W <- W + scaling * B A, and save it. Returns the knot's row.
 
     B is zero afterwards, so the outputs are what they were and a second tie would add nothing. The optimizer's masters still
     hold the old link: extend_chain, or the end of the run, must follow before any other step. Parameters must be in their
     shards, as `evaluating` leaves them.
     """
-    state, config, folder = chain.state, chain.config, chain.folder
     begin = time.perf_counter()
+    _check_link(chain)
+    tied = _tie(chain)
+    _add_to_change(chain, tied)
+    _write_link(chain, tied)
+    return _row(chain, tied, begin)
+
+
+def _check_link(chain: Chain) -> None:
+    """Raise TrainingFailedError before anything is changed, where the link is not finite."""
+    state = chain.state
     if not link_is_finite(chain.engine.module):
         raise TrainingFailedError(
             f"link {state.link} is not finite at step {state.step}; it was neither tied nor saved"
         )
+
+
+def _tie(chain: Chain) -> TiedLink:
+    state, config = chain.state, chain.config.chain
     tied = tie_link(
-        chain.engine.module, state.remainders, local=config.chain.tie == "local", exact=config.chain.merge == "exact",
-        last=state.link == chain.links, keep_tensors=folder is not None,
+        chain.engine.module, state.remainders, local=config.tie == "local", exact=config.merge == "exact",
+        last=state.link == chain.links, keep_tensors=chain.folder is not None,
     )  # fmt: skip
     if not math.isfinite(tied.delta_square + tied.remainder_square):
         raise TrainingFailedError(
             f"a weight is not finite once link {state.link} is added to it (step {state.step}); the link was not saved"
         )
-    if folder:
-        shared = chain.logger.figure("rounding_error", lambda: _shared_with_earlier(chain, folder, tied.tensors))
-        if shared is None or state.change_square < 0:
-            state.change_square = -1.0
-        else:
-            state.change_square += tied.delta_square + 2 * shared
-        try:
-            digest = folder.write_link(config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
-            state.link_hashes.append(digest)
-        except OSError as error:
-            raise TrainingFailedError(
-                f"link {state.link} cannot be written: {error.strerror} ({folder.link_path(state.link).parent}); once it can, "
-                "the same command goes on from the last checkpoint"
-            ) from None
-    return {
-        "link": state.link,
-        "step": state.step,
-        "lora_rank": config.lora_ranks[state.link - 1],
-        "delta_norm": tied.delta_square**0.5,
-        "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else math.nan,
-        "tie_s": time.perf_counter() - begin,
-        "bytes_moved": tied.bytes_moved,
-        "peak_memory_bytes": int(collectives.all_reduce_max_of_one(accelerator.peak_memory_bytes())),
-    }
+    return tied
 
 
-def _shared_with_earlier(chain: Chain, folder: RunDir, tensors: dict[str, Tensor]) -> float:
+def _add_to_change(chain: Chain, tied: TiedLink) -> None:
+    """Norm of the whole chain's change, |sum + link|^2 = |sum|^2 + |link|^2 + 2 <sum, link>; on process 0 alone."""
+    state = chain.state
+    if chain.folder is None:
+        return
+    shared = chain.logger.figure("rounding_error", lambda: _shared_with_earlier(chain, tied.tensors))
+    if shared is None or state.change_square < 0:
+        state.change_square = -1.0
+    else:
+        state.change_square += tied.delta_square + 2 * shared
+
+
+def _shared_with_earlier(chain: Chain, tensors: dict[str, Tensor]) -> float:
     """Inner product of the link that was just tied and the sum of those before it, which are read again from the folder."""
-    config, link = chain.config, chain.state.link
+    config, link, folder = chain.config, chain.state.link, chain.folder
+    assert folder is not None
     scalings = [config.lora.alpha / r for r in config.lora_ranks[:link]]
     shared = overlap(tensors, map(folder.read_link, range(1, link)), scalings)
     if not math.isfinite(shared):
         raise ValueError("a link before it is not finite where it lies")
     return shared
+
+
+def _write_link(chain: Chain, tied: TiedLink) -> None:
+    """Write the link's PEFT adapter; on process 0 alone."""
+    state, folder = chain.state, chain.folder
+    if folder is None:
+        return
+    try:
+        digest = folder.write_link(chain.config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
+    except OSError as error:
+        raise TrainingFailedError(
+            f"link {state.link} cannot be written: {error.strerror} ({folder.link_path(state.link).parent}); once it can, "
+            "the same command goes on from the last checkpoint"
+        ) from None
+    state.link_hashes.append(digest)
+
+
+def _row(chain: Chain, tied: TiedLink, begin: float) -> dict[str, Any]:
+    """What knots.jsonl says of the tie. Collective."""
+    state = chain.state
+    return {
+        "link": state.link,
+        "step": state.step,
+        "lora_rank": chain.config.lora_ranks[state.link - 1],
+        "delta_norm": tied.delta_square**0.5,
+        "rounding_error": (tied.remainder_square / state.change_square) ** 0.5 if state.change_square > 0 else math.nan,
+        "tie_s": time.perf_counter() - begin,
+        "bytes_moved": tied.bytes_moved,
+        "peak_memory_bytes": int(collectives.all_reduce_max([accelerator.peak_memory_bytes()])[0]),
+    }
 
 
 def extend_chain(chain: Chain) -> float:

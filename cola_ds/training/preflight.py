@@ -22,7 +22,6 @@ from cola_ds.distributed import collectives
 from cola_ds.errors import UserError
 from cola_ds.run import lock
 from cola_ds.run.environment import version_of
-from cola_ds.run.fingerprint import data_fingerprint
 from cola_ds.training.prepare import Prepared
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
@@ -53,7 +52,7 @@ def differences(all_facts: list[dict[str, str]], hosts: list[str]) -> list[str]:
 
 def versions() -> dict[str, str]:
     """What this process runs: Python, the packages that matter, this one and a hash of its code."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     code = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         code.update(str(path.relative_to(package)).encode() + path.read_bytes())
@@ -76,14 +75,14 @@ def _facts(prepared: Prepared) -> dict[str, str]:
     return {
         **versions(),
         **config_hashes(prepared.config, prepared.engine_json),
-        "training data": _describe(prepared.train),
-        "held-out data": _describe(prepared.held_out),
-        "test data": _describe(prepared.test),
+        "training data": _describe(prepared.train, prepared.fingerprints["train"]),
+        "held-out data": _describe(prepared.held_out, prepared.fingerprints["held_out"]),
+        "test data": _describe(prepared.test, prepared.fingerprints["test"]),
     }
 
 
-def _describe(data: TokenizedData | TaskData | None) -> str:
-    return f"{len(data)} examples ({(data_fingerprint(data) or '')[:8]})" if data else "none"
+def _describe(data: TokenizedData | TaskData | None, fingerprint: str | None) -> str:
+    return "none" if data is None or fingerprint is None else f"{len(data)} examples ({fingerprint[:8]})"
 
 
 def check_shared(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cola_ds.checkpoint.decide import Identity, engine_facts
 from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan, resolve
@@ -26,12 +28,15 @@ from cola_ds.run.model_folder import check_no_adapter
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A run that has passed every check that needs no weights."""
 
     config: RunConfig
     engine_json: dict[str, Any]
+    """The DeepSpeed JSON as it was read."""
+    engine_config: dict[str, Any]
+    """What DeepSpeed's engine gets: the JSON, completed."""
     step_plan: StepPlan
     tokenizer: Any
     skeleton: Any
@@ -43,6 +48,21 @@ class Prepared:
     """Of a task: what is reported, once `held_out`, its dev split, has chosen."""
     sizes: str = ""
     """Of a task: how many examples each split has, and what was left out."""
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str | None]:
+        """SHA-256 of all that the run reads of train, held_out and test, in order; None for a split that it has not."""
+        splits = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        return {name: None if data is None else data.fingerprint() for name, data in splits.items()}
+
+    @property
+    def identity(self) -> Identity:
+        """What the run is, apart from its config."""
+        train, held_out = self.fingerprints["train"], self.fingerprints["held_out"]
+        assert train is not None
+        if self.test is not None:
+            held_out = f"{held_out} {self.fingerprints['test']}"
+        return Identity(engine_facts(self.engine_json), train, held_out)
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
@@ -78,8 +98,10 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
                 f"model.path {config.model.path}: its tokenizer has id {data.largest_id}, its embedding ends at {vocabulary}"
             )
     step_plan = resolve(config, len(train), world_size)
-    complete(engine_json, config, step_plan)
-    return Prepared(config, engine_json, step_plan, tokenizer, skeleton, targets, train, held_out, test, sizes)
+    return Prepared(
+        config=config, engine_json=engine_json, engine_config=complete(engine_json, config, step_plan), step_plan=step_plan,
+        tokenizer=tokenizer, skeleton=skeleton, targets=targets, train=train, held_out=held_out, test=test, sizes=sizes,
+    )  # fmt: skip
 
 
 def _model_path(path: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 from cola_ds.checkpoint.format import Counters, Rows, SavedState, Unlogged
 from cola_ds.checkpoint.store import CheckpointFolder, CheckpointWriter
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import collectives, watchdog
 from cola_ds.distributed.engine_state import loss_scale_state, optimizer_scalars, random_state, trained_tensors
 from cola_ds.errors import StoppedError, TrainingFailedError
-from cola_ds.training.state import Chain, Constant, counters, position
+from cola_ds.training.state import Chain, RunFacts, counters, position
 
 
 def checkpoint_is_due(chain: Chain) -> bool:
@@ -60,7 +61,9 @@ def save_chain(chain: Chain) -> str | None:
     """
     step, begin = chain.state.step, time.perf_counter()
     checkpoints = CheckpointFolder(chain.folder) if chain.folder else None
-    if collectives.broadcast_object(checkpoints is not None and checkpoints.sound(checkpoints.at(step))):
+    if collectives.broadcast_object(
+        checkpoints is None or chain.facts is None or checkpoints.sound(checkpoints.at(step))
+    ):
         return None
     attempt = _Attempt(checkpoints, step) if checkpoints else None
     if attempt:
@@ -71,8 +74,8 @@ def save_chain(chain: Chain) -> str | None:
             attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
     random_states = collectives.all_gather_bytes(random_state())
     journal = chain.logger.state()
-    if attempt and checkpoints and chain.constant:
-        state = _state(chain, chain.constant, journal)
+    if attempt and checkpoints and chain.facts:
+        state = _state(chain, chain.facts, journal)
         attempt.do(lambda writer: attempt.note(writer.finish(state, random_states)))
         attempt.do(lambda _: checkpoints.tidy(step, chain.config.checkpoint.keep, chain.state.best_step))
         attempt.clean_up()
@@ -124,15 +127,15 @@ def _add_links(chain: Chain, writer: CheckpointWriter) -> None:
         writer.add_link(link, path, chain.state.link_hashes[link - 1])
 
 
-def _state(chain: Chain, constant: Constant, journal: dict[str, Any]) -> SavedState:
+def _state(chain: Chain, facts: RunFacts, journal: dict[str, Any]) -> SavedState:
     assert chain.folder is not None
     return SavedState(
-        config=constant.config.model_dump(mode="json"),
-        engine=constant.identity.engine,
-        model=constant.model,
-        train=constant.identity.train,
-        eval=constant.identity.eval,
-        versions=constant.versions,
+        config=facts.config.model_dump(mode="json"),
+        engine=facts.identity.engine,
+        model=facts.model,
+        train=facts.identity.train,
+        eval=facts.identity.eval,
+        versions=facts.versions,
         world_size=chain.world_size,
         knots=list(chain.step_plan.knots),
         chain=Counters(**counters(chain.state)),
@@ -140,7 +143,7 @@ def _state(chain: Chain, constant: Constant, journal: dict[str, Any]) -> SavedSt
         loss_scale=loss_scale_state(chain.engine),
         journal=Unlogged(**journal),
         rows=Rows(**chain.folder.row_counts()),
-        elapsed_s=constant.elapsed_s + time.perf_counter() - constant.since,
+        elapsed_s=facts.elapsed_s + time.perf_counter() - facts.since,
     )
 
 
@@ -149,6 +152,5 @@ def space_needed(config: RunConfig, trained: list[int]) -> int:
 
     The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments and every tied link in each of them.
     """
-    stored = 4 if config.model.dtype == "fp32" else 2
-    links = sum(trained) * stored if config.trains_lora else 0
+    links = sum(trained) * DTYPES[config.model.dtype].element_bytes if config.trains_lora else 0
     return (config.checkpoint.keep + 2) * (12 * max(trained) + links + 2**17) + links

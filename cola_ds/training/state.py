@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +15,8 @@ from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan
 from cola_ds.data.batch import StepExamples
 from cola_ds.data.batcher import Batcher
+from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed.engine import Engine
-from cola_ds.evaluation.evaluators import TaskScore
 from cola_ds.run.folder import RunDir
 from cola_ds.training.metrics import MetricLogger
 
@@ -41,7 +40,7 @@ class ChainState:
     """The step after which the last evaluation was."""
     best_step: int = 0
     best: float = math.inf
-    """The lowest held-out loss or, of a task, the highest dev score with its sign turned; and the step it was found after."""
+    """The lowest objective (run/scores.py) so far, and the step it was found after."""
     no_better: int = 0
     """Evaluations since then."""
     ended_step: int | None = None
@@ -55,7 +54,22 @@ class ChainState:
     """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What every checkpoint of a run says alike. On process 0 alone."""
+
+    config: RunConfig
+    identity: Identity
+    model: str
+    """The base model's fingerprint."""
+    versions: dict[str, str]
+    elapsed_s: float
+    """Seconds that earlier starts of the run took."""
+    since: float
+    """When this start began (time.perf_counter)."""
+
+
+@dataclass(kw_only=True)
 class Chain:
     """A chain on its way: the engine, what it learns from, and how far it is."""
 
@@ -68,19 +82,30 @@ class Chain:
     world_size: int
     train: Batcher
     held_out: Batcher | None
-    score: Callable[[Engine, str, Callable[[], bool]], TaskScore | None] | None
-    """Of a task: scores its "dev" or "test" split (collective); None when it was stopped."""
+    test: TaskData | None
+    """Of a task: what is scored whenever `held_out`, its dev split, is better than before."""
+    tokenizer: Any
     logger: MetricLogger
     folder: RunDir | None
     """Takes the tied links; None on every process but 0."""
     state: ChainState = field(default_factory=ChainState)
-    constant: Constant | None = None
-    """What every checkpoint of the run says alike; None on every process but 0."""
+    facts: RunFacts | None = None
+    """What every checkpoint of the run says alike; None on every process but 0, and where nothing is saved."""
 
     @property
     def links(self) -> int:
         """Its length: chain.length, unless eval.patience has ended it before."""
         return len(self.step_plan.knots)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a task's metric, and not the held-out loss, says which step is the best."""
+        return self.test is not None and self.test.task.metric is not None
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples per forward pass and process in an evaluation."""
+        return self.config.eval.batch_size or self.config.optim.micro_batch_size
 
 
 def step_examples(chain: Chain, step: int) -> StepExamples:
@@ -93,21 +118,6 @@ def position(chain: Chain) -> dict[str, Any]:
     """Where the chain is, for a row: the link is that of the last step."""
     step = chain.state.step
     return {"step": step, "link": chain.step_plan.link_of(step), "epoch": step / chain.step_plan.steps_per_epoch}
-
-
-@dataclass(frozen=True)
-class Constant:
-    """What every checkpoint of a run says alike. On process 0 alone."""
-
-    config: RunConfig
-    identity: Identity
-    model: str
-    """The base model's fingerprint."""
-    versions: dict[str, str]
-    elapsed_s: float
-    """Seconds that earlier starts of the run took."""
-    since: float
-    """When this start began (time.perf_counter)."""
 
 
 def counters(state: ChainState) -> dict[str, Any]:

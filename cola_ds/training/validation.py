@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cola_ds.checkpoint.store import CheckpointFolder
+from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed import collectives, signals
-from cola_ds.evaluation.evaluators import HeldOut, TaskScore, held_out_loss
+from cola_ds.evaluation.evaluators import HeldOut, TaskScore, held_out_loss, task_score
 from cola_ds.training.save import save_checkpoint, stop_here
 from cola_ds.training.state import Chain, position
 
@@ -58,8 +61,8 @@ def end_here(chain: Chain) -> None:
 
 
 def evaluate(chain: Chain) -> float:
-    """Held-out loss now or, of a task, its dev score with the sign turned; where that is the best so far, its test score too.
-    All go into the journal. Raises StoppedError when a signal asks for it."""
+    """The objective now (run/scores.py): of the held-out loss or, of a task, its dev score; where that is the best so far, its
+    test score is found too. All go into the log. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
     stop = 0.0
 
@@ -69,13 +72,12 @@ def evaluate(chain: Chain) -> float:
         return stop > 0
 
     found: list[HeldOut | TaskScore | None]
-    if chain.score is None:
-        batch_size = chain.config.eval.batch_size or chain.config.optim.micro_batch_size
-        found = [held_out_loss(chain.engine, chain.held_out, batch_size, stopped)]
+    if chain.is_scored:
+        found = [_score(chain, "dev", stopped)]
+        if found[0] is not None and found[0].objective < chain.state.best:
+            found.append(_score(chain, "test", stopped))
     else:
-        found = [chain.score(chain.engine, "dev", stopped)]
-        if found[0] is not None and found[0].value < chain.state.best:
-            found.append(chain.score(chain.engine, "test", stopped))
+        found = [held_out_loss(chain.engine, chain.held_out, chain.eval_batch_size, stopped)]
     for each in found:
         if each is None:
             stop_here(chain, int(stop))
@@ -83,4 +85,10 @@ def evaluate(chain: Chain) -> float:
         assert each is not None
         chain.logger.evaluation(position(chain), each)
     assert found[0] is not None
-    return found[0].value
+    return found[0].objective
+
+
+def _score(chain: Chain, split: str, stop: Callable[[], bool]) -> TaskScore | None:
+    data = chain.test if split == "test" or chain.held_out is None else chain.held_out.data
+    assert isinstance(data, TaskData)
+    return task_score(chain.engine, data, split, chain.tokenizer, chain.eval_batch_size, stop)

@@ -34,10 +34,10 @@ from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.launcher import identify
 from cola_ds.run.folder import RunDir
+from cola_ds.training.build import build_chain
 from cola_ds.training.knot import batch_loss, extend_chain, last_batch, tie_knot
 from cola_ds.training.loop import train_step
 from cola_ds.training.prepare import prepare
-from cola_ds.training.run import build_chain
 from cola_ds.training.state import Chain
 from tests.support.distributed import CountedCollectives, free_port
 from tests.support.toys import REPOSITORY
@@ -63,7 +63,7 @@ def peak_mib() -> float:
         here = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
     else:
         here = get_accelerator().max_memory_allocated() / 2**20
-    return collectives.all_reduce_max_of_one(here)
+    return collectives.all_reduce_max([here])[0]
 
 
 def timed(action, *args):
@@ -73,7 +73,7 @@ def timed(action, *args):
     begin = time.perf_counter()
     result = action(*args)
     get_accelerator().synchronize()
-    return collectives.all_reduce_max_of_one(time.perf_counter() - begin), result
+    return collectives.all_reduce_max([time.perf_counter() - begin])[0], result
 
 
 def median(values: Iterable[float]) -> float:

@@ -1,4 +1,4 @@
-"""What a bf16 weight keeps of a chain: the table of the README, exact beside plain merges.
+"""What a bf16 weight keeps of a chain: the table of launch/README.md, exact beside plain merges.
 
     python -m tests.bench.rounding
 
@@ -36,7 +36,7 @@ def error(size: float, links: int, exact: bool) -> float:
 
 
 def table() -> Iterator[str]:
-    """The README's rows."""
+    """The page's rows."""
     yield "| change / base | links | exact | plain |"
     yield "| --- | --- | --- | --- |"
     for size in (0.01, 0.001):

@@ -47,7 +47,7 @@ def test_a_mistake_that_cannot_be_said_is_one_all_the_same(words, redirected):
 def test_what_is_closed_is_no_file_of_the_run(tmp_path):
     """The next file that is opened would get the number of a closed stream, and all that is printed there."""
     script = (
-        "import os, sys; from cola_ds import streams; streams.harden(); out = open(sys.argv[1], 'w')\n"
+        "import os, sys; from cola_ds.commands import streams; streams.harden(); out = open(sys.argv[1], 'w')\n"
         "print('to standard output', flush=True); print('to standard error', file=sys.stderr); os.write(2, b'to number 2')\n"
         "out.write('mine'); out.close(); sys.exit(7)"
     )

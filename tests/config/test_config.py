@@ -575,7 +575,10 @@ def test_missing_engine_file(load):
         read_engine_config(load(MINIMAL, "deepspeed=none.json"))
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch/runs").glob("*.yaml")), ids=lambda path: path.stem)
+READY_RUNS = sorted([*(REPOSITORY / "launch/runs").glob("*.yaml"), REPOSITORY / "launch/quickstart/run.yaml"])
+
+
+@pytest.mark.parametrize("path", READY_RUNS, ids=lambda path: path.stem)
 def test_every_run_file_loads_and_says_how_it_is_started(path):
     config = load_config(path)
     text = path.read_text(encoding="utf-8")

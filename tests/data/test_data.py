@@ -178,7 +178,7 @@ _merging = make_tokenizer(merges=[("a", "b"), ("b", "a"), ("ab", "ab"), ("Ġ", "
 
 
 def test_the_readmes_example(metaspace):
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "launch/README.md").read_text(encoding="utf-8")
     found = re.findall(r"^\| `(.*?)` \| `(.*?)` \| `(<s>.*?)` \|$", text, re.MULTILINE)
     assert len(found) == 4
     for prompt, completion, expected in found:

@@ -10,10 +10,12 @@ import pytest
 import yaml
 
 from cola_ds.config.schema import DataConfig
+from cola_ds.data.batch import Encoded
+from cola_ds.data.candidates import common_prefix
 from cola_ds.data.tasks.catalog import TASKS, Example, fields_of, task_named
 from cola_ds.data.tasks.custom import task_from_yaml
 from cola_ds.data.tasks.dataset import TaskData, find_task
-from cola_ds.data.tasks.encoding import Encoded, common_prefix, encode, with_demonstrations
+from cola_ds.data.tasks.encoding import encode, with_demonstrations
 from cola_ds.data.tasks.files import Rows, examples_of, read_rows
 from cola_ds.data.tasks.metrics import accuracy, score, squad_f1
 from cola_ds.data.tasks.sampling import sample
@@ -24,7 +26,7 @@ from tests.support.toys import REAL_TASKS
 
 
 def chosen(prompt, candidates, *correct):
-    return Example(prompt, candidates, correct)
+    return Example(prompt, candidates=candidates, correct=correct)
 
 
 def generated(prompt, completion, *answers):
@@ -567,7 +569,9 @@ def test_real_instructions(tokenizer, tmp_path):
 
 
 def numbered(count, left_out=None):
-    return Rows([Example(str(n), NO_YES, (0,)) for n in range(count)], left_out or {}, "set/train.jsonl")
+    return Rows(
+        [Example(str(n), candidates=NO_YES, correct=(0,)) for n in range(count)], left_out or {}, "set/train.jsonl"
+    )
 
 
 def numbers(examples):
@@ -667,14 +671,14 @@ def test_ids_of_prompt_and_candidates(tokenizer, name):
 
 
 def test_white_space_at_the_ends(tokenizer):
-    encoded = encode(Example(" \n ab\n", (" c  ", "d\n"), (0,)), tokenizer)
+    encoded = encode(Example(" \n ab\n", candidates=(" c  ", "d\n"), correct=(0,)), tokenizer)
     assert [spelled(tokenizer, ids) for ids in encoded.candidate_ids] == ["<s>ab\n c", "<s>ab\nd\n"]
     assert encoded.answer_lengths == [2, 2]
 
 
 def test_a_merge_across_the_boundary():
     tokenizer = make_tokenizer(merges=[("b", "c"), ("a", "bc")])
-    encoded = encode(Example("xab", ("cd", "c", "d"), (0,)), tokenizer)
+    encoded = encode(Example("xab", candidates=("cd", "c", "d"), correct=(0,)), tokenizer)
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in encoded.candidate_ids] == [
         ["<s>", "x", "abc", "d"],
         ["<s>", "x", "abc"],
@@ -687,7 +691,7 @@ def test_a_merge_across_the_boundary():
 @pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "$A"])
 def test_end_of_text_is_not_part_of_an_answer(template):
     tokenizer = make_tokenizer(template)
-    encoded = encode(Example("ab", ("c", "de"), (1,)), tokenizer)
+    encoded = encode(Example("ab", candidates=("c", "de"), correct=(1,)), tokenizer)
     begin = "<s>" if "<s>" in template else ""
     assert [spelled(tokenizer, ids) for ids in encoded.candidate_ids] == [begin + "abc", begin + "abde"]
     assert spelled(tokenizer, encoded.prompt_ids) == begin + "ab"
@@ -697,7 +701,7 @@ def test_end_of_text_is_not_part_of_an_answer(template):
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
 def test_special_tokens_of_the_text_itself(template):
     """BOS once; an EOS that a prompt or an answer holds is kept."""
-    encoded = encode(Example("<s>Q a</s>", ("b", "c</s>"), (0,)), make_tokenizer(template))
+    encoded = encode(Example("<s>Q a</s>", candidates=("b", "c</s>"), correct=(0,)), make_tokenizer(template))
     pieces = [spelled(make_tokenizer(template), ids) for ids in [*encoded.candidate_ids, encoded.prompt_ids]]
     assert pieces == ["<s>Q a</s>b", "<s>Q a</s>c</s>", "<s>Q a</s>"]
     assert encoded.answer_lengths == [1, 2]
@@ -707,7 +711,7 @@ def test_special_tokens_of_the_text_itself(template):
 @pytest.mark.parametrize("max_length", [2, 5, 11, 12, 13, 14, 15])
 def test_a_long_prompt_loses_its_beginning_but_not_bos(template, max_length):
     tokenizer = make_tokenizer(template)
-    example = Example("0123456789", (" a", " bcd"), (0,))
+    example = Example("0123456789", candidates=(" a", " bcd"), correct=(0,))
     encoded = encode(example, tokenizer, max_length)
     whole = [tokenizer(example.prompt + end).input_ids for end in example.candidates]
     lost = max(0, max(map(len, whole)) - max_length)  # the same number of each, so that they still share what is left
@@ -753,13 +757,17 @@ def test_common_prefix(ids, lengths, expected):
 
 # Demonstrations
 
-SHOWN = [Example("Q1\n", NO_YES, (1,)), Example("Q2", (" a", " b"), (0,)), generated("Q3", " c\n", "c")]
+SHOWN = [
+    Example("Q1\n", candidates=NO_YES, correct=(1,)),
+    Example("Q2", candidates=(" a", " b"), correct=(0,)),
+    generated("Q3", " c\n", "c"),
+]
 
 
 def test_demonstrations_come_first(tokenizer):
-    example = Example("Q4\n", NO_YES, (0,))
+    example = Example("Q4\n", candidates=NO_YES, correct=(0,))
     prompted = with_demonstrations(example, SHOWN, tokenizer)
-    assert prompted == Example("Q1\nYes\n\nQ2 a\n\nQ3 c\n\nQ4\n", NO_YES, (0,))
+    assert prompted == Example("Q1\nYes\n\nQ2 a\n\nQ3 c\n\nQ4\n", candidates=NO_YES, correct=(0,))
     assert with_demonstrations(example, [], tokenizer) == example
 
 
@@ -776,7 +784,7 @@ def test_demonstrations_come_first(tokenizer):
 )
 def test_whole_demonstrations_are_dropped_from_the_front(tokenizer, spare, prompt):
     full = len("<s>") - 2 + len("Q1\nYes\n\nQ2 a\n\nQ3 c\n\nQ4\n")
-    example = Example("Q4\n", NO_YES, (0,))
+    example = Example("Q4\n", candidates=NO_YES, correct=(0,))
     assert with_demonstrations(example, SHOWN, tokenizer, full + len("Yes") + spare).prompt == prompt
     example = generated("Q4\n", " some long answer\n", "some long answer")
     assert with_demonstrations(example, SHOWN, tokenizer, full + 50 + spare, reserve=50).prompt == prompt
@@ -809,7 +817,7 @@ def test_squad_f1(prediction, golds, expected):
 
 
 def test_accuracy_and_score():
-    example = Example("p", ("a", "b", "c"), (2, 0))
+    example = Example("p", candidates=("a", "b", "c"), correct=(2, 0))
     assert [accuracy(index, example) for index in range(3)] == [1.0, 0.0, 1.0]  # any right entity counts
     assert score(TASKS["record"], example, 1) == 0.0
     free = generated("p", " Ann Lee\n", "Ann Lee")
@@ -837,7 +845,7 @@ def test_a_task_with_candidates(gold, correct):
     assert (task.name, task.objective, task.metric, task.generates) == ("mine", "classification", "accuracy", False)
     row = {"question": "Q {x}", "a b": 3, "noun": "Rome", "gold": gold}
     # Spaces at the prompt's end begin what follows it.
-    assert task.read(row)[0] == [Example("Q {x}\nIs it 3?", (" yes, Rome", " no"), (correct,))]
+    assert task.read(row)[0] == [Example("Q {x}\nIs it 3?", candidates=(" yes, Rome", " no"), correct=(correct,))]
     assert from_text(CHOICE + "objective: answer").objective == "answer"
 
 
@@ -995,5 +1003,9 @@ def test_how_a_task_is_scored_is_part_of_what_a_run_is(tmp_path):
     digests, none = set(), collections.Counter()
     for metric, generates, objective in (("f1", True, "answer"), ("accuracy", True, "answer"), (None, False, "answer")):
         task = dataclasses.replace(TASKS["squad"], metric=metric, generates=generates, objective=objective)
-        digests.add(TaskData(task, [example], [Encoded([[1, 2]], [1], [1], "")], [2], [1], none, 2).fingerprint())
+        data = TaskData(
+            task=task, examples=[example], encoded=[Encoded([[1, 2]], [1], [1], "")], lengths=[2], loss_tokens=[1],
+            lost=none, largest_id=2,
+        )  # fmt: skip
+        digests.add(data.fingerprint())
     assert len(digests) == 3

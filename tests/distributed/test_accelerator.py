@@ -201,7 +201,7 @@ def test_a_workspace_that_is_not_deterministic_is_refused(torch_as_it_is, monkey
 def train_here(process, paths):
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import train
+    from cola_ds.training.run import run_prepared as train
 
     process_group(process)
     found = []

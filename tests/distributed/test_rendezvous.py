@@ -34,31 +34,31 @@ def run_file(toy, tmp_path):
 def mistaken(rank):
     """As where a file is missing on one node."""
     if rank == 1:
-        from cola_ds import cli
+        from cola_ds.config import loading
 
         def load(*args):
             raise UserError("data.train gone.jsonl is not a file")
 
-        cli.load_config = load
+        loading.load_config = load
 
 
 def defective(rank):
     if rank == 1:
-        from cola_ds import cli
+        from cola_ds.config import loading
 
-        cli.load_config = lambda *args: 1 / 0
+        loading.load_config = lambda *args: 1 / 0
 
 
 def killed_while_loading(rank, victim=1):
     """As by the kernel, where data or a model are larger than the memory."""
-    from cola_ds.training import prepare as preparing
+    from cola_ds.training import api
 
     def prepare(*args):
         wait_until(lambda: rendezvous._current.link if rank else rendezvous._current.peers, within_s=60)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == victim:
-        preparing.prepare = prepare
+        api.prepare = prepare
 
 
 def killed_when_it_has_arrived(rank):

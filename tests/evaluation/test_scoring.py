@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cola_ds.data.batch import IGNORED
+from cola_ds.data.batch import IGNORED, Encoded
 from cola_ds.data.candidates import pack, packed_length
-from cola_ds.data.tasks.encoding import Encoded
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import find_targets, inject, lora_layers, start_link
 from tests.support.distributed import process_group, run_distributed

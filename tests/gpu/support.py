@@ -60,17 +60,18 @@ def run(process, path, monkeypatch, changed=None, **words):
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.distributed import signals
     from cola_ds.errors import StoppedError
-    from cola_ds.training import run as training
+    from cola_ds.training import start
     from cola_ds.training.prepare import prepare
+    from cola_ds.training.run import run_prepared
 
     config = load_config(path) if changed is None else changed
-    kept, build = [], training.build_chain
+    kept, build = [], start.build_chain
     prepared = prepare(config, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
+        patch.setattr(start, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
         patch.setattr(signals, "_requested", 0)
         try:
-            assert training.train(prepared, process, ResumeOptions(**words))
+            assert run_prepared(prepared, process, ResumeOptions(**words))
             ended = kept[0]
         except StoppedError:
             ended = None

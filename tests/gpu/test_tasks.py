@@ -93,17 +93,18 @@ def evaluate(process, folder, path, monkeypatch):
     """The rows that `cola-ds evaluate` of the run writes."""
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.commands.evaluate import evaluation_config
-    from cola_ds.training import run as training
+    from cola_ds.training import start
     from cola_ds.training.prepare import prepare
+    from cola_ds.training.run import run_prepared
 
     config = load_config(path)
     evaluation = evaluation_config(
         str(folder / "run"), "zero-shot", config.data.task, config.data.dir, str(folder / "evaluation"), 1, []
     )
-    kept, build = [], training.build_chain
+    kept, build = [], start.build_chain
     with monkeypatch.context() as patch:
-        patch.setattr(training, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
-        assert training.train(prepare(evaluation, 1), process, ResumeOptions())
+        patch.setattr(start, "build_chain", lambda *args: kept.append(build(*args)) or kept[0])
+        assert run_prepared(prepare(evaluation, 1), process, ResumeOptions())
     take_down(kept)
     return rows(folder / "evaluation/evals.jsonl")
 

@@ -1,4 +1,4 @@
-"""The scripts, and every command of the README, executed in a copy of the repository."""
+"""The scripts of launch/, and its ready runs."""
 
 import json
 import os
@@ -7,55 +7,12 @@ import shutil
 import subprocess
 
 import pytest
-import yaml
 
 from tests.commands.test_cli import run
-from tests.support.launching import clean_environment
+from tests.support.launching import clean_environment, in_copy
 from tests.support.toys import REPOSITORY, save_model, save_sums
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The files of the repository, and its environment, in a folder that may be written to."""
-    folder = tmp_path_factory.mktemp("copy")
-    for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs", "slurm", "tests"):
-        source = REPOSITORY / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    if not (REPOSITORY / ".venv/.installed-quickstart").exists():
-        pytest.skip("there is no .venv: run the tests with ./launch/test.sh")
-    (folder / ".venv").symlink_to(REPOSITORY / ".venv")
-    return folder
-
-
-def in_copy(copy, command, timeout_s=600):
-    """A shell command as a reader of the README would type it."""
-    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
-    done = subprocess.run(
-        ["bash", "-c", f"source .venv/bin/activate && {command}"],
-        cwd=copy, env=env, capture_output=True, text=True, timeout=timeout_s,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def commands():
-    """Every command of the README, with its continuation lines joined."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
-
-
-def save_task(folder):
-    """Rows that are examples of sst2 and of cb."""
-    folder.mkdir(parents=True)
-    for name, count in (("train", 700), ("validation", 10)):
-        rows = ({"sentence": f"a {n}", "premise": f"b {n}", "hypothesis": "c", "label": n % 2} for n in range(count))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+PAGE = (REPOSITORY / "launch/README.md").read_text(encoding="utf-8")
 
 
 def test_scripts_pass_shellcheck():
@@ -122,7 +79,7 @@ def test_wrong_calls_of_the_scripts(tmp_path, words, env, message):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-RUNS = sorted((REPOSITORY / "launch/runs").glob("*.yaml"))
+RUNS = sorted([*(REPOSITORY / "launch/runs").glob("*.yaml"), REPOSITORY / "launch/quickstart/run.yaml"])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
@@ -141,7 +98,7 @@ def test_ready_runs_resolve_as_their_first_lines_call_them(tmp_path, path):
     for words in calls:
         assert (REPOSITORY / words[0]).is_file()
         at = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
-        assert words[at] == f"launch/runs/{path.name}"
+        assert words[at] == str(path.relative_to(REPOSITORY))
         named = dict(zip(words[1:at:2], words[2:at:2], strict=True))
         count = (
             int(words[at + 1])
@@ -156,54 +113,10 @@ def test_ready_runs_resolve_as_their_first_lines_call_them(tmp_path, path):
             prepare(load_config(path, [*overrides, *toy, f"deepspeed={name}"]), count)
 
 
-def test_readme_commands_run(copy):
-    """In the order of the README, on a toy model and data where it has the reader's own."""
-    save_model(copy / "models/my-llama")
-    (copy / "data").mkdir(exist_ok=True)
-    save_sums(copy / "data/train.jsonl", 40)
-    save_sums(copy / "data/dev.jsonl", 12, seed=1)
-    for row in blocks("json"):
-        assert {"prompt", "completion"} <= set(json.loads(row))
-    for name in ("my_run", "my_base", "my_sweep"):
-        (text,) = re.findall(rf"this `{name}.yaml`:\n\n```yaml\n(.*?)```", README, flags=re.DOTALL)
-        (copy / f"{name}.yaml").write_text(text, encoding="utf-8")
-    save_task(copy / "tasks/sst2")
-    save_task(copy / "tasks/cb")
-    # One of the 46 runs of the sweep is a real one, with a knot; what the others leave is made up.
-    names = in_copy(copy, "cola-ds sweep my_sweep.yaml --list").splitlines()
-    number = next(line.split()[0] for line in names if line.endswith("cb/cola/lr=0.001/seed=0"))
-    in_copy(copy, f"cola-ds sweep my_sweep.yaml optim.epochs=5 --only {number}")
-    (copy / "told.json").write_text('{"fail": {}, "scores": {}}', encoding="utf-8")
-    with open(copy / "my_sweep.yaml", "a", encoding="utf-8") as out:
-        out.write("launcher: python tests/support/stand_in.py . {run}\n")
-    elsewhere = ("./launch/quickstart.sh", "./launch/test.sh", "source ")  # below; what runs this; done by in_copy
-    mine = [command for command in commands() if not command.startswith(elsewhere)]
-    assert len(mine) >= 5
-    for command in mine:
-        in_copy(copy, command)
-    assert (copy / "my-merged-model/model.safetensors").is_file()
-    assert len((copy / "starts").read_text(encoding="utf-8").splitlines()) == 45
-    table = in_copy(copy, "cola-ds report runs/low-data --paper low-data").replace("*", "")
-    made_up = re.escape("52.00 ±1.58 (5)")
-    assert re.search(rf"\| cb \| accuracy \| {made_up} \| {made_up} \[72.76\] \| .* \(5\) \[73.21\] \|", table)
-    assert (copy / "runs/low-data/runs.csv").is_file()
-    assert (copy / "runs/low-data/figures/loss-cb.png").is_file()
-
-
-def test_readme_names_what_is_there():
-    slurm = (REPOSITORY / "slurm/README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`(?:\./)?((?:launch|ds_configs|cola_ds|slurm|tests)/[\w./-]+)[`\s]", README + slurm):
-        assert (REPOSITORY / path).exists(), path
-    for image in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (REPOSITORY / image).is_file(), image
-    for block in blocks("yaml"):
-        assert yaml.safe_load(block)
-
-
 @pytest.mark.quickstart
 def test_quickstart_runs(copy):
     """With fewer steps and held-out examples; the whole of it otherwise, the download of the model included."""
-    in_copy(copy, "python launch/quickstart_data.py build/quickstart 800 8")
+    in_copy(copy, "python launch/quickstart/data.py build/quickstart 800 8")
     stamp = REPOSITORY / ".venv/.installed-quickstart"
     first = in_copy(copy, "./launch/quickstart.sh 2 optim.max_steps=3 eval.every=end", timeout_s=1200)
     installed = stamp.stat().st_mtime_ns
@@ -225,7 +138,7 @@ def test_quickstart_runs(copy):
 
     # What the script does before its runs, a second time.
     second = in_copy(
-        copy, "./launch/setup.sh quickstart && python launch/quickstart_model.py build/SmolLM2-135M-Instruct"
+        copy, "./launch/setup.sh quickstart && python launch/quickstart/model.py build/SmolLM2-135M-Instruct"
     )
     assert "installing" not in second  # it neither installs nor converts again
     assert stamp.stat().st_mtime_ns == installed
@@ -236,13 +149,13 @@ def test_quickstart_runs(copy):
 
 @pytest.mark.quickstart
 def test_benchmark_runs(copy):
-    """On a toy model; its tables have every row that the README shows."""
+    """On a toy model; its tables have every row that launch/README.md shows."""
     save_sums(save_model(copy / "models/bench") / "sums.jsonl", 40)
     toy = "model.path=models/bench data.train=models/bench/sums.jsonl data.max_length=64"
     shown = in_copy(copy, f"./launch/bench.sh {toy} --knots 1 --pairs 1 --steps 12 --memory-pairs 1")
     cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in shown.splitlines() if line.startswith("| ")}
-    shown_in_readme = README.split("\nknots of ")[1].split("### Stopping")[0]
-    names = {line.split("|")[1].strip() for line in shown_in_readme.splitlines() if line.startswith("| ")}
+    shown_there = PAGE.split("\nknots of ")[1]
+    names = {line.split("|")[1].strip() for line in shown_there.splitlines() if line.startswith("| ")}
     assert {name.replace("120 steps", "12 steps") for name in names} == set(cells)
     local, gathered, rebuilt = map(float, cells["tie, KiB moved per process"])
     assert 0 < local == rebuilt < gathered
@@ -251,7 +164,7 @@ def test_benchmark_runs(copy):
 
 
 def test_quickstart_data_is_split_without_leakage(copy):
-    in_copy(copy, "python launch/quickstart_data.py data/docs")
+    in_copy(copy, "python launch/quickstart/data.py data/docs")
     halves = []
     for name in ("train", "dev"):
         rows = [

@@ -145,7 +145,7 @@ def quickstart(toy, tmp_path_factory):
         f"model.path={toy[0]}", f"data.train={toy[1]}", f"data.eval={toy[2]}", "optim.max_steps=6", "eval.every=end",
         "optim.micro_batch_size=2",
     ]  # fmt: skip
-    words = ["train", "launch/runs/quickstart.yaml", *overrides, f"run.dir={folder}"]
+    words = ["train", "launch/quickstart/run.yaml", *overrides, f"run.dir={folder}"]
     statuses, text = run_job(folder / "job", words, world_size=1)
     assert statuses == [0], text
     return overrides, [row["loss"] for row in rows(folder / "metrics.jsonl")]
@@ -158,7 +158,7 @@ WAYS = ["deepspeed", "torchrun", "mpirun.sh", "srun 2x1", "srun 2x2", "sbatch", 
 def test_the_same_losses_everywhere(request, quickstart, tmp_path, way):
     overrides, losses = quickstart
     overrides = [*overrides, f"run.dir={tmp_path / 'run'}"]
-    run_file = "launch/runs/quickstart.yaml"
+    run_file = "launch/quickstart/run.yaml"
     cluster = request.getfixturevalue("cluster") if way not in WAYS[:3] else None
     if way == "sbatch":
         job, frozen = cluster.submit(clean_environment(), "--nodes", "2", "--gpus", "1", run_file, *overrides)

@@ -16,7 +16,7 @@ STEPS = 12
 def run_here(process, path):
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import train
+    from cola_ds.training.run import run_prepared as train
 
     process_group(process)
     train(prepare(load_config(path), process.world_size), process, ResumeOptions())

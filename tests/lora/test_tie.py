@@ -1,10 +1,13 @@
 """Ties: what they add to shards of every kind, how exactly, and what they move."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from cola_ds.commands.export import tie_saved_links
 from cola_ds.lora.layers import add_link, delta_slice, delta_weight, inner_product
 from tests.bench import rounding
 from tests.support.distributed import CountedCollectives, run_distributed
@@ -70,11 +73,32 @@ def test_remainder_of_a_plain_merge_is_what_the_chain_has_lost():
     torch.testing.assert_close(remainder.double(), lost, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_export_rounds_as_its_merges_say(dtype, exact):
+    """Exact: once, whatever the number of links. Plain: once a link."""
+    draw = torch.Generator().manual_seed(2)
+    base = (0.02 * torch.randn(5, 7, generator=draw)).to(dtype)
+    links = [
+        {"q.lora_A.weight": torch.randn(3, 7, generator=draw), "q.lora_B.weight": 1e-4 * torch.randn(5, 3, generator=draw)}
+        for _ in range(4)
+    ]  # fmt: skip
+    model = nn.ModuleDict({"q": nn.Linear(7, 5, bias=False, dtype=dtype)})
+    model["q"].weight.data.copy_(base)
+    tie_saved_links(model, links, [2.0, 2.0, 0.5, 2.0], exact=exact)
+    wanted = base.float()
+    for link, scaling in zip(links, (2.0, 2.0, 0.5, 2.0), strict=True):
+        wanted = wanted + (link["q.lora_B.weight"] @ link["q.lora_A.weight"]) * scaling
+        wanted = wanted if exact else wanted.to(dtype).float()
+    assert not torch.equal(wanted.to(dtype), base)
+    assert torch.equal(model["q"].weight, wanted.to(dtype))
+
+
 def test_readme_shows_the_roundings():
     def numbers(lines):
         return [[float(n) for n in re.findall(r"[\d.]+", line)] for line in lines if re.match(r"\| \d", line)]
 
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "launch/README.md").read_text(encoding="utf-8")
     shown = readme.split("| change / base |")[1].split("\n\n")[0].splitlines()
     found = numbers(rounding.table())
     assert len(found) == 6
@@ -175,6 +199,20 @@ def test_local_ties_equal_gathered_ones(tied):
             for mine, whole in zip(local["weights"], gathered["weights"], strict=True):
                 for name in mine:
                     assert torch.equal(mine[name], whole[name]), (kind, name)
+
+
+def test_an_export_has_the_weights_of_the_run(tied):
+    """Bit for bit, from the links alone."""
+    _, _, processes = tied
+    found = processes[0]
+    for way in ("fp32 local exact", "bf16 local exact", "bf16 local plain"):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[way.split()[0]]
+        exported = {name: found[way]["base"][name].to(dtype, copy=True) for name in targets(found[way])}
+        model = SimpleNamespace(get_parameter=exported.__getitem__)
+        links = [{f"{name}.weight": half.to(dtype) for name, half in link.items()} for link in found[way]["links"]]
+        tie_saved_links(model, links, [8 / 11, 8 / 11, 8 / 3], exact=way.endswith("exact"))
+        for name, weight in exported.items():
+            assert torch.equal(weight.float(), found[way]["weights"][-1][name]), (way, name)
 
 
 def test_every_process_has_the_base_plus_all_links_rounded_once(tied):

@@ -10,7 +10,7 @@ from cola_ds.sweep.plan import load_plan
 from tests.support.toys import REPOSITORY
 
 FOLDER = REPOSITORY / "launch/sweeps/smollm2-135m"
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = (REPOSITORY / "launch/sweeps/README.md").read_text(encoding="utf-8")
 
 
 FIRST_KNOT = {

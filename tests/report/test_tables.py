@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,10 @@ import pytest
 from cola_ds.cli import main
 from cola_ds.errors import UserError
 from cola_ds.report.figures import _score_lines
-from cola_ds.report.find import find
+from cola_ds.report.find import find_runs
 from cola_ds.report.paper import PAPER_TABLES
 from cola_ds.report.report import report
-from cola_ds.report.statistics import holm, paired_t_test
-from cola_ds.sweep.selection import Group, read_groups, write_groups
+from cola_ds.sweep.groups import Group, read_groups, write_groups
 from tests.support.recorded import recorded
 from tests.support.toys import run_config, save_run
 
@@ -95,28 +93,6 @@ def test_a_difference_that_is_not_significant_is_not_called_so(tmp_path):
     assert "| cb | cola-2 - lora | 5 | -2.30 | 0.0452 | 0.0905 | no significant difference |" in tables(tmp_path)
     alone = [tmp_path / f"cb-{kind}{seed}" for kind in "lc" for seed in range(5)]
     assert "| cb | cola-2 - lora | 5 | -2.30 | 0.0452 | 0.0452 | worse |" in tables(*alone)
-
-
-@pytest.mark.parametrize(
-    ("df", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (10, 2.22814), (30, 2.04227)]
-)
-def test_t_distribution(df, t):
-    """The two-sided 5% points of the printed tables."""
-    ones = [1.0] * (df + 1)  # any sample of that size, moved until its t is the table's
-    sample = [value + (index - df / 2) for index, value in enumerate(ones)]
-    deviation = math.sqrt(sum((value - 1) ** 2 for value in sample) / df)
-    moved = [value - 1 + t * deviation / math.sqrt(df + 1) for value in sample]
-    assert paired_t_test(moved) == pytest.approx(0.05, abs=1e-6)
-    assert paired_t_test([-value for value in moved]) == pytest.approx(0.05, abs=1e-6)
-
-
-def test_samples_without_a_test():
-    assert paired_t_test([]) is None
-    assert paired_t_test([3.0]) is None
-    assert paired_t_test([71.1 - 71.0, 65.1 - 65.0, 3.1 - 3.0]) is None  # the same, but for rounding
-    assert paired_t_test([1.0, -1.0]) == pytest.approx(1)
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1, 1]
 
 
 def test_only_alike_runs_are_compared(tmp_path):
@@ -226,10 +202,15 @@ def test_csv_and_figures(tmp_path):
     assert (row["lr"], row["optimizer"], row["lora_ranks"]) == ("", "", "")  # it trains nothing
 
 
+def make_group(task, name, paths, points=("",), seeds=(0, 1, 2)):
+    """A group whose first seed searches."""
+    return Group(task=task, name=name, paths=paths, points=points, seeds=seeds, search_seeds=seeds[:1])
+
+
 def save_sweep(folder, states):
     """A sweep of a grid of two points and three seeds, whose runs are as the states say."""
     paths = {(point, seed): folder / f"cb/lora/{point}/seed={seed}" for point in ("lr=1", "lr=2") for seed in range(3)}
-    write_groups(folder, [Group("cb-100", "lora", paths, ("lr=1", "lr=2"), (0, 1, 2), (0,))])
+    write_groups(folder, [make_group("cb-100", "lora", paths, points=("lr=1", "lr=2"))])
     for place, state in states.items():
         run = folder / "cb/lora" / place
         if isinstance(state, float):
@@ -294,7 +275,7 @@ def test_sweeps_that_have_a_task_in_common(tmp_path):
     for name, better in (("few", 0.0), ("many", 0.2)):
         paths = {(kind, s): tmp_path / name / f"cb/{kind}/seed={s}" for kind in ("lora", "cola") for s in range(3)}
         groups = [
-            Group("cb", k, {("", s): paths[k, s] for s in range(3)}, ("",), (0, 1, 2), (0,)) for k in ("lora", "cola")
+            make_group("cb", kind, {("", seed): paths[kind, seed] for seed in range(3)}) for kind in ("lora", "cola")
         ]
         write_groups(tmp_path / name, groups)
         for (kind, seed), path in paths.items():
@@ -344,7 +325,7 @@ def test_runs_of_another_budget_are_not_compared(tmp_path):
     ]
     assert "60.00; 8.00e+00 (2)" in text
     assert text.count("e+0") == 1
-    lines = _score_lines(find([str(tmp_path)])[0], "length")
+    lines = _score_lines(find_runs([str(tmp_path)]).cells, "length")
     assert lines == {
         "cb, rank 8, adamw": {1: [50.0, 50.0], 2: [60.0, 60.0]},
         "cb, rank 8, adamw, cola-2 rank=8 num_train=1000": {2: [70.0, 70.0], 1: [80.0, 80.0]},
@@ -382,7 +363,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
 
 
 def test_names_that_markdown_would_cut(tmp_path):
-    write_groups(tmp_path, [Group("a|b", "x|y", {("", 0): tmp_path / "r"}, ("",), (0,), (0,))])
+    write_groups(tmp_path, [make_group("a|b", "x|y", {("", 0): tmp_path / "r"}, seeds=(0,))])
     save_result(tmp_path / "r", 0.5, **LORA)
     assert "| task | metric | x\\|y |" in tables(tmp_path, figures=tmp_path / "f")
     assert (tmp_path / "f/loss-a-b.png").is_file()

@@ -173,7 +173,7 @@ def test_of_many_at_once_one_gets_it(folder):
     old = time.time() - lock.STALE_AFTER_S - 5
     os.utime(path, (old, old))
     script = (
-        "import sys, time, pathlib; from cola_ds.lock import RunLock; from cola_ds.errors import UserError\n"
+        "import sys, time, pathlib; from cola_ds.run.lock import RunLock; from cola_ds.errors import UserError\n"
         "try: RunLock(pathlib.Path(sys.argv[1])).take()\n"
         "except UserError: sys.exit(2)\n"
         "time.sleep(5)"
@@ -184,7 +184,7 @@ def test_of_many_at_once_one_gets_it(folder):
 
 def test_a_holder_that_lost_its_lock_ends(folder):
     script = (
-        "import sys, time, pathlib; from cola_ds import lock\n"
+        "import sys, time, pathlib; from cola_ds.run import lock\n"
         "lock.RENEWED_EVERY_S = 0.1\n"
         "lock.RunLock(pathlib.Path(sys.argv[1])).take()\n"
         "print('held', flush=True)\n"

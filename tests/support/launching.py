@@ -100,3 +100,15 @@ def workers(run_file: Path) -> list[int]:
         if b"cola_ds" in words[2:4] and str(run_file).encode() in words and rank:  # python [-u] -m cola_ds
             found[int(rank)] = int(entry)
     return [found[rank] for rank in sorted(found)]
+
+
+def in_copy(copy: Path, command: str, timeout_s: float = 600) -> str:
+    """A shell command as a reader of the documents would type it, in a copy of the repository. What lies in its bin/ goes before
+    what is installed."""
+    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
+    done = subprocess.run(
+        ["bash", "-c", f'source .venv/bin/activate && PATH="$PWD/bin:$PATH" && {command}'],
+        cwd=copy, env=env, capture_output=True, text=True, timeout=timeout_s,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout

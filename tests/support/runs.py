@@ -38,7 +38,7 @@ def run_once(process, path, stop=None, words=None):
     from cola_ds.distributed import signals
     from cola_ds.errors import StoppedError
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import train
+    from cola_ds.training.run import run_prepared as train
 
     process_group(process)
     if stop and process.rank == min(1, process.world_size - 1):
@@ -53,15 +53,15 @@ def run_once(process, path, stop=None, words=None):
 
 
 def _keep_the_chain():
-    from cola_ds.training import run
+    from cola_ds.training import start
 
-    kept, build = [], run.build_chain
+    kept, build = [], start.build_chain
 
     def keep(*args):
         kept.append(build(*args))
         return kept[0]
 
-    run.build_chain = keep
+    start.build_chain = keep
     return kept
 
 

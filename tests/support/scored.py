@@ -19,9 +19,9 @@ def train_scored(path: Path) -> tuple[list[dict], dict]:
 def copy_scores(rank: int, path: str) -> None:
     """From here on the scores of the test split go to this file as well."""
     from cola_ds.evaluation import evaluators
-    from cola_ds.training import run as training
+    from cola_ds.training import validation
 
-    task_score, score_candidates = training.task_score, evaluators.score_candidates
+    task_score, score_candidates = validation.task_score, evaluators.score_candidates
     examples = []
 
     def note(engine, data, split, *args):
@@ -36,4 +36,4 @@ def copy_scores(rank: int, path: str) -> None:
                 out.write(json.dumps(row) + "\n")
         return found
 
-    training.task_score, evaluators.score_candidates = note, copy
+    validation.task_score, evaluators.score_candidates = note, copy

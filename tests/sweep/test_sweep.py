@@ -136,7 +136,7 @@ def test_search_seeds(place):
     write_sweep(place, tasks={"easy": {"data.train": "x"}}, methods={"lora": {}}, search_seeds="all")
     assert sweep(place) == 0
     assert len(starts(place)) == 2  # of the nine
-    assert all(run.stage == "search" for run in load_plan(str(place / "sweep.yaml"), []).runs)
+    assert all(run.purpose == "search" for run in load_plan(str(place / "sweep.yaml"), []).runs)
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(place, capfd):

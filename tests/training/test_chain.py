@@ -29,8 +29,8 @@ def toy(tmp_path_factory):
 def make_chain(process: Process, config_path):
     """A chain at its first step, its folder kept by process 0."""
     from cola_ds.run.folder import RunDir
+    from cola_ds.training.build import build_chain
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import build_chain
 
     config = load_config(config_path)
     process_group(process)
@@ -241,8 +241,8 @@ def three_links(process, path, in_place):
 @pytest.mark.parametrize(
     ("engine", "dtype", "optimizer"),
     [
-        ("tests/zero3_sharded", "fp32", "adamw"),
-        ("tests/zero3_sharded", "bf16", "adagrad"),
+        ("tests/support/zero3_sharded", "fp32", "adamw"),
+        ("tests/support/zero3_sharded", "bf16", "adagrad"),
         ("ds_configs/zero3_offload_cpu", "bf16", "adamw"),
         ("ds_configs/zero2", "bf16", "adamw"),
         ("ds_configs/zero2", "fp32", "sgd"),
@@ -439,7 +439,7 @@ def test_every_engine_file_runs_a_chain(toy, tmp_path, engine):
 def full_fine_tuning(process, path):
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import train
+    from cola_ds.training.run import run_prepared as train
 
     process_group(process)
     train(prepare(load_config(path), process.world_size), process, ResumeOptions())

@@ -95,7 +95,10 @@ def test_a_signal_before_the_first_step(toy, tmp_path):
     """Nothing to save, and no half-made folder."""
     words = start(toy, tmp_path)
     statuses, said = run_job(
-        tmp_path, words, sabotage=at_call, arguments=((0, 1), "cola_ds.training.run", "build_engine", 1, signal.SIGTERM)
+        tmp_path,
+        words,
+        sabotage=at_call,
+        arguments=((0, 1), "cola_ds.training.build", "build_engine", 1, signal.SIGTERM),
     )
     assert statuses == [75, 75], said
     assert not (tmp_path / "run").exists()
@@ -152,7 +155,7 @@ def test_a_process_that_hangs_is_named_with_its_stack(toy, tmp_path):
 def test_no_false_alarm(toy, tmp_path):
     """Loading, building an engine and writing a whole model may take longer than a step ever does."""
     words = start(toy, tmp_path, run={"hang_after_s": 2})
-    slow = ((0, 1), "cola_ds.training.run", "load_model", 1, ("sleep", 5))
+    slow = ((0, 1), "cola_ds.training.build", "load_model", 1, ("sleep", 5))
     statuses, said = run_job(tmp_path, words, sabotage=at_call, arguments=slow)
     assert statuses == [0, 0], said
 

@@ -8,7 +8,7 @@ from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.commands.export import export
 from cola_ds.config.loading import load_config
 from cola_ds.training.prepare import prepare
-from cola_ds.training.run import train
+from cola_ds.training.run import run_prepared as train
 from tests.support.distributed import process_group, run_distributed
 from tests.support.reference import chain_of_lora
 from tests.support.toys import rows, run_config, save_model, save_run, save_sums

@@ -153,7 +153,7 @@ def test_outputs_that_take_nothing(logger, tmp_path, monkeypatch, error):
 
 def test_outputs_that_are_closed():
     """What is opened next must not take their numbers: it would be printed into."""
-    code = "from cola_ds import streams; streams.harden(); print(1); exit(open('/dev/null').fileno() < 3)"
+    code = "from cola_ds.commands import streams; streams.harden(); print(1); exit(open('/dev/null').fileno() < 3)"
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "$0" <&- >&- 2>&-', code])
     assert done.returncode == 0
 

@@ -70,8 +70,8 @@ def score_here(process, paths):
     """The scores of each candidate, or the generated answers, of this process's share of each task's test examples."""
     from cola_ds.evaluation.candidates import score_candidates
     from cola_ds.evaluation.generation import generate_answers
+    from cola_ds.training.build import build_chain
     from cola_ds.training.prepare import prepare
-    from cola_ds.training.run import build_chain
 
     process_group(process)
     found, engine = {}, None

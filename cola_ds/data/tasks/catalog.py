@@ -1,8 +1,9 @@
-"""Evaluation tasks: how a row becomes a prompt and its possible answers. Eleven of them.
+"""Catalogue of tasks: how a row becomes a prompt and its possible answers. Eleven of them.
 
 Prompts and answers are MeZO's (arXiv 2305.17333), which COLA (arXiv 2401.04151) takes over. Rows have the fields of the Hugging
 Face sets, or those of the original SuperGLUE files, whose rows may hold several examples. This file needs neither torch nor
-datasets; reading, sampling and encoding are in tasks.py, and so are tasks that a user writes down.
+datasets. Reading (files.py), sampling (sampling.py) and encoding (encoding.py) follow; tasks that a user writes down are in
+custom.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import difflib
 import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from cola_ds.errors import UserError, quoted
@@ -28,6 +29,7 @@ class Example:
     """A prompt and what may follow it. Texts are exact: the prompt followed by a candidate is what the model reads."""
 
     prompt: str
+    _: KW_ONLY
     candidates: tuple[str, ...] = ()
     """Continuations to choose from, with the leading space where there is one; empty where the answer is free text."""
     correct: tuple[int, ...] = ()
@@ -52,6 +54,7 @@ class Task:
     """What a task's rows mean, and how it is trained and scored."""
 
     name: str
+    _: KW_ONLY
     build: Callable[[Row], Example]
     """The example of a flat row. Raises UserError for a bad row, UnusableRowError for one to leave out."""
     objective: Literal["classification", "answer"]
@@ -86,6 +89,8 @@ def strip(text: str) -> str:
 
 
 # Fields of a row
+
+
 def _field(row: Row, name: str, kind: type) -> Any:
     if name not in row:
         raise UserError(f"field {name} is missing; this row has {', '.join(row) or 'none'}")
@@ -127,6 +132,8 @@ def _label(row: Row, names: Sequence[str]) -> int:
 
 
 # Templates
+
+
 def fields_of(template: str) -> list[str]:
     """The names of a template's {fields}.
 
@@ -167,7 +174,7 @@ def _choice(
     def build(row: Row) -> Example:
         texts = {name: _field(row, name, str) if name in may_be_empty else _text(row, name) for name in fields}
         texts |= {name: change(texts[name]) for name, change in prepare.items()}
-        return Example(strip(template.format_map(texts)), candidates, (_label(row, labels),))
+        return Example(strip(template.format_map(texts)), candidates=candidates, correct=(_label(row, labels),))
 
     return build
 
@@ -187,7 +194,7 @@ def _copa(row: Row) -> Example:
         first, *rest = _text(row, name).split(" ")
         candidates.append(" " + " ".join([first if first == "I" else first.lower(), *rest]).rstrip(" "))
     prompt = strip(f"{premise.removesuffix('.')} {conjunction}")
-    return Example(prompt, tuple(candidates), (_label(row, ("choice1", "choice2")),))
+    return Example(prompt, candidates=tuple(candidates), correct=(_label(row, ("choice1", "choice2")),))
 
 
 def _record(row: Row) -> Example:
@@ -205,7 +212,7 @@ def _record(row: Row) -> Example:
     if not correct:
         raise UnusableRowError("without an answer among the entities")
     candidates = tuple(" " + query.replace("@placeholder", entity).rstrip(" ") for entity in entities)
-    return Example(strip(f"{passage}\n-"), candidates, correct)
+    return Example(strip(f"{passage}\n-"), candidates=candidates, correct=correct)
 
 
 def _squad(row: Row) -> Example:
@@ -305,7 +312,15 @@ def _classify(
     **prepare: Callable[[str], str],
 ) -> Task:
     build = _choice(template, candidates, labels, may_be_empty, prepare)
-    return Task(name, build, "classification", "accuracy", False, hub or (_SUPER_GLUE, name), num_dev, flatten)
+    return Task(
+        name,
+        build=build,
+        objective="classification",
+        metric="accuracy",
+        hub=hub or (_SUPER_GLUE, name),
+        num_dev=num_dev,
+        flatten=flatten,
+    )
 
 
 _ALL = (
@@ -351,10 +366,17 @@ _ALL = (
         flatten=_flat_multirc,
         may_be_empty=("answer",),  # three answers of the official train split are
     ),
-    Task("copa", _copa, "answer", "accuracy", hub=(_SUPER_GLUE, "copa"), num_dev=100),
-    Task("record", _record, "answer", "accuracy", hub=(_SUPER_GLUE, "record"), flatten=_flat_record),
-    Task("squad", _squad, "answer", "f1", generates=True, hub=("rajpurkar/squad", None)),
-    Task("drop", _drop, "answer", "f1", generates=True, hub=("ucinlp/drop", None)),
+    Task("copa", build=_copa, objective="answer", metric="accuracy", hub=(_SUPER_GLUE, "copa"), num_dev=100),
+    Task(
+        "record",
+        build=_record,
+        objective="answer",
+        metric="accuracy",
+        hub=(_SUPER_GLUE, "record"),
+        flatten=_flat_record,
+    ),
+    Task("squad", build=_squad, objective="answer", metric="f1", generates=True, hub=("rajpurkar/squad", None)),
+    Task("drop", build=_drop, objective="answer", metric="f1", generates=True, hub=("ucinlp/drop", None)),
 )
 TASKS = {task.name: task for task in _ALL}
 

@@ -28,9 +28,11 @@ def task_from_yaml(raw: Any, source: str) -> Task:
         if "candidates" not in raw:
             generates = raw.get("generate", False)
             metric = raw.get("metric", "f1") if generates else None
-            return Task(name, _answer_builder(prompt, raw["answer"], generates), "answer", metric, generates)
+            build = _answer_builder(prompt, raw["answer"], generates)
+            return Task(name, build=build, objective="answer", metric=metric, generates=generates)
         build = _candidate_builder(prompt, raw["candidates"], raw["label"])
-        return Task(name, build, raw.get("objective", "classification"), "accuracy")
+        objective = raw.get("objective", "classification")
+        return Task(name, build=build, objective=objective, metric="accuracy")
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -114,7 +116,7 @@ def _candidate_builder(prompt: str, candidates: list[str], label: str) -> Callab
             raise UserError(
                 f"field {label} must be an index from 0 to {len(filled) - 1} or one of {bare}; it is {quoted(value)}"
             )
-        return Example(text, filled, (int(value),))
+        return Example(text, candidates=filled, correct=(int(value),))
 
     return build
 

@@ -1,4 +1,4 @@
-"""A task's examples as token ids: to train on, and to score."""
+"""Datasets of tasks: their examples as token ids, to train on and to score."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import RunConfig, is_task_file
-from cola_ds.data.batch import PADDING, Batch, PackedBatch
+from cola_ds.data.batch import PADDING, Batch, Encoded, PackedBatch
 from cola_ds.data.candidates import pack, packed_length
 from cola_ds.data.collate import collate
 from cola_ds.data.tasks.catalog import Example, Task, task_named
 from cola_ds.data.tasks.custom import task_from_yaml
-from cola_ds.data.tasks.encoding import Encoded, encode, with_demonstrations
+from cola_ds.data.tasks.encoding import encode, with_demonstrations
 from cola_ds.data.tasks.files import read_rows
 from cola_ds.data.tasks.sampling import sample
 
 NEW_TOKENS = 50  # at most, of a generated answer (protocol of MeZO, as COLA follows it)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """Examples of one split. Its members are those of TokenizedData that training reads."""
+    """Dataset of a task: the examples of one split."""
 
     task: Task
     examples: list[Example]
@@ -108,4 +108,12 @@ def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length:
         lengths, counted = [len(ids) for ids, _ in taught], [len(ids) - start for ids, start in taught]
     largest = max((max(ids) for each in encoded for ids in each.candidate_ids), default=0)
     lost = collections.Counter(each.lost for each in encoded if each.lost)
-    return TaskData(task, examples, encoded, lengths, counted, lost, largest)
+    return TaskData(
+        task=task,
+        examples=examples,
+        encoded=encoded,
+        lengths=lengths,
+        loss_tokens=counted,
+        lost=lost,
+        largest_id=largest,
+    )

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from cola_ds.data.batch import Encoded
 from cola_ds.data.tasks.catalog import Example, strip
 from cola_ds.data.tokens import ANSWER_BEGIN, PROMPT_BEGIN, WHOLE_PROMPT, ids_of, keep_end
 from cola_ds.errors import UserError
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """An example as token ids."""
-
-    candidate_ids: list[list[int]]
-    """The prompt with each candidate; without candidates, the prompt with the answer alone."""
-    answer_lengths: list[int]
-    """How many ids at the end of each belong to the answer; at least 1."""
-    prompt_ids: list[int]
-    """The prompt alone, with room for an answer to be generated."""
-    lost: str
-    """What the maximum length took from them, as in tokens.py; empty where nothing is lost."""
 
 
 def encode(example: Example, tokenizer: Any, max_length: int = 2048, reserve: int = 0) -> Encoded:
@@ -56,17 +42,6 @@ def encode(example: Example, tokenizer: Any, max_length: int = 2048, reserve: in
 def _texts(example: Example) -> list[str]:
     """The prompt, and the prompt with each candidate or with the answer."""
     return [strip(example.prompt + end) for end in ("", *(example.candidates or (example.answer,)))]
-
-
-def common_prefix(encoded: Encoded) -> int:
-    """How many leading ids can be computed once for all candidates.
-
-    They are the same in all, and each candidate keeps its answer and the id before it, from which the answer is predicted.
-    """
-    own = min(len(ids) - n - 1 for ids, n in zip(encoded.candidate_ids, encoded.answer_lengths, strict=True))
-    columns = zip(*encoded.candidate_ids, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    return max(0, min(own, shared))
 
 
 def with_demonstrations(

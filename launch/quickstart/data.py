@@ -1,6 +1,6 @@
 """Build the quickstart's dataset from the documentation of Python's standard library, which is on every machine.
 
-    python launch/quickstart_data.py OUT_DIR [TRAIN_EXAMPLES HELD_OUT_EXAMPLES]
+    python launch/quickstart/data.py OUT_DIR [TRAIN_EXAMPLES HELD_OUT_EXAMPLES]
 
 prompt: the signature of a function or class, and the question what it does; completion: the first paragraph of its docstring.
 The sources are parsed, never imported. Training and held-out examples come from different modules (whole top-level packages),
@@ -87,7 +87,7 @@ def split(found: dict[str, list[tuple[str, str]]]) -> tuple[list[tuple[str, str]
 def main() -> None:
     """Write both files; see the top of this one."""
     if len(sys.argv) not in (2, 4):
-        sys.exit("usage: python launch/quickstart_data.py OUT_DIR [TRAIN_EXAMPLES HELD_OUT_EXAMPLES]")
+        sys.exit("usage: python launch/quickstart/data.py OUT_DIR [TRAIN_EXAMPLES HELD_OUT_EXAMPLES]")
     out = Path(sys.argv[1])
     sizes = [int(word) for word in sys.argv[2:]] or [None, None]
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,112 @@
+"""Running a config to its end: what `cola-ds train` does, and `cola_ds.train` from Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cola_ds.checkpoint.decide import ResumeOptions
+from cola_ds.config.schema import RunConfig
+from cola_ds.distributed import signals, watchdog
+from cola_ds.distributed.launcher import Process
+from cola_ds.distributed.session import joined
+from cola_ds.run.folder import RunDir
+from cola_ds.training.prepare import prepare, summarize
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has come to."""
+
+    folder: Path
+    ran: bool
+    """False where the run had finished before: there was nothing to do."""
+    result: dict[str, Any]
+    """result.json: scores, steps, links, seconds, peak memory, training FLOPs."""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The held-out loss and perplexity, or a task's metric on dev and test; empty where nothing was held out."""
+        return dict(self.result["scores"])
+
+
+def train(
+    config: RunConfig, *, resume: str = "auto", fresh: bool = False, allow_change: Sequence[str] = ()
+) -> RunResult:
+    """Train as the config says, and write the run's folder: what `cola-ds train` does, in this process.
+
+    Under a launcher each of the run's processes calls it, once, and it is collective; without one it is a run of one process. The
+    keyword arguments are the command's options. In the main thread a signal (SIGINT, SIGTERM, SIGUSR1, SIGUSR2) ends the run
+    after its step, with a checkpoint. Afterwards the process is what it was: handlers, environment, process group. Only
+    where another process of the run dies is this one ended too, as no collective can be left.
+
+    Raises UserError for a mistake in config, data or model, TrainingFailedError for losses, gradients or adapters that are not
+    finite, and StoppedError where a signal stopped it: the same call goes on from there.
+    """
+    with joined() as (process, end):
+        return run_config(config, process, ResumeOptions(resume, fresh, tuple(allow_change)), end)
+
+
+def run_config(config: RunConfig, process: Process, options: ResumeOptions, end: Callable[[int], Any]) -> RunResult:
+    """Run a config to its end, or what is left of it. Collective. `end` ends this process, where another one died or hangs."""
+    quiet_libraries(process)
+    prepared = prepare(config, process.world_size)
+    if process.rank == 0:
+        print(summarize(prepared, process.world_size), flush=True)
+    from cola_ds.distributed import (  # deepspeed takes seconds more: not for a mistake in the config
+        accelerator,
+        collectives,
+    )
+    from cola_ds.training.run import run_prepared
+
+    if process.rank == 0:  # before the others wait for it
+        check_folder(config)
+    accelerator.check_dtype(config.model.dtype)
+    limit_s = config.run.hang_after_s
+    collectives.init_process_group(
+        process,
+        begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, end, share),
+    )
+    ran = run_prepared(prepared, process, options)
+    folder = Path(config.run.dir)
+    result = collectives.broadcast_object(
+        json.loads((folder / "result.json").read_bytes()) if process.rank == 0 else None
+    )
+    signals.finished()
+    watchdog.leave(0)
+    collectives.destroy_process_group()
+    if process.rank == 0:
+        print(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}", flush=True)
+    return RunResult(folder, ran, result)
+
+
+def describe(config: RunConfig, process: Process, world_size: int) -> str:
+    """What a run of the config would be on so many processes, for people: `cola-ds train --dry-run`. Raises UserError."""
+    quiet_libraries(process)
+    prepared = prepare(config, world_size)
+    if process.rank == 0:
+        check_folder(config)
+    return summarize(prepared, world_size)
+
+
+def check_folder(config: RunConfig) -> None:
+    """Raise UserError for a run folder that cannot be written, or that holds one of the run's inputs."""
+    data = config.data
+    inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
+    RunDir(config.run.dir).check_inputs(inputs)
+
+
+def quiet_libraries(process: Process) -> None:
+    """One progress bar from one process: the libraries' own bars and notices stay away."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if process.rank != 0:
+        transformers.utils.logging.set_verbosity_error()

@@ -1,0 +1,82 @@
+"""Building a chain: the model loaded and injected, links tied again where a checkpoint has some, an engine around it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from cola_ds.checkpoint.format import Checkpoint
+from cola_ds.checkpoint.restore import restore_model, tie_run
+from cola_ds.config.schema import RunConfig
+from cola_ds.data.batcher import Batcher
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.engine import build_engine, check_engine_config, load_model
+from cola_ds.distributed.launcher import Process
+from cola_ds.distributed.monitor import Monitor
+from cola_ds.errors import UserError
+from cola_ds.lora.layers import inject, start_link
+from cola_ds.run.fingerprint import model_fingerprint
+from cola_ds.run.folder import RunDir
+from cola_ds.training.metrics import MetricLogger
+from cola_ds.training.optim import make_optimizer
+from cola_ds.training.prepare import Prepared
+from cola_ds.training.state import Chain, ChainState
+
+
+def build_chain(
+    prepared: Prepared,
+    process: Process,
+    folder: RunDir | None,
+    state: ChainState | None = None,
+    found: Checkpoint | None = None,
+) -> Chain:
+    """Load, inject, and wrap in an engine: a chain at its first step, or with `state` where a checkpoint left it.
+
+    Collective; `folder`, and the checkpoint `found`, are None on every process but 0.
+    """
+    config, restored = prepared.config, state is not None
+    state = state or ChainState()
+    step_plan = prepared.step_plan if state.ended_step is None else prepared.step_plan.ending_at(state.ended_step)
+    check_engine_config({**prepared.engine_json, **prepared.engine_config})
+    accelerator.make_deterministic(config.run.deterministic)
+    # Dropout alone draws from it, and differs by process.
+    torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
+    model = load_model(config.model, prepared.engine_config)
+    base = collectives.on_rank_0(lambda: _checked_model(config, found))
+    if config.trains_lora:
+        inject(model, prepared.targets, config.lora.dropout, train_bias=config.lora.bias == "lora_only")
+    else:
+        model.requires_grad_(config.method == "full")
+    if config.model.links is not None:
+        tie_run(model, config.model.links, base, reads=process.rank == 0)
+    if restored:
+        restore_model(model, config, state.link, found, state.remainders)
+    elif config.trains_lora:
+        start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, accelerator.device())
+    engine = build_engine(model, prepared.engine_config, partial(make_optimizer, config.optim))
+    engine.train(config.trains)
+
+    batchers = [
+        None if data is None else Batcher(data, process.rank, process.world_size)
+        for data in (prepared.train, prepared.held_out)
+    ]
+    assert batchers[0] is not None
+    steps = step_plan.total_steps if config.trains else 0
+    return Chain(
+        config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
+        world_size=process.world_size, train=batchers[0], held_out=batchers[1], test=prepared.test,
+        tokenizer=prepared.tokenizer, folder=folder, state=state,
+        logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),
+    )  # fmt: skip
+
+
+def _checked_model(config: RunConfig, found: Checkpoint | None) -> str:
+    """The base model's fingerprint. Raises UserError when it is not the one that the checkpoint's links belong to."""
+    model = model_fingerprint(config.model)
+    if found and found.state.model != model:
+        raise UserError(
+            f"model.path {config.model.path} is not the base model of {found.path}: its fingerprint is {model[:16]}, the "
+            f"checkpoint's is {found.state.model[:16]} (the run began with {found.state.config['model']['path']})"
+        )
+    return model

@@ -1,0 +1,94 @@
+"""What a finished run leaves: the result, and with method full the model. Process 0 writes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from cola_ds.distributed import accelerator, collectives, watchdog
+from cola_ds.distributed.shards import whole_state_dict
+from cola_ds.run.folder import RunDir
+from cola_ds.run.model_folder import write_model_folder
+from cola_ds.training.flops import profiled_flops, training_flops
+from cola_ds.training.prepare import Prepared
+from cola_ds.training.state import Chain
+
+
+def finish(chain: Chain, prepared: Prepared, loading_s: float) -> None:
+    """Write what a finished run leaves, the result last."""
+    watchdog.rest()
+    if chain.config.method == "full":
+        _save_whole_model(chain, prepared)
+    chain.logger.close()
+    peak = int(collectives.all_reduce_max([accelerator.peak_memory_bytes()])[0])
+    remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=accelerator.device())
+    remainder_bytes = 4 * int(collectives.all_reduce_sum(remainders))
+    if chain.folder:
+        assert chain.facts is not None
+        wall_time_s = chain.facts.elapsed_s + time.perf_counter() - chain.facts.since
+        times = {"loading_s": loading_s, "wall_time_s": wall_time_s}
+        memory = {"peak_memory_bytes": peak, "remainder_bytes": remainder_bytes}
+        _write_result(chain, prepared, chain.folder, times | memory)
+
+
+def _write_result(chain: Chain, prepared: Prepared, folder: RunDir, more: dict[str, Any]) -> None:
+    """result.json, and beside it what is only reported: what of that fails costs no result."""
+    try:
+        folder.flush_rows()
+    except OSError as error:
+        chain.logger.say(f"warning: the last rows of {folder.path} are not written: {error.strerror or error}")
+    result = {**_result(prepared, chain, folder), **more}
+    folder.write_result(result)
+    folder.event("finished", step=chain.state.step)
+    # Counting runs the model's own code, which may do anything: the result is there already.
+    tokens = chain.state.link_tokens
+    counted = chain.logger.figure("profiled_flops", lambda: profiled_flops(prepared, tokens))
+    if counted is not None:
+        whole = {**result, "profiled_flops": counted}
+        chain.logger.figure("profiled_flops", lambda: folder.write_result(whole))
+
+
+def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
+    config = prepared.config
+    return {
+        "method": config.method,
+        "task": prepared.test.task.name if prepared.test else None,
+        "seed": config.run.seed,
+        "scores": _task_scores(folder, chain.state.best_step) if chain.is_scored else _scores(folder),
+        "steps": chain.state.step,
+        "examples": chain.state.examples_seen,
+        "ended_early": chain.state.ended_step is not None,
+        "links": chain.links if config.trains_lora else 0,
+        "tokens": sum(chain.state.link_tokens),
+        "skipped_steps": chain.state.skipped_steps,
+        "world_size": chain.world_size,
+        "training_flops": chain.logger.figure(
+            "training_flops", lambda: training_flops(prepared, chain.state.link_tokens)
+        ),
+        "profiled_flops": None,  # it follows
+        "link_sha256": chain.state.link_hashes,
+    }
+
+
+def _scores(folder: RunDir) -> dict[str, Any]:
+    evaluations = folder.rows("evals.jsonl", skip_damaged=True)
+    return {key: evaluations[-1][key] for key in ("loss", "perplexity", "examples")} if evaluations else {}
+
+
+def _task_scores(folder: RunDir, best_step: int) -> dict[str, Any]:
+    """Of the best step by dev. The rows of a step are written together."""
+    evaluations = folder.rows("evals.jsonl", skip_damaged=True)
+    rows = {row["split"]: row for row in evaluations if row["step"] == best_step}
+    scores = {"metric": rows["dev"]["metric"], "best_step": best_step}
+    for split, row in rows.items():
+        scores |= {split: row["score"], f"{split}_examples": row["examples"]}
+    return scores
+
+
+def _save_whole_model(chain: Chain, prepared: Prepared) -> None:
+    model, folder = chain.engine.module, chain.folder
+    state = whole_state_dict(model)
+    if folder:
+        folder.write_model(lambda out: write_model_folder(model, prepared.config.model, out, state))

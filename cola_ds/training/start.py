@@ -1,0 +1,98 @@
+"""Starting a chain: the run folder locked and looked at, the chain built, and put where its checkpoint left it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, engine_facts, links_of
+from cola_ds.checkpoint.format import Checkpoint, SavedState
+from cola_ds.checkpoint.restore import restore_engine, restore_folder
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.launcher import Process
+from cola_ds.run.environment import describe_environment
+from cola_ds.run.folder import RunDir
+from cola_ds.run.lock import RunLock
+from cola_ds.training.build import build_chain
+from cola_ds.training.preflight import check_shared
+from cola_ds.training.prepare import Prepared, count_trainable
+from cola_ds.training.save import space_needed
+from cola_ds.training.state import Chain, RunFacts, from_counters
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts: anew, from what a checkpoint has saved, or not at all."""
+
+    finished: bool
+    saved: SavedState | None
+    found: Checkpoint | None
+    """The checkpoint itself, on process 0 alone."""
+
+
+def lock_and_choose(prepared: Prepared, folder: RunDir | None, lock: RunLock | None, options: ResumeOptions) -> Start:
+    """Lock the run folder, and look what is in it. Collective."""
+    config = prepared.config
+    chosen: Checkpoint | str = ""
+
+    def choose() -> Any:
+        nonlocal chosen
+        assert folder is not None and lock is not None
+        lock.take()
+        chosen = choose_start(folder, config, prepared.identity, options, prepared.step_plan)
+        if config.trains and chosen != "finished":
+            trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
+            folder.check_space(space_needed(config, trained))
+        return chosen if isinstance(chosen, str) else chosen.state.model_dump()
+
+    answer = collectives.on_rank_0(choose)
+    check_shared(Path(config.run.dir))
+    saved = SavedState.model_validate(answer) if isinstance(answer, dict) else None
+    if saved:
+        check_fits(saved.knots, saved.chain.link, saved.chain.step, prepared.step_plan)
+    return Start(answer == "finished", saved, chosen if isinstance(chosen, Checkpoint) else None)
+
+
+def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: Start, since: float) -> Chain:
+    """Build the chain, put it where its checkpoint left it, and write down that it has begun. Collective."""
+    saved, found = start.saved, start.found
+    chain = build_chain(prepared, process, folder, from_counters(saved.chain) if saved else None, found)
+    hosts = collectives.all_gather_texts(platform.node())
+    environment = describe_environment(hosts, accelerator.accelerator_name())
+    if folder:  # not before all that can be refused has been accepted
+        found = _write_down(chain, prepared, folder, found, environment)
+        what = "resumed" if saved else "started"
+        folder.event(what, step=chain.state.step, world_size=process.world_size, hosts=hosts)
+        chain.facts = RunFacts(
+            config=prepared.config, identity=prepared.identity, model=chain.base,
+            versions={**environment["packages"], "cola_ds": environment["cola_ds"]},
+            elapsed_s=saved.elapsed_s if saved else 0.0, since=since,
+        )  # fmt: skip
+    if saved:
+        restore_engine(chain.engine, saved, found, process)
+        chain.logger.go_on(saved.journal.model_dump(), process.rank, process.world_size, chain.state.step)
+        chain.logger.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
+    return chain
+
+
+def _write_down(
+    chain: Chain, prepared: Prepared, folder: RunDir, found: Checkpoint | None, environment: dict[str, Any]
+) -> Checkpoint | None:
+    """Make the folder the run's, as it was at the checkpoint. Returns the folder's own copy of that. On process 0 alone."""
+    config = prepared.config
+    facts = {
+        "identity": dataclasses.asdict(prepared.identity), "base": chain.base, "base_links": links_of(config),
+    }  # fmt: skip
+    if found:
+        if not folder.holds_a_run():
+            folder.create(config, environment, facts)
+        folder.forget_result()
+        folder.describe(config, environment, facts)
+        found = restore_folder(folder, config, prepared.targets, found)
+    else:
+        folder.create(config, environment, facts)
+    folder.keep_engine(engine_facts(prepared.engine_json))
+    return found

@@ -1,0 +1,153 @@
+"""A run from Python: it does what the command does, returns, and leaves the process as it was."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.distributed import run_distributed
+from tests.support.toys import REPOSITORY, run_config, save_run
+
+WHAT_IS_LEFT = """
+import os, signal, sys, threading
+def left():
+    import torch.distributed
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)]
+    launchers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    threads = sorted(thread.name for thread in threading.enumerate() if thread.name in ("signals", "watch", "arrival", "lock"))
+    return handlers, launchers, threads, torch.distributed.is_initialized()
+import torch
+before = left()
+"""
+
+
+def python(folder, code, timeout_s=240):
+    """What a program of its own prints, which must end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=timeout_s
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def place(toy, tmp_path):
+    """A folder with a run's YAML."""
+    model, train, dev = toy
+    config = run_config(model, train, tmp_path / "run", data={"eval": str(dev)}, checkpoint={"every_steps": 2})
+    save_run(tmp_path / "my_run.yaml", config)
+    return tmp_path
+
+
+def test_names_cost_nothing_before_they_are_used():
+    code = "import sys, cola_ds; cola_ds.RunConfig, cola_ds.load_config; print('torch' in sys.modules, *dir(cola_ds))"
+    (line,) = python(REPOSITORY, code)
+    assert line.startswith("False ")
+    assert {"RunConfig", "load_config", "prepare", "train", "evaluate", "export"} <= set(line.split())
+    with pytest.raises(AttributeError, match="no attribute 'tune'"):
+        getattr(__import__("cola_ds"), "tu" + "ne")
+
+
+def test_five_lines_of_the_readme(place):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
+    python(place, code)
+    (run,) = (path.parent for path in place.rglob("result.json"))
+    assert json.loads((run / "result.json").read_text(encoding="utf-8"))["links"] == 2
+    assert list(place.rglob("model.safetensors"))  # the export
+
+
+def test_a_run_leaves_the_process_as_it_was(place):
+    """Also one that was refused, one that a signal stopped, and the next, which ends with the bits of an uninterrupted run."""
+    said = python(
+        place,
+        WHAT_IS_LEFT
+        + """
+import cola_ds
+from cola_ds.errors import StoppedError, UserError
+from cola_ds.training import loop
+
+def config(name, *words):
+    return cola_ds.load_config("my_run.yaml", [f"run.dir={name}", *words])
+
+whole = cola_ds.train(config("whole"))
+assert whole.ran and left() == before, (left(), before)
+assert str(whole.folder) == "whole" and whole.scores["loss"] > 0
+assert not cola_ds.train(config("whole")).ran  # finished already
+try:
+    cola_ds.train(config("refused", "model.path=no/such/model"))
+except UserError as error:
+    print("refused:", error)
+assert left() == before and not os.path.exists("refused")
+step = loop.train_step
+def stopping(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+loop.train_step = stopping
+try:
+    cola_ds.train(config("stopped"))
+except StoppedError as error:
+    print("stopped:", error)
+assert left() == before, (left(), before)
+loop.train_step = step
+again = cola_ds.train(config("stopped"))
+assert again.ran and again.result["link_sha256"] == whole.result["link_sha256"]
+try:
+    cola_ds.train(config("whole"), resume="never")
+except UserError as error:
+    print("never:", error)
+print("export:", cola_ds.export("whole", "peft", "adapter"))
+assert left() == before
+print("all of it")
+""",
+    )
+    text = "\n".join(said)
+    assert "refused: model.path no/such/model is not a folder" in text
+    assert "stopped: stopped on SIGTERM after step 1, with a checkpoint" in text
+    assert "never: run.dir whole already holds a run" in text
+    assert "export: adapter" in text
+    assert said[-1] == "all of it"
+
+
+def test_interrupted_before_the_first_step(place):
+    """As by the button of a notebook while the model loads."""
+    said = python(
+        place,
+        WHAT_IS_LEFT
+        + """
+import time
+import cola_ds
+from cola_ds.training import build
+
+def loading(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+
+build.load_model = loading
+try:
+    cola_ds.train(cola_ds.load_config("my_run.yaml"))
+except KeyboardInterrupt:
+    print("interrupted")
+assert left() == before, (left(), before)
+""",
+    )
+    assert said[-1] == "interrupted"
+
+
+def train_from_python(process, path):
+    import torch
+
+    import cola_ds
+
+    torch.set_num_threads(1)
+    return cola_ds.train(cola_ds.load_config(path)).result["link_sha256"]
+
+
+def test_of_two_processes(place):
+    """Each calls it, and each has the result."""
+    first, second = run_distributed(train_from_python, 2, place / "my_run.yaml")
+    assert first == second
+    assert len(first) == 2
