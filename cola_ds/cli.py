@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cola_ds.commands import streams
-from cola_ds.config.loading import load_config
-from cola_ds.config.schema import RunConfig
+from cola_ds.commands.parser import parse
 from cola_ds.distributed import rendezvous, signals, watchdog
 from cola_ds.distributed.launcher import Process, identify
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line, one_line
 from cola_ds.run import lock
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pydantic takes longer than all that --help needs
+    from cola_ds.config.schema import RunConfig
     from cola_ds.training.prepare import Prepared
 
 _PATIENCE_S = 10  # launchers end the other processes of a run within seconds of the first that exits
@@ -37,14 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command: of `argv`, or of this process, whose output is then this command's. Returns the exit status."""
     if argv is None:
         streams.harden()
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # argparse gives up on positional arguments that follow an option; overrides may stand anywhere.
-    if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    else:
-        args.overrides += rest
+    args = parse(argv)
+    args.run = {
+        "train": _train, "evaluate": _evaluate, "export": _export, "doctor": _doctor, "inspect": _inspect, "sweep": _sweep,
+        "report": _report,
+    }[args.command]  # fmt: skip
     process = None
     try:
         process = identify()
@@ -129,99 +126,13 @@ def _say(message: str, process: Process | None, arriving: bool = False) -> None:
         print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cola-ds", description="Chain of LoRA under DeepSpeed ZeRO-3.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train as a run's YAML says: alone, or under deepspeed or torchrun")
-    train.add_argument("config", metavar="RUN.yaml")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, and stop")
-    train.add_argument("--processes", type=int, metavar="N", help="with --dry-run: resolve for N processes")
-    train.add_argument(
-        "--freeze",
-        metavar="DIR",
-        help="write the config as it is now, and its DeepSpeed JSON, to a new folder, and stop",
-    )
-    train.add_argument(
-        "--fresh", action="store_true", help="remove what an earlier run left in run.dir, and start anew"
-    )
-    train.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="auto (default): go on if run.dir holds this run; never: it must not; or from this checkpoint or run folder",
-    )
-    train.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="go on although this key of the config has changed",
-    )
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser("evaluate", help="score a model, or what a run has learnt, on a task")
-    evaluate.add_argument("target", metavar="MODEL|RUN_DIR")
-    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
-    evaluate.add_argument("--task", required=True, metavar="NAME", help="one of the eleven, or a task's YAML")
-    evaluate.add_argument("--method", choices=["zero-shot", "icl"], default="zero-shot")
-    evaluate.add_argument("--dir", metavar="FOLDER", help="the task's data; without it, the hub's")
-    evaluate.add_argument("--out", metavar="DIR", help="the evaluation's own run folder (runs/evaluate/...)")
-    evaluate.add_argument("--fresh", action="store_true", help="remove what an earlier one left there")
-    evaluate.set_defaults(run=_evaluate, resume="auto")
-
-    export = commands.add_parser("export", help="write a finished run's model in another form")
-    export.add_argument("run_dir", metavar="RUN_DIR")
-    export.add_argument(
-        "--to",
-        choices=["hf", "peft", "links"],
-        required=True,
-        help="hf: the merged model; peft: the whole chain as one adapter; links: an adapter for each link",
-    )
-    export.add_argument("--out", required=True, metavar="DIR")
-    export.add_argument("overrides", nargs="*", metavar="model.path=FOLDER", help="where the base model lies now")
-    export.set_defaults(run=_export)
-
-    doctor = commands.add_parser("doctor", help="tell whether a run would work here: alone, or under any launcher")
-    doctor.add_argument("config", nargs="?", metavar="RUN.yaml")
-    doctor.add_argument("overrides", nargs="*", metavar="section.key=value")
-    doctor.add_argument(
-        "--dir", metavar="DIR", help="without RUN.yaml: the folder that runs will be in, instead of this one"
-    )
-    doctor.add_argument(
-        "--wait", type=float, default=60, metavar="SECONDS", help="how long to wait for all processes to arrive (60)"
-    )
-    doctor.set_defaults(run=_doctor)
-
-    inspect = commands.add_parser("inspect", help="how far a run is, and whether its checkpoints hold")
-    inspect.add_argument("run_dir", metavar="RUN_DIR")
-    inspect.set_defaults(run=_inspect)
-
-    sweep = commands.add_parser("sweep", help="run tasks x methods x seeds, the best of a grid chosen on dev")
-    sweep.add_argument("config", metavar="SWEEP.yaml")
-    sweep.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sweep.add_argument("--list", action="store_true", help="say which runs there are and how far they are, and stop")
-    sweep.add_argument("--only", type=int, metavar="N", help="the run of that number in the list, and its exit status")
-    sweep.add_argument("--launcher", metavar="COMMAND", help="what starts a run, instead of what SWEEP.yaml says")
-    sweep.add_argument("--freeze", metavar="DIR", help="write the sweep as it is now to a new folder, and stop")
-    sweep.set_defaults(run=_sweep)
-
-    report = commands.add_parser("report", help="runs side by side, as tables")
-    report.add_argument("runs", nargs="+", metavar="RUN_DIR|SWEEP_DIR")
-    report.add_argument("--plot", metavar="FILE.png", help="also draw their loss curves")
-    report.add_argument("--csv", metavar="FILE.csv", help="also write a line for every run of a task or a sweep")
-    report.add_argument("--figures", metavar="DIR", help="also draw training loss, and score by chain length and rank")
-    report.add_argument("--paper", metavar="TABLE", help="put the paper's numbers of that table beside ours")
-    report.set_defaults(run=_report)
-    return parser
-
-
 def _train(args: argparse.Namespace, process: Process) -> None:
     if args.processes is not None and (not args.dry_run or args.processes < 1):
         raise UserError(
             "--processes must be at least 1 and goes with --dry-run; a launcher says how many processes really run"
         )
+    from cola_ds.config.loading import load_config
+
     if not args.dry_run:
         _listen(process)
     if not args.dry_run and args.freeze is None:
@@ -334,6 +245,8 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
         raise UserError("--wait must be a positive number of seconds")
     if args.dir and args.config:
         raise UserError("--dir goes without RUN.yaml, whose run.dir is looked at")
+    from cola_ds.config.loading import load_config
+
     config = load_config(args.config, args.overrides) if args.config else None
     from cola_ds.config.deepspeed_json import read_engine_config
 

@@ -10,19 +10,14 @@ from typing import Any, Protocol
 
 from cola_ds.checkpoint.format import Checkpoint, DamagedError, explain_damage, open_or_refuse, read_checkpoint
 from cola_ds.checkpoint.store import CheckpointFolder
-from cola_ds.config.schema import RunConfig, flat_keys, is_free
+from cola_ds.config.keys import by_content, flat_keys, is_fixed, is_free
+from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan
 from cola_ds.errors import UserError
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
 
-# Compared by what they name, which data.* is as well.
-_BY_CONTENT = ("model.path", "deepspeed")
-# Keys that the tied links and the optimizer's state were made with: not even --allow-change lets them through.
-_FIXED = {
-    "method", "model.dtype", "lora.rank", "lora.alpha", "lora.targets", "lora.bias", "chain.merge", "optim.name",
-}  # fmt: skip
 # Facts about the engine's log, not about its numbers.
 _ENGINE_LOG = {
     "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "dump_state", "flops_profiler", "log_level",
@@ -189,11 +184,7 @@ def _compare(
             raise UserError(f"--allow-change {key}: there is no such key")
     differences = _differences(saved.config, config)
     of_data = {key: text for key, text in differences.items() if key.startswith("data.")}
-    changed = {
-        key: text
-        for key, text in differences.items()
-        if not is_free(key) and key not in _BY_CONTENT and key not in of_data
-    }
+    changed = {key: text for key, text in differences.items() if not is_free(key) and not by_content(key)}
     let_through = False
     for key, before, now in (("data.train", saved.train, identity.train), ("data.eval", saved.eval, identity.eval)):
         mine = {k: text for k, text in of_data.items() if k == key or k not in ("data.train", "data.eval")}
@@ -203,11 +194,11 @@ def _compare(
             changed |= mine or {key: f"{key}: its examples are not those that the run began with"}
     if saved.engine != identity.engine:
         changed["deepspeed"] = f"deepspeed: {config.deepspeed} does not say what the run began with"
-    refused = [text for key, text in changed.items() if key not in options.allow_change or key in _FIXED]
+    refused = [text for key, text in changed.items() if key not in options.allow_change or is_fixed(key)]
     if refused:
-        fixed = sorted(_FIXED & changed.keys())
+        fixed = sorted(filter(is_fixed, changed))
         remedy = f"{', '.join(fixed)} cannot change within a run; " if fixed else ""
-        allow = " ".join(f"--allow-change {key}" for key in changed if key not in _FIXED)
+        allow = " ".join(f"--allow-change {key}" for key in changed if not is_fixed(key))
         if finished and not {"optim.epochs", "optim.max_steps"} & changed.keys():  # there would be nothing to do
             allow = ""
         remedy += f"to go on in spite of it: {allow}; " if allow and not fixed else ""

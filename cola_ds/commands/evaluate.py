@@ -24,7 +24,7 @@ def evaluation_config(
     model: dict[str, Any] = {"path": target}
     data: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    raw: dict[str, Any] = {"deepspeed": _default_engine()}
+    raw: dict[str, Any] = {}
     if is_run(Path(target)) or os.path.isfile(os.path.join(target, "run.yaml")):
         learnt = read_learnt(target)
         config = learnt.config
@@ -58,13 +58,6 @@ def _engine_of(run: Learnt) -> str:
     """The run's own copy of its DeepSpeed JSON: the path in its config is relative to where it was started."""
     kept = run.folder.resolve() / ENGINE
     return str(kept) if kept.is_file() else run.config.deepspeed
-
-
-def _default_engine() -> str:
-    """The default DeepSpeed JSON, here or, in another folder, where this program lies."""
-    name = str(RunConfig.model_fields["deepspeed"].default)
-    beside = Path(__file__).resolve().parent.parent / name
-    return name if Path(name).is_file() or not beside.is_file() else str(beside)
 
 
 def _words(target: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.errors import UserError, first_line
@@ -21,7 +22,6 @@ from cola_ds.run.learnt import Learnt, read_learnt
 from cola_ds.run.model_folder import check_is_there, check_no_adapter, write_model_folder
 from cola_ds.run.peft_files import adapter_files, bias_name, layers_of, lora_names, read_link
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_BASE = ("model.path=", "model.revision=")
 
 
@@ -120,7 +120,7 @@ def _load_base(base: ModelConfig) -> torch.nn.Module:
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=_DTYPES[base.dtype], use_safetensors=True, **options
+            base.path, dtype=getattr(torch, DTYPES[base.dtype].torch_name), use_safetensors=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {base.path} cannot be loaded: {first_line(error)}") from None

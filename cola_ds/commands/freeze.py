@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from cola_ds.config.inputs import engine_file, named_file
 from cola_ds.config.loading import dump_config
-from cola_ds.config.schema import RunConfig, is_task_file
+from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.run.atomic import write_atomically
 
@@ -17,12 +18,12 @@ def freeze(config: RunConfig, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True)
         engine = folder.resolve() / "deepspeed.json"
-        shutil.copyfile(config.deepspeed, engine)
+        shutil.copyfile(engine_file(config.deepspeed), engine)
         frozen = config.model_copy(update={"deepspeed": str(engine)})
-        if config.data.task is not None and is_task_file(config.data.task):
-            task = folder.resolve() / "task" / Path(config.data.task).name  # its name is the task's
+        if own_task := named_file("data.task", config.data.task):
+            task = folder.resolve() / "task" / own_task.name  # its name is the task's
             task.parent.mkdir()
-            shutil.copyfile(config.data.task, task)
+            shutil.copyfile(own_task, task)
             frozen = frozen.model_copy(update={"data": config.data.model_copy(update={"task": str(task)})})
         write_atomically(folder / "run.yaml", dump_config(frozen).encode())
     except OSError as error:

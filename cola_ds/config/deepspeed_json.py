@@ -10,13 +10,15 @@ import difflib
 import json
 from typing import Any
 
+from cola_ds.config.dtypes import DTYPES
+from cola_ds.config.inputs import engine_file
 from cola_ds.config.parsing import parse_json, read_text
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan
 from cola_ds.errors import UserError, cut, quoted
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
-_PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
+_PRECISIONS = {section: name for name, dtype in DTYPES.items() for section in dtype.engine_sections}
 _OBJECTS = (
     "zero_optimization", *_PRECISIONS, *MONITORS, "aio", "checkpoint", "comms_logger", "data_types", "flops_profiler", "timers",
 )  # fmt: skip
@@ -51,7 +53,7 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
     Raises UserError.
     """
     path = cut(config.deepspeed)
-    engine = parse_json(read_text(config.deepspeed, "the DeepSpeed JSON"), path, by_hand=True)
+    engine = parse_json(read_text(engine_file(config.deepspeed), "the DeepSpeed JSON"), path, by_hand=True)
     if not isinstance(engine, dict):
         raise UserError(f"{path} must hold a JSON object; it is {_shown(engine)}")
     engine = _without_auto(engine)

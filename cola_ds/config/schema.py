@@ -5,6 +5,7 @@ No other module reads config keys by name.
 
 from __future__ import annotations
 
+import enum
 import itertools
 import os
 from typing import Annotated, Any, Literal
@@ -17,8 +18,24 @@ _LIMIT = 2**31  # nothing is counted as far
 _Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
 
 
+class Mark(enum.Enum):
+    """What a key means where a run is resumed, read or swept; keys.py answers by it. A mark of a section is one of all its keys.
+
+    A key without a mark is compared: a run goes on with another value only by --allow-change.
+    """
+
+    FREE = "cannot change a result: where things lie, what is logged and saved"
+    FIXED = (
+        "what tied links and the optimizer's state were made with: not even --allow-change lets another value through"
+    )
+    CONTENT = "what it names is compared when a run goes on, and not the name"
+    PLACE = "where something lies that was fingerprinted: whoever reads a run may find it elsewhere"
+    FILE = "names a file, or something ready-made; a sweep is frozen with a copy, and compared by what it says"
+    PER_RUN = "a sweep gives each of its runs its own"
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 def _counts(value: Any) -> bool:
@@ -79,27 +96,30 @@ def _files(value: Any) -> Any:
 
 
 class ModelConfig(_Section):
-    path: _Path
+    path: Annotated[_Path, Mark.CONTENT, Mark.PLACE]
     """A Hugging Face hub name or a local folder with safetensors weights."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], Mark.FIXED] = "bf16"
     """What the weights are stored in and computed in; DeepSpeed keeps fp32 masters of what is trained."""
-    revision: str | None = None
+    revision: Annotated[str | None, Mark.PLACE] = None
+    """A branch, tag or commit of the hub's model; null: its main branch."""
     trust_remote_code: bool = False
-    links: _Path | None = None
+    """Run code that the model's repository brings with it."""
+    links: Annotated[_Path | None, Mark.PLACE] = None
     """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
 
 class LoraConfig(_Section):
-    rank: Annotated[int | list[int], BeforeValidator(_lora_ranks)] = 8
+    rank: Annotated[int | list[int], BeforeValidator(_lora_ranks), Mark.FIXED] = 8
     """One LoRA rank for all links, or one per link."""
-    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), Mark.FIXED] = 16.0
     """scaling = alpha / rank, link by link."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Annotated[str | list[str], BeforeValidator(_targets)] = ["q_proj", "v_proj"]
+    """Dropout in front of A, while training."""
+    targets: Annotated[str | list[str], BeforeValidator(_targets), Mark.FIXED] = ["q_proj", "v_proj"]
     """Suffixes of module names, or all-linear (every nn.Linear but the output head)."""
-    bias: Literal["none", "lora_only"] = "none"
+    bias: Annotated[Literal["none", "lora_only"], Mark.FIXED] = "none"
     """lora_only also trains the target layers' own biases, where they have one."""
 
 
@@ -107,37 +127,43 @@ class ChainConfig(_Section):
     length: int = Field(default=1, ge=1, le=10_000)
     """Number of links; 1 is plain LoRA."""
     knots: Annotated[str | dict[str, list[int]], BeforeValidator(_knots)] = "even"
-    """Where links end. The last link ends with the run; an explicit list names the length - 1 knots before it."""
+    """Where links end: even, {epochs: [3]} or {steps: [125, 250]}. The last link ends with the run; an explicit list names the
+    length - 1 knots before it."""
     tie: Literal["local", "gathered"] = "local"
     """local: each process adds its part of the link to its own shard, and only A and B move. gathered: whole weights move."""
-    merge: Literal["exact", "plain"] = "exact"
+    merge: Annotated[Literal["exact", "plain"], Mark.FIXED] = "exact"
     """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
 
 
 class DataConfig(_Section):
-    task: _Path | None = None
+    task: Annotated[_Path | None, Mark.FILE] = None
     """A task's name, such as rte, or the path of a task's YAML; instead of `train` and `eval`."""
-    dir: _Path | None = None
+    dir: Annotated[_Path | None, Mark.PLACE] = None
     """The task's folder, with train.jsonl and validation.jsonl; null: the Hugging Face hub."""
     num_train: _Count = 1000
+    """The task's training examples, drawn by run.seed."""
     num_dev: _Count | None = None
-    """null: 100 for cb and copa, 500 for the others."""
+    """The task's held-out examples, taken from its training split; null: 100 for cb and copa, 500 for the others."""
     num_test: _Count = 1000
+    """The task's test examples, drawn from its validation split."""
     demonstrations: _Count = 32
     """Solved examples in front of each prompt, with method icl."""
-    train: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    train: Annotated[str | list[str] | None, BeforeValidator(_files), Mark.PLACE] = None
     """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or (with `text`) .txt file, a folder of such, one that
     Dataset.save_to_disk wrote, or a glob; or a list of these. With `hub`, the name of a split."""
-    eval: Annotated[str | list[str] | None, BeforeValidator(_files)] = None
+    eval: Annotated[str | list[str] | None, BeforeValidator(_files), Mark.PLACE] = None
     """Held-out data, likewise."""
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
     hub_config: str | None = None
+    """The dataset's configuration, where it has several."""
     revision: str | None = None
+    """A branch, tag or commit of the dataset, or of the task's data on the hub."""
     prompt: str = "prompt"
+    """The prompt's column."""
     completion: str = "completion"
-    """Column names. The loss is on the completion, and the end-of-sequence token after it, alone. Prompt and completion are
-    tokenized as one text; a token that has letters of both is the completion's."""
+    """The completion's column. The loss is on the completion, and the end-of-sequence token after it, alone. Prompt and
+    completion are tokenized as one text; a token that has letters of both is the completion's."""
     text: str | None = None
     """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
     max_length: int = Field(default=512, ge=2, lt=_LIMIT)
@@ -173,23 +199,28 @@ class DataConfig(_Section):
 
 class OptimConfig(_Section):
     lr: float = Field(gt=0, allow_inf_nan=False)
-    name: Literal["adamw", "sgd", "adagrad"] = "adamw"
+    """The learning rate that the schedule begins at."""
+    name: Annotated[Literal["adamw", "sgd", "adagrad"], Mark.FIXED] = "adamw"
+    """torch's optimizer."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls: to zero, or not at all."""
     schedule_over: Literal["chain", "link"] = "chain"
     """Whether the schedule runs once over the whole chain, or anew in each link."""
     warmup_steps: int = Field(default=0, ge=0, lt=_LIMIT)
     """Linear warm-up at the start of each link, in steps."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """As the optimizer has it: decoupled with adamw, in the gradient with the others."""
     max_grad_norm: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Global gradient norm to clip to; null or 0 turns clipping off."""
     epochs: _Count | None = None
+    """Epochs of the whole run, whatever its links; these or `max_steps` must be given."""
     max_steps: _Count | None = None
     """Steps of the whole run, whatever its epochs; null: the epochs decide."""
     global_batch_size: _Count = 8
     """Examples per step, over all processes."""
     micro_batch_size: _Count = 4
     """Examples per forward pass and process."""
-    max_skips_in_a_row: int = Field(default=5, ge=0, lt=_LIMIT)
+    max_skips_in_a_row: Annotated[int, Field(ge=0, lt=_LIMIT), Mark.FREE] = 5
     """Updates left out because the loss or a gradient was not finite: one more in a row, and training has failed."""
 
     @model_validator(mode="after")
@@ -220,10 +251,13 @@ class CheckpointConfig(_Section):
 
 
 class RunSection(_Section):
-    dir: _Path
-    seed: int = Field(default=0, ge=0, lt=_LIMIT)
-    log_every_steps: _Count = 10
-    hang_after_s: _Count | None = 600
+    dir: Annotated[_Path, Mark.FREE, Mark.PER_RUN]
+    """The run's folder, made by it: its rows, links, checkpoints and result."""
+    seed: Annotated[int, Field(ge=0, lt=_LIMIT), Mark.PER_RUN] = 0
+    """What adapters, the order of examples, dropout and a task's examples are drawn from."""
+    log_every_steps: Annotated[_Count, Mark.FREE] = 10
+    """Steps between rows of metrics.jsonl."""
+    hang_after_s: Annotated[_Count | None, Mark.FREE] = 600
     """Seconds without progress of some process after which it is named and the run ends; null: never."""
     deterministic: bool = False
     """Have the accelerator give the same bits each time, as the CPU does anyway."""
@@ -237,15 +271,17 @@ class RunConfig(_Section):
     """The run's YAML, checked. Paths in it are relative to the working directory."""
 
     model: ModelConfig
-    method: Literal["cola", "lora", "full", "icl", "zero-shot"] = "cola"
+    method: Annotated[Literal["cola", "lora", "full", "icl", "zero-shot"], Mark.FIXED] = "cola"
+    """What is done: a chain of LoRA, plain LoRA, full fine-tuning, or an evaluation alone, with solved examples or without."""
     lora: LoraConfig = LoraConfig()
     chain: ChainConfig = ChainConfig()
-    data: DataConfig
+    data: Annotated[DataConfig, Mark.CONTENT]
     optim: OptimConfig
     eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, Mark.FREE] = CheckpointConfig()
     run: RunSection
-    deepspeed: _Path = "ds_configs/zero3.json"
+    deepspeed: Annotated[_Path, Mark.CONTENT, Mark.PLACE, Mark.FILE] = "zero3"
+    """The DeepSpeed JSON: a file, or the name of a ready one of ds_configs/, such as zero3 or zero3_bf16."""
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
@@ -297,25 +333,6 @@ SECTIONS = tuple(
     for name, f in RunConfig.model_fields.items()
     if isinstance(f.annotation, type) and issubclass(f.annotation, _Section)
 )
-# Keys that cannot change a result: where things lie, what is logged and saved.
-_FREE = ("run.dir", "run.log_every_steps", "run.hang_after_s", "optim.max_skips_in_a_row")
-_FREE_SECTIONS = ("checkpoint.",)
-
-
-def is_free(key: str) -> bool:
-    """Whether a key (section.key) cannot change a result."""
-    return key in _FREE or key.startswith(_FREE_SECTIONS)
-
-
-def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A dumped config by section.key."""
-    flat: dict[str, Any] = {}
-    for key, inner in config.items():
-        if isinstance(inner, dict) and f"{prefix}{key}" != "chain.knots":
-            flat |= flat_keys(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
 
 
 def is_task_file(task: str) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cola_ds.data.columns import CONVERSATIONS, Texts, check_columns, shown, text_of
+from cola_ds.config.inputs import shown
+from cola_ds.data.columns import CONVERSATIONS, Texts, check_columns, text_of
 from cola_ds.errors import UserError
 
 _BATCH_ROWS = 1000

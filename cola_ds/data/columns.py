@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cola_ds.errors import UserError, quoted, some_of
+from cola_ds.config.inputs import shown, shown_names
+from cola_ds.errors import UserError, quoted
 
 Texts = Iterator[tuple[str, list[str]]]
 """The place to name in an error, and the text of each column."""
@@ -60,18 +61,3 @@ def check_text(place: str, value: str) -> None:
     except UnicodeEncodeError as error:
         half = quoted(value[error.start])
         raise UserError(f"{place}: {half} is half a letter (a lone surrogate), which is not text") from None
-
-
-def shown(name: str) -> str:
-    """A name, such as a column's, for a message."""
-    return name if name.isprintable() and len(name) <= 60 else cut_name(repr(name))
-
-
-def cut_name(text: str) -> str:
-    """A text for a message, without what is too long of its end."""
-    return text if len(text) <= 120 else text[:80] + "..."
-
-
-def shown_names(names: Iterable[str]) -> str:
-    """Names for a message: the first few, or "none"."""
-    return some_of([shown(name) for name in names]) or "none"

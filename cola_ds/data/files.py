@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import collections
 import csv
-import glob
 import gzip
 import io
 import json
-import os
 import re
 import sys
 import zlib
@@ -22,16 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cola_ds.config.inputs import cut_name, kind_of, shown
 from cola_ds.data.arrow import arrow_rows, parquet_rows
 from cola_ds.data.columns import Texts, check_columns, no_column, text_of
-from cola_ds.data.columns import cut_name as _cut
-from cola_ds.data.columns import shown as _shown
-from cola_ds.data.columns import shown_names as _names
 from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]
 
-_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _USABLE = (
     "use .jsonl, .ndjson, .json, .csv, .tsv (also .gz or .zst of these), .parquet, .arrow, or .txt with data.text=text"
 )
@@ -39,75 +34,12 @@ _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first b
 _LONGEST_NUMBER = 4300  # digits, as Python itself limits them: longer ones take time that grows with their square
 
 
-# Which files
-
-
-def find_files(name: str) -> list[Path]:
-    """The files that a name of data means: itself, those of a folder or of a saved `datasets.Dataset`, or a glob's, sorted."""
-    if os.path.isdir(name):
-        return _of_folder(Path(name))
-    if os.path.isfile(name):
-        return [Path(name)]
-    if glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-        if not found:
-            raise UserError(f"{name} is not a file, and matches none")
-        return [Path(path) for path in found]
-    raise UserError(
-        f"{_shown(name)} is not a file, a folder or a glob; for a dataset on the hub name it in data.hub and its split here"
-    )
-
-
-def _of_folder(folder: Path) -> list[Path]:
-    try:
-        there = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from None
-    names = {path.name for path in there}
-    if "dataset_dict.json" in names:
-        splits = [path.name for path in there if path.is_dir()]
-        raise UserError(
-            f"{folder} holds the splits {_names(splits)} of a saved dataset: name the folder of one of them"
-        )
-    if {"state.json", "dataset_info.json"} <= names:
-        return _of_saved(folder)
-    found = [path for path in there if path.suffix.lower() != ".md"]
-    strange = [path.name for path in found if path.is_dir() or _kind(path) not in _KINDS]
-    if strange:
-        raise UserError(
-            f"{folder} holds {_names(strange)} beside or instead of data: name the files by a glob, or list them"
-        )
-    if not found:
-        raise UserError(f"{folder} is empty: it needs at least one file of data")
-    kinds = {_kind(path) for path in found}
-    if len(kinds) > 1:
-        raise UserError(f"{folder} holds files of several kinds, {', '.join(sorted(kinds))}: name one kind by a glob")
-    return found
-
-
-def _of_saved(folder: Path) -> list[Path]:
-    """The files of Dataset.save_to_disk: beside them may lie what later work with it has cached."""
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-        return [folder / Path(each["filename"]).name for each in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / 'state.json'} does not name the files of a saved dataset: {first_line(error)}"
-        ) from None
-
-
-def _kind(path: Path) -> str:
-    """The ending that says how a file is read, in lower case, without that of a packed file."""
-    name = path.name.lower()
-    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1]
-
-
 # Rows
 
 
 def text_rows(path: Path, columns: Sequence[str]) -> Texts:
     """The named columns of a file's rows. Raises UserError for what is not text."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind in (".jsonl", ".ndjson", ".json"):
         return _picked(json_rows(path), columns)
     if kind in (".csv", ".tsv"):
@@ -173,7 +105,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         ((twin, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {_shown(twin)} is given twice")
+        raise ValueError(f"key {shown(twin)} is given twice")
     return row
 
 
@@ -220,7 +152,7 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{place}: not valid {_kind(path)[1:]}: {first_line(error)}") from None
+            raise UserError(f"{place}: not valid {kind_of(path)[1:]}: {first_line(error)}") from None
         if fields is None:
             return
         if not fields:  # a blank line
@@ -244,7 +176,7 @@ def _typed_rows(path: Path, rows: Texts) -> Texts:
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last where a column's name is no text
         with _opened(path):  # a pointer of Git LFS is named as such
             pass
-        raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {_cut(first_line(error))}") from None
+        raise UserError(f"{path} cannot be read as {kind_of(path)[1:]}: {cut_name(first_line(error))}") from None
 
 
 def _document(path: Path) -> Texts:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy
 
+from cola_ds.config.inputs import find_files
 from cola_ds.config.schema import DataConfig
 from cola_ds.data.arrow import arrow_texts, check_arrow
 from cola_ds.data.batch import PADDING, Batch
 from cola_ds.data.collate import collate
 from cola_ds.data.columns import Texts
-from cola_ds.data.files import find_files, text_rows
+from cola_ds.data.files import text_rows
 from cola_ds.data.hub import load_hub
 from cola_ds.data.tokens import closed_ids_of, cut_pair, pairs_of
 from cola_ds.errors import UserError, some_of

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import UserError
 
@@ -100,8 +101,7 @@ def interface_variable() -> str:
 
 def _dtypes() -> list[str]:
     accelerator = get_accelerator()
-    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
-    return [name for name, ok in supported.items() if ok]
+    return [name for name in DTYPES if name == "fp32" or getattr(accelerator, f"is_{name}_supported")()]
 
 
 def check_dtype(dtype: str) -> None:

@@ -22,12 +22,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed.accelerator import device
 from cola_ds.errors import UserError, first_line
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_engine_config(engine_config: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 revision=config.revision,
-                dtype=DTYPES[config.dtype],
+                dtype=getattr(torch, DTYPES[config.dtype].torch_name),
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,

@@ -38,9 +38,10 @@ def version_of(package: str) -> str:
 def _git_revision(source: Path) -> str | None:
     """The commit that the code is of, where git can tell, and does so at once."""
     try:
-        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        # Whether this file is in that commit is asked as well: an installed package may lie in a repository of its user's.
+        command = ["git", "-C", str(source), "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_GIT_WITHIN_S)
     except (OSError, subprocess.SubprocessError):  # there is none, or it hangs: on a network file system, say
         return None
-    said = done.stdout.decode(errors="replace").strip()
-    return said if done.returncode == 0 and re.fullmatch("[0-9a-f]{40,64}", said) else None
+    said = re.match(r"([0-9a-f]{40,64})\n", done.stdout.decode(errors="replace"))
+    return said[1] if done.returncode == 0 and said else None

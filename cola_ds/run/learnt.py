@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.keys import flat_keys, is_free, is_place
 from cola_ds.config.loading import load_config
-from cola_ds.config.schema import RunConfig, flat_keys, is_free, is_task_file
+from cola_ds.config.schema import RunConfig, is_task_file
 from cola_ds.errors import UserError, some_of
 from cola_ds.run.atomic import sha256_of
 from cola_ds.run.marker import NAME, Marker
-
-# Where things lie: what they are is compared by their fingerprints.
-_PLACES = ("model.path", "model.revision", "model.links", "deepspeed", "data.train", "data.eval", "data.dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ def run_config(folder: Path, marker: Marker | None = None) -> RunConfig:
     changed = [
         f"{key} {said.get(key)}, and {NAME} {value}"
         for key, value in recorded.items()
-        if said.get(key) != value and not (is_free(key) or key in _PLACES or _both_files(key, value, said.get(key)))
+        if said.get(key) != value and not (is_free(key) or is_place(key) or _both_files(key, value, said.get(key)))
     ]
     if changed:
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.errors import UserError
 
@@ -17,7 +18,6 @@ _KEPT = (
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _LEFT_OUT = ("*.index.json", "adapter_config.json", "trainer_state.json", "all_results.json", "*_results.json")
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -71,7 +71,7 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
             target = out / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    _set_dtype(out / "config.json", _DTYPE_NAMES[base.dtype])
+    _set_dtype(out / "config.json", DTYPES[base.dtype].torch_name)
 
 
 def _all_files(base: ModelConfig) -> Path:

@@ -7,19 +7,18 @@ import datetime
 import functools
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cola_ds.config.schema import RunConfig, flat_keys, is_free
-from cola_ds.data.files import find_files
+from cola_ds.config.inputs import files_of, named_file
+from cola_ds.config.keys import flat_keys, is_free, is_per_run, names_file
+from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, inline
 from cola_ds.run.learnt import is_run, read_learnt, run_config
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
-_COMPARED_APART = ("deepspeed", "data.task", "model.path", "run.seed")
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,12 @@ class Outcome:
         """Whether it is a run of this config, apart from its seed, and began after the last change of the files that this names.
         Where it is not, `cola-ds train` knows what matters."""
         mine = self.config
-        if mine is None or not _same_content(mine.deepspeed, config.deepspeed):
+        if mine is None:
             return False
-        if not _same_content(mine.data.task, config.data.task):
+        before, now = _compared(mine), _compared(config)
+        if not all(_same_content(k, before[k], now[k]) if names_file(k) else before[k] == now[k] for k in now):
             return False
-        models = [Path(c.model.path).resolve() if Path(c.model.path).is_dir() else c.model.path for c in (mine, config)]
-        theirs = [
-            {k: v for k, v in flat_keys(c.model_dump()).items() if not is_free(k) and k not in _COMPARED_APART}
-            for c in (mine, config)
-        ]
-        if models[0] != models[1] or theirs[0] != theirs[1]:
-            return False
-        return all(path.stat().st_mtime <= self._began_s for path in _files_of(config))
+        return all(path.stat().st_mtime <= self._began_s for path in files_of(config))
 
     @property
     def _began_s(self) -> float:
@@ -98,30 +91,24 @@ class Outcome:
             return str(error)
 
 
-def _same_content(one: str | None, other: str | None) -> bool:
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """By key, what makes a run of a sweep another one; a model's folder as it lies, however it is named."""
+    flat = {
+        key: value for key, value in flat_keys(config.model_dump()).items() if not is_free(key) and not is_per_run(key)
+    }
+    model = Path(config.model.path)
+    return flat | {"model.path": model.resolve() if model.is_dir() else config.model.path}
+
+
+def _same_content(key: str, one: str | None, other: str | None) -> bool:
     """Whether these are the same names, or files that say the same."""
+    if one == other:
+        return True
     try:
-        return one == other or bool(one and other and Path(one).read_bytes() == Path(other).read_bytes())
-    except OSError:
+        mine, theirs = named_file(key, one), named_file(key, other)
+        return mine is not None and theirs is not None and mine.read_bytes() == theirs.read_bytes()
+    except (OSError, UserError):
         return False
-
-
-def _files_of(config: RunConfig) -> Iterator[Path]:
-    """The local files that a run of this config is made from."""
-    data, links = config.data, Path(config.model.links or "")
-    for name in (config.deepspeed, data.task):
-        if name and Path(name).is_file():
-            yield Path(name)
-    for name in data.local_names:
-        with contextlib.suppress(UserError):  # what cannot be read is said by the run
-            yield from find_files(name)
-    yield from Path(config.model.path).glob("*.json")
-    yield from Path(config.model.path).glob("*.safetensors")
-    if data.dir and data.task:
-        for folder in (Path(data.dir), Path(data.dir, Path(data.task).stem)):
-            yield from folder.glob("*.jsonl")
-    if config.model.links:
-        yield links / "result.json"
 
 
 def read_outcome(folder: Path, seed: int) -> Outcome:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from cola_ds.config.keys import names_file
 from cola_ds.config.loading import apply_override, check_config, explain_some, keys_of
 from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import SECTIONS, RunConfig, is_task_file
@@ -33,8 +34,6 @@ _NOT_TRAINED = ("zero-shot", "icl")
 _MOST_RUNS = 10_000  # of a sweep: more than anyone waits for
 _MOST_VALUES = 1000  # of a key of the grid
 _LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255
-FILES = ("deepspeed", "data.task")
-"""Keys whose values are files that a sweep is frozen with."""
 _OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
 Overrides = dict[str, Any]
 
@@ -229,7 +228,7 @@ def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> 
             )
         if key in _OWN_KEYS:
             raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
-        if key in FILES and key in sweep.grid:  # a point is named by its values
+        if names_file(key) and key in sweep.grid:  # a point is named by its values
             raise UserError(f"{path}: grid: {key} is nothing to search: make each of its values a task or a method")
     for key in common:
         if key in here or key in sweep.grid:

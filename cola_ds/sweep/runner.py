@@ -21,13 +21,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.inputs import named_file
+from cola_ds.config.keys import names_file
 from cola_ds.config.loading import apply_override
 from cola_ds.config.parsing import dump_yaml
-from cola_ds.config.schema import RunConfig, is_task_file
+from cola_ds.config.schema import RunConfig
 from cola_ds.distributed.signals import STOPPING
 from cola_ds.errors import UserError, cut
 from cola_ds.sweep.outcomes import LOG_MARK
-from cola_ds.sweep.plan import FILES, Overrides, Plan, Run, command_words, override_word, read_yaml
+from cola_ds.sweep.plan import Overrides, Plan, Run, command_words, override_word, read_yaml
 from cola_ds.sweep.selection import Choice, choose, show_dev, write_groups
 
 # Each run finds its own: those of this process are not theirs.
@@ -60,12 +62,13 @@ def freeze(plan: Plan, folder: Path) -> Path:
     copies: dict[str, str] = {}
 
     def copied(key: str, value: Any) -> Any:
-        if value is None or key not in FILES or (key == "data.task" and not is_task_file(value)):
+        source = named_file(key, value) if names_file(key) else None
+        if source is None:
             return value
         if value not in copies:
-            there = folder.resolve() / "files" / str(len(copies)) / Path(value).name  # a task's name is its file's
+            there = folder.resolve() / "files" / str(len(copies)) / source.name  # a task's name is its file's
             there.parent.mkdir(parents=True)
-            shutil.copy2(value, there)  # with its time: it has not changed
+            shutil.copy2(source, there)  # with its time: it has not changed
             copies[value] = str(there)
         return copies[value]
 

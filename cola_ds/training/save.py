@@ -9,6 +9,7 @@ from typing import Any
 
 from cola_ds.checkpoint.format import Counters, Rows, SavedState, Unlogged
 from cola_ds.checkpoint.store import CheckpointFolder, CheckpointWriter
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import collectives, watchdog
 from cola_ds.distributed.engine_state import loss_scale_state, optimizer_scalars, random_state, trained_tensors
@@ -149,6 +150,5 @@ def space_needed(config: RunConfig, trained: list[int]) -> int:
 
     The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments and every tied link in each of them.
     """
-    stored = 4 if config.model.dtype == "fp32" else 2
-    links = sum(trained) * stored if config.trains_lora else 0
+    links = sum(trained) * DTYPES[config.model.dtype].element_bytes if config.trains_lora else 0
     return (config.checkpoint.keep + 2) * (12 * max(trained) + links + 2**17) + links

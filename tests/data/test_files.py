@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from cola_ds.config.inputs import files_of, find_files
 from cola_ds.config.schema import DataConfig, RunConfig
-from cola_ds.data.files import find_files, text_rows
+from cola_ds.data.files import text_rows
 from cola_ds.data.text import load_split
 from cola_ds.errors import UserError
-from cola_ds.sweep.outcomes import _files_of
 from tests.data.test_tasks import make_tokenizer
 from tests.support.toys import REPOSITORY, run_config, save_run, save_sums
 
@@ -208,7 +208,7 @@ def test_a_sweep_looks_at_every_file(shards, tmp_path):
     config = run_config(
         tmp_path / "model", more, tmp_path / "run", data={"train": [str(more), str(shards)], "eval": "gone"}
     )
-    found = list(_files_of(RunConfig.model_validate(config)))
+    found = list(files_of(RunConfig.model_validate(config)))
     assert found[1:] == [more, *sorted(shards.glob("*.parquet"))]
 
 

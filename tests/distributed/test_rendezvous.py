@@ -34,19 +34,19 @@ def run_file(toy, tmp_path):
 def mistaken(rank):
     """As where a file is missing on one node."""
     if rank == 1:
-        from cola_ds import cli
+        from cola_ds.config import loading
 
         def load(*args):
             raise UserError("data.train gone.jsonl is not a file")
 
-        cli.load_config = load
+        loading.load_config = load
 
 
 def defective(rank):
     if rank == 1:
-        from cola_ds import cli
+        from cola_ds.config import loading
 
-        cli.load_config = lambda *args: 1 / 0
+        loading.load_config = lambda *args: 1 / 0
 
 
 def killed_while_loading(rank, victim=1):

@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from cola_ds.config.dtypes import DTYPES
 from cola_ds.data import batch as types
 from cola_ds.data.batch import Batch, PackedBatch
-from cola_ds.distributed.engine import DTYPES
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora import tie
 from cola_ds.lora.layers import LoRALinear, inject, inner_product, lora_layers, start_link
@@ -64,7 +64,7 @@ def losses() -> None:
         ),
     )
     for dtype in DTYPES.values():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype.torch_name))
         for module in model.modules():
             for name, param in module._parameters.items():
                 module._parameters[name] = param if param is None else nn.Parameter(param.detach().to(THERE))
