@@ -26,7 +26,7 @@ _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 Mi
 
 
 @dataclass(kw_only=True)
-class TieResult:
+class TiedLink:
     """What tying a link has found, over all processes."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -50,14 +50,14 @@ def link_is_finite(model: nn.Module) -> bool:
 @torch.no_grad()
 def tie_link(
     model: nn.Module, remainders: dict[str, Tensor], local: bool, exact: bool, last: bool, keep_tensors: bool
-) -> TieResult:
+) -> TiedLink:
     """Tie (merge): W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
 
     `local` gathers A and B alone; otherwise W is gathered too, and process 0 changes it for all. `remainders` holds, for
     each layer in bf16 or fp16, the fp32 remainder of this process's part on the host. It is filled at the first knot, unless
     that is the `last` one: then nothing would use it.
     """
-    tied = TieResult()
+    tied = TiedLink()
     delta_squares: list[Tensor] = []
     own_squares: list[Tensor] = []  # of this process's shards
     copied_squares: list[Tensor] = []  # of weights that every process holds
@@ -113,7 +113,7 @@ def restart_link(model: nn.Module, link: int, seed: int) -> None:
 
 
 def overlap(tensors: dict[str, Tensor], earlier: Iterable[dict[str, Tensor]], scalings: list[float]) -> float:
-    """Inner product of a link and the sum of those before it, from their tensors (see TieResult) on the host.
+    """Inner product of a link and the sum of those before it, from their tensors (see TiedLink) on the host.
 
     `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r, read
     again at each knot: for links number and LoRA rank as in the paper, milliseconds.

@@ -21,7 +21,7 @@ from cola_ds.run.marker import NAME, Marker
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiedLink:
+class SavedLink:
     """A link of a chain, as it was tied."""
 
     path: Path
@@ -50,7 +50,7 @@ class Learnt:
     """result.json."""
     base: str
     """The fingerprint of the model that it began with."""
-    links: list[TiedLink]
+    links: list[SavedLink]
     facts: dict[str, Any]
     """All that it recorded of itself."""
 
@@ -130,8 +130,8 @@ def _result(folder: Path, marker: Marker) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes()))
 
 
-def _link(folder: Path, row: dict[str, Any]) -> TiedLink:
-    link = TiedLink(
+def _link(folder: Path, row: dict[str, Any]) -> SavedLink:
+    link = SavedLink(
         path=folder / "chain" / f"link-{row['link']:04d}",
         lora_rank=row["lora_rank"],
         alpha=row["lora_alpha"],
