@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import os
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cola_ds.commands import streams
 from cola_ds.commands.parser import parse
 from cola_ds.distributed import rendezvous, signals, watchdog
+from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process, identify
 from cola_ds.errors import ArrivalError, StoppedError, TrainingFailedError, UserError, first_line, one_line
 from cola_ds.run import lock
@@ -102,11 +102,9 @@ def _leave_now(status: int) -> NoReturn:
 
 
 def _exit_now(status: int) -> NoReturn:
-    with suppress(OSError):  # whoever read what this process prints may be gone
+    with suppress(OSError):
         lock.release_held()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+    end_process(status)
 
 
 def _say(message: str, process: Process | None, arriving: bool = False) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cola_ds.distributed import launcher, rendezvous, signals, watchdog
+from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import StoppedError, UserError
 
@@ -29,8 +29,8 @@ def joined() -> Iterator[tuple[Process, Callable[[int], None]]]:
             )
         status = 0
         try:
-            rendezvous.begin(process, os._exit)
-            yield process, os._exit
+            rendezvous.begin(process, end_process)
+            yield process, end_process
         except BaseException as error:
             status = 2 if isinstance(error, UserError) else 75 if isinstance(error, StoppedError) else 3
             raise
