@@ -11,7 +11,7 @@ from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """What follows from the config, the number of training examples and of processes."""
 
@@ -54,7 +54,10 @@ def resolve(config: RunConfig, examples: int, world_size: int) -> StepPlan:
     steps_per_epoch = -(-examples // optim.global_batch_size)
     total_steps = optim.max_steps or (optim.epochs or 1) * steps_per_epoch
     knots = place_knots(config.chain.knots, config.chain.length, total_steps, steps_per_epoch)
-    step_plan = StepPlan(examples, steps_per_epoch, total_steps, knots, optim.global_batch_size // per_micro_step)
+    step_plan = StepPlan(
+        examples=examples, steps_per_epoch=steps_per_epoch, total_steps=total_steps, knots=knots,
+        micro_steps=optim.global_batch_size // per_micro_step,
+    )  # fmt: skip
     shortest = min(step_plan.link_steps(link) for link in range(1, config.chain.length + 1))
     if optim.warmup_steps >= shortest:
         raise UserError(f"optim.warmup_steps {optim.warmup_steps} never ends: the shortest link has {shortest} steps")

@@ -108,7 +108,7 @@ class _Side:
         """Process 0 alone has somebody to tell."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Peer:
     """What process 0 knows of another."""
 
@@ -177,7 +177,7 @@ class Host(_Side):
         link.settimeout(_GRACE_S)
         try:
             hello = json.loads(lines.readline(_LINE_BYTES))
-            peer = _Peer(int(hello["rank"]), str(hello["host"]), int(hello["pid"]), link)
+            peer = _Peer(rank=int(hello["rank"]), host=str(hello["host"]), pid=int(hello["pid"]), link=link)
             known = hello["world_size"] == self.world_size and 0 < peer.rank < self.world_size
         except _NO_MESSAGE:
             return None

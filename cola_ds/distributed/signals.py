@@ -24,7 +24,7 @@ _finished = False
 _interrupting = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Listening:
     """What `listen` began, and what it found."""
 
@@ -55,7 +55,7 @@ def listen(say: Callable[[str], None], leave: Callable[[int], None]) -> None:
     wakeup_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     handlers: dict[int, Any] = {number: signal.signal(number, _handle) for number in STOPPING}
     thread = threading.Thread(target=_read, args=(read, say, leave), name="signals", daemon=True)
-    _listening = _Listening(read, write, thread, handlers, wakeup_fd)
+    _listening = _Listening(read=read, write=write, thread=thread, handlers=handlers, wakeup_fd=wakeup_fd)
     thread.start()
 
 

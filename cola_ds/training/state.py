@@ -21,7 +21,7 @@ from cola_ds.run.folder import RunDir
 from cola_ds.training.metrics import MetricLogger
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ChainState:
     """All that changes while a chain runs, besides the engine. Steps are optimizer updates, those left out included."""
 
