@@ -215,7 +215,8 @@ def test_patience_counts_from_the_last_best(monkeypatch):
     monkeypatch.setattr(validation, "save_checkpoint", lambda chain: True)
     chain = Part(
         config=Part(eval=Part(patience=2, every=1), checkpoint=Part(best=False)),
-        state=state.ChainState(), step_plan=StepPlan(examples=9, steps_per_epoch=1, total_steps=9, knots=(9,), micro_steps=1), links=1, held_out=True, folder=None,
+        state=state.ChainState(), links=1, held_out=True, folder=None,
+        step_plan=StepPlan(examples=9, steps_per_epoch=1, total_steps=9, knots=(9,), micro_steps=1),
         logger=Part(say=lambda message: None, event=lambda what, **facts: None),
     )  # fmt: skip
     for step in range(1, 6):
