@@ -157,6 +157,16 @@ def test_the_first_run(reader):
     assert (reader / "runs/my-run/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_from_python(reader):
+    """The README's lines, as the script that they are."""
+    (block,) = blocks(README, "python")
+    (reader / "lines.py").write_text(block, encoding="utf-8")
+    said = in_copy(reader, "python lines.py").splitlines()[-1]
+    held_out = json.loads((reader / "runs/notebook/result.json").read_text(encoding="utf-8"))["scores"]
+    assert said == f"{held_out} 2"
+    assert (reader / "my-notebook-model/model.safetensors").is_file()
+
+
 def test_running(reader):
     said = [in_copy(reader, command) for command in commands(LAUNCH)]
     assert len(said) >= 5
