@@ -10,8 +10,6 @@ import pytest
 from tests.support.distributed import run_distributed
 from tests.support.toys import REPOSITORY, run_config, save_run
 
-pytestmark = pytest.mark.distributed  # programs of their own, with all their imports
-
 WHAT_IS_LEFT = """
 import os, signal, sys, threading
 def left():
