@@ -1,7 +1,5 @@
 """A run from Python: it does what the command does, returns, and leaves the process as it was."""
 
-import json
-import re
 import subprocess
 import sys
 
@@ -48,16 +46,6 @@ def test_names_cost_nothing_before_they_are_used():
     assert {"RunConfig", "load_config", "prepare", "train", "evaluate", "export"} <= set(line.split())
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         getattr(__import__("cola_ds"), "tu" + "ne")
-
-
-def test_five_lines_of_the_readme(place):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 5
-    python(place, code)
-    (run,) = (path.parent for path in place.rglob("result.json"))
-    assert json.loads((run / "result.json").read_text(encoding="utf-8"))["links"] == 2
-    assert list(place.rglob("model.safetensors"))  # the export
 
 
 def test_a_run_leaves_the_process_as_it_was(place):
