@@ -14,8 +14,18 @@ from cola_ds.distributed.launcher import Process
 from tests.support.distributed import free_port, run_distributed
 
 
+_earlier = set()
+
+
+@pytest.fixture(autouse=True)
+def earlier_threads():
+    """Those of other tests of this process, which never end their meetings."""
+    _earlier.update(threading.enumerate())
+
+
 def own_threads():
-    return [thread.name for thread in threading.enumerate() if thread.name in ("watch", "arrival", "signals")]
+    alive = set(threading.enumerate()) - _earlier
+    return [thread.name for thread in alive if thread.name in ("watch", "arrival", "signals")]
 
 
 def sockets():
