@@ -124,7 +124,7 @@ def test_nothing_of_two_devices_meets():
 
 
 def test_a_batch_is_pinned_for_a_gpu_alone():
-    from cola_ds.data.batch import move
+    from cola_ds.data.batch import _move
 
     class Host:
         def __init__(self):
@@ -138,8 +138,8 @@ def test_a_batch_is_pinned_for_a_gpu_alone():
             self.calls.append((device.type, options))
             return self
 
-    assert move(Host(), torch.device("cuda", 0)).calls == ["pin", ("cuda", {"non_blocking": True})]
-    assert move(Host(), torch.device("cpu")).calls == [("cpu", {})]
+    assert _move(Host(), torch.device("cuda", 0)).calls == ["pin", ("cuda", {"non_blocking": True})]
+    assert _move(Host(), torch.device("cpu")).calls == [("cpu", {})]
 
 
 # -- the model before there is an engine ----------------------------------------------------------------------------------

@@ -13,9 +13,18 @@ from cola_ds.distributed import collectives, launcher, rendezvous, watchdog
 from cola_ds.distributed.launcher import Process
 from tests.support.distributed import free_port, run_distributed
 
+_earlier = set()
+
+
+@pytest.fixture(autouse=True)
+def earlier_threads():
+    """Those of other tests of this process, which never end their meetings."""
+    _earlier.update(threading.enumerate())
+
 
 def own_threads():
-    return [thread.name for thread in threading.enumerate() if thread.name in ("watch", "arrival", "signals")]
+    alive = set(threading.enumerate()) - _earlier
+    return [thread.name for thread in alive if thread.name in ("watch", "arrival", "signals")]
 
 
 def sockets():
@@ -103,7 +112,7 @@ def test_a_meeting_is_forgotten_before_anybody_came(alone, rank):
         time.sleep(0.3)
         rendezvous.stop()
         assert not own_threads()
-    assert sockets() == before
+    assert sockets() <= before  # those of earlier tests may go
 
 
 def test_a_meeting_with_somebody_who_says_nothing_is_forgotten(alone):
@@ -130,7 +139,7 @@ def test_a_watch_ends_while_it_waits_for_others(monkeypatch):
     watchdog.stop()
     assert time.monotonic() - begin < 2
     assert not own_threads()
-    assert sockets() == before
+    assert sockets() <= before  # those of earlier tests may go
     assert not endings
     assert SimpleNamespace(beats=watchdog._beats, step=watchdog._step) == SimpleNamespace(beats=0, step=0)
 
