@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cola_ds.commands.doctor import slow_pairs, tournament
-from cola_ds.distributed.rendezvous import _nodes
+from cola_ds.distributed.launcher import slurm_nodes
 from cola_ds.errors import some_of
 from tests.support.jobs import Job, at_call, run_job
 from tests.support.launching import Cluster, clean_environment
@@ -282,10 +282,10 @@ def test_names_for_messages():
 
 
 def test_the_nodes_of_a_slurm_list():
-    assert _nodes("") == []
-    assert _nodes("n1") == ["n1"]
-    assert _nodes("a1,b[2-3,07]-ib,c") == ["a1", "b2-ib", "b3-ib", "b07-ib", "c"]
-    assert _nodes("rack[08-10]") == ["rack08", "rack09", "rack10"]
+    assert slurm_nodes("") == []
+    assert slurm_nodes("n1") == ["n1"]
+    assert slurm_nodes("a1,b[2-3,07]-ib,c") == ["a1", "b2-ib", "b3-ib", "b07-ib", "c"]
+    assert slurm_nodes("rack[08-10]") == ["rack08", "rack09", "rack10"]
 
 
 # -- arrival -----------------------------------------------------------------------------------------------------------
