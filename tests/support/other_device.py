@@ -96,7 +96,7 @@ def apart() -> None:
 
 def main() -> None:
     pinned = []
-    types.move = lambda tensor, device: pinned.append(tensor) or tensor.to(device)
+    types._move = lambda tensor, device: pinned.append(tensor) or tensor.to(device)
     with FakeTensorMode():
         apart()
         with torch.no_grad():
