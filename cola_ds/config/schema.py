@@ -1,6 +1,6 @@
 """The schema of a run's YAML: sections, keys, defaults, and what contradicts what.
 
-No other module reads config keys by name.
+What follows from its fields is worked out beside it: steps.py, keys.py, deepspeed_json.py.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def run_chain(chain: Chain) -> None:
     asked for it, TrainingFailedError when losses, gradients or adapters are not finite.
     """
     chain.logger.restart_clock()
-    evaluate_if_due(chain)
+    evaluate_if_due(chain)  # one that was stopped in the evaluation at which it had arrived
     while chain.state.link <= chain.links:
         tune_lora(chain)
         if chain.config.trains_lora:
@@ -51,6 +51,7 @@ def tune_lora(chain: Chain) -> None:
         examples = step_examples(chain, state.step)
         lr = learning_rate(optim, chain.step_plan, state.link, state.step_in_link)
         loss = train_step(chain.engine, examples, lr, chain.world_size)
+        # One answer for all: a signal or a bad loss of any process is one of the run, and the device is waited for once.
         stop, loss_is_bad = collectives.all_reduce_max([signals.requested(), ~torch.isfinite(loss)])
         state.step += 1
         state.step_in_link += 1
@@ -61,7 +62,7 @@ def tune_lora(chain: Chain) -> None:
             position(chain), None if loss_is_bad else loss, examples, now=state.step in chain.step_plan.knots,
             lr=lr, grad_norm=chain.engine.get_global_grad_norm(), skipped_steps=state.skipped_steps,
         )  # fmt: skip
-        check_skips(chain)
+        check_skips(chain)  # after the row, which shows what it gives up over
         if stop:
             stop_here(chain, int(stop))
         if checkpoint_is_due(chain):

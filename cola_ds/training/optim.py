@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +15,11 @@ from cola_ds.config.steps import StepPlan
 
 def make_optimizer(config: OptimConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """A fresh torch optimizer; weight decay is decoupled for AdamW and an L2 term for SGD and AdaGrad, as in torch."""
-    if config.name == "adamw":
-        return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
-    kind = torch.optim.SGD if config.name == "sgd" else torch.optim.Adagrad
-    return kind(params, lr=config.lr, weight_decay=config.weight_decay)
+    kinds: dict[str, type[torch.optim.Optimizer]] = {
+        "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad,
+    }  # fmt: skip
+    make: Any = kinds[config.name]
+    return make(params, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: OptimConfig, step_plan: StepPlan, link: int, step_in_link: int) -> float:
