@@ -14,6 +14,15 @@ class _Patient(io.FileIO):
     lost: OSError | None = None
     """The first error."""
 
+    def __init__(self, number: int):
+        # Standard error by a descriptor of its own: DeepSpeed points the usual one elsewhere for a second while it asks the compiler
+        # what it has (op_builder/builder.py, 0.19.8), and what the watchdog says then would be lost.
+        super().__init__(os.dup(number) if number == 2 else number, "w", closefd=number == 2)
+        self._number = number
+
+    def fileno(self) -> int:
+        return self._number
+
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
@@ -32,7 +41,7 @@ def harden() -> None:
 
 
 def _open(number: int, instead_of: TextIO | None) -> TextIO:
-    raw, at_once = _Patient(number, "w", closefd=False), bool(getattr(instead_of, "write_through", False))
+    raw, at_once = _Patient(number), bool(getattr(instead_of, "write_through", False))
     return io.TextIOWrapper(
         raw if at_once else io.BufferedWriter(raw),  # as the interpreter does with -u
         encoding=instead_of.encoding if instead_of else "utf-8",

@@ -91,3 +91,16 @@ def test_a_defect_keeps_its_traceback(monkeypatch, capfd):
     monkeypatch.setattr("cola_ds.commands.inspect.inspect", fail)
     assert cli.main(["inspect", "x"]) == 1
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_standard_error_arrives_while_a_library_points_it_elsewhere(tmp_path):
+    """As DeepSpeed does for as long as it asks the compiler what it has: what the watchdog says then must not be lost."""
+    script = (
+        "import os, sys; from cola_ds.commands import streams; streams.harden()\n"
+        "kept = os.dup(sys.stderr.fileno()); os.dup2(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())\n"
+        "print('who died', file=sys.stderr); os.write(2, b'theirs'); os.dup2(kept, sys.stderr.fileno())\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "elsewhere")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "who died\n")
+    assert (tmp_path / "elsewhere").read_text(encoding="utf-8") == "theirs"
