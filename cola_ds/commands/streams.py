@@ -15,8 +15,8 @@ class _Patient(io.FileIO):
     """The first error."""
 
     def __init__(self, number: int):
-        # Standard error by a descriptor of its own: DeepSpeed points the usual one elsewhere for a second while it asks the compiler
-        # what it has (op_builder/builder.py, 0.19.8), and what the watchdog says then would be lost.
+        # Standard error by a descriptor of its own: DeepSpeed points the usual one elsewhere for a second while it asks the
+        # compiler what it has (op_builder/builder.py, 0.19.8), and what the watchdog says then would be lost.
         super().__init__(os.dup(number) if number == 2 else number, "w", closefd=number == 2)
         self._number = number
 
