@@ -86,7 +86,7 @@ def _number(name: str, text: str, most: int = 2**63) -> int:
 
 def _alone() -> dict[str, str]:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))  # free at every address: another run's process may listen at one of them
         port = probe.getsockname()[1]
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 

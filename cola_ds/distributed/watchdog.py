@@ -224,6 +224,8 @@ class Watch:
                 continue
             expected -= 1
             self._links[rank] = link
+            with contextlib.suppress(OSError):
+                self._say(link, self._state())  # at once: it may be stopped before it talks, and must have been named
             self._thread(lambda rank=rank, link=link: self._hear(rank, link))  # type: ignore[misc]
         self._server.close()
 

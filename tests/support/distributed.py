@@ -32,7 +32,7 @@ class WorkerFailedError(AssertionError):
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
