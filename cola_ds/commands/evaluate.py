@@ -36,7 +36,7 @@ def evaluate(
             str(target), method, task, None if dir is None else str(dir), None if out is None else str(out),
             process.world_size, list(overrides),
         )  # fmt: skip
-        return run_config(config, process, ResumeOptions(fresh=fresh), end)
+        return run_config(config, process, ResumeOptions(fresh=fresh), end, frees=True)
 
 
 def evaluation_config(
@@ -73,7 +73,10 @@ def evaluation_config(
         "eval": {"batch_size": 8},
         "run": section,
     }
-    return check_config(raw, overrides, "cola-ds evaluate")
+    config = check_config(raw, overrides, "cola-ds evaluate")
+    if config.trains:
+        raise UserError(f"method {config.method} trains: an evaluation's is zero-shot or icl")
+    return config
 
 
 def _engine_of(run: Learnt) -> str:

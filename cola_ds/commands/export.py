@@ -15,7 +15,7 @@ from torch import Tensor
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, cut, first_line
 from cola_ds.lora.layers import add_link, delta_weight
 from cola_ds.run.atomic import scratch_beside, sync_folder
 from cola_ds.run.fingerprint import model_fingerprint
@@ -42,6 +42,8 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
 
 
 def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str]) -> Path:
+    if to not in ("hf", "peft", "links"):
+        raise UserError(f"--to {cut(str(to))}: an export is hf, peft or links")
     target, learnt = Path(out), read_learnt(run)
     if target.exists() or target.is_symlink():
         raise UserError(f"--out {target} already exists; name a new folder")

@@ -23,7 +23,7 @@ from torch import nn
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed.accelerator import device
-from cola_ds.distributed.deepspeed_internals import loss_scale, take_down_engine
+from cola_ds.distributed.deepspeed_internals import forget_modules, loss_scale, take_down_engine
 from cola_ds.errors import UserError, first_line
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
@@ -159,7 +159,7 @@ def rebuild_engine(
 def restart_optimizer(engine: Engine) -> None:
     """Make the optimizer what a new engine would have: fp32 masters of the parameters as they are now, no moments, step 0.
 
-    For parameters that were given new values in their shards (`own_part`). Nothing moves between processes. The fp16 loss
+    For parameters that were given new values in their shards (`local_shard`). Nothing moves between processes. The fp16 loss
     scale stays, as it does in `rebuild_engine`, and here its counters do too.
     """
     engine.optimizer.refresh_fp32_params()
@@ -167,6 +167,12 @@ def restart_optimizer(engine: Engine) -> None:
         # Moments, sums of squares and step counts: torch's optimizers start all of them at zero.
         for value in state.values():
             value.zero_()
+
+
+def free_engine(engine: Engine) -> None:
+    """Free the engine and all it holds, and the model with it once nobody else has it: for a process that goes on."""
+    take_down_engine(engine)
+    forget_modules()
 
 
 def set_learning_rate(engine: Engine, lr: float) -> None:

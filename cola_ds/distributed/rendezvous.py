@@ -89,7 +89,7 @@ def _resolved(address: str) -> str:
 
 
 def share(store: Any, rank: int, value: Any) -> Any:
-    """What process 0 gives, as from_process_0 does where there is a group."""
+    """What process 0 gives, as `broadcast_object` does where there is a group."""
     if rank == 0:
         store.set("shared", json.dumps(value))
     return json.loads(store.get("shared"))

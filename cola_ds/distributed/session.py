@@ -12,41 +12,67 @@ from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import StoppedError, UserError
 
+_busy = threading.Lock()
+_launched = False
+
 
 @contextmanager
 def joined() -> Iterator[tuple[Process, Callable[[int], None]]]:
     """Which process this is, and what ends it; inside the block it listens to signals, in the main thread, and is watched.
 
-    Afterwards handlers, environment, watch and process group are what they were. What ends the process is called where another
-    one of the run died or hangs: a collective that waits for it cannot be left.
+    Afterwards handlers, the launcher's variables, watch and process group are what they were. What ends the process is called
+    where another one of the run died or hangs: a collective that waits for it cannot be left. Raises UserError where a run goes
+    on in this process already, a process group has begun that is not a run's, or a launcher's process has had its run.
     """
-    with launcher.environment():
-        process = launcher.identify()
-        listens = threading.current_thread() is threading.main_thread()
+    if not _busy.acquire(blocking=False):
+        raise UserError("a run goes on in another thread of this process; wait until it has ended")
+    try:
+        with launcher.environment():
+            yield from _joined(launcher.identify())
+    finally:
+        _busy.release()
+
+
+def _joined(process: Process) -> Iterator[tuple[Process, Callable[[int], None]]]:
+    global _launched
+    if _group_has_begun():
+        raise UserError(
+            "torch.distributed has begun in this process, and a run has a group of its own; destroy that first"
+        )
+    if _launched:
+        raise UserError(
+            "this process has had its run; a launcher's processes take part in one: start the launcher again"
+        )
+    _launched = process.world_size > 1
+    listens = threading.current_thread() is threading.main_thread()
+    if listens:
+        signals.listen(
+            lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), signals.interrupt
+        )
+    status = 0
+    try:
+        rendezvous.begin(process, end_process)
+        yield process, end_process
+    except BaseException as error:
+        status = 2 if isinstance(error, UserError) else 75 if isinstance(error, StoppedError) else 3
+        raise
+    finally:
+        signals.finished()
+        watchdog.leave(status)
+        if _group_has_begun():
+            from cola_ds.distributed import collectives
+
+            collectives.destroy_process_group()
+        watchdog.stop()
+        rendezvous.stop()
         if listens:
-            signals.listen(
-                lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), signals.interrupt
-            )
-        status = 0
-        try:
-            rendezvous.begin(process, end_process)
-            yield process, end_process
-        except BaseException as error:
-            status = 2 if isinstance(error, UserError) else 75 if isinstance(error, StoppedError) else 3
-            raise
-        finally:
-            signals.finished()
-            watchdog.leave(status)
-            _leave_group()
-            watchdog.stop()
-            rendezvous.stop()
-            if listens:
-                signals.restore()
+            signals.restore()
 
 
-def _leave_group() -> None:
-    """Where one has begun: torch and deepspeed are not imported for that."""
-    if "deepspeed" in sys.modules:
-        from cola_ds.distributed import collectives
+def _group_has_begun() -> bool:
+    """Without an import of torch, which takes seconds."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed
 
-        collectives.destroy_process_group()
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -17,6 +17,7 @@ from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _ONE_REQUEST_S = 2.0  # launchers pass a signal on, and send another: what arrives within this time is one request
+_AGAIN_AFTER_S = 0.2
 _NO_SIGNAL = b"\0"  # ends the thread that reads
 _requested = 0
 _training = False
@@ -67,11 +68,12 @@ def restore() -> None:
     global _requested, _training, _finished, _interrupting, _listening
     listening, _listening = _listening, None
     if listening:
+        signal.set_wakeup_fd(listening.wakeup_fd)
+        _interrupting = False
+        os.write(listening.write, _NO_SIGNAL)
+        listening.thread.join()  # before the handlers: `interrupt` may be about to send once more
         for number, handler in listening.handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python did not set
-        signal.set_wakeup_fd(listening.wakeup_fd)
-        os.write(listening.write, _NO_SIGNAL)
-        listening.thread.join()
         os.close(listening.read)
         os.close(listening.write)
     _requested, _training, _finished, _interrupting = 0, False, False, False
@@ -82,8 +84,9 @@ def interrupt(status: int) -> None:
     global _finished, _interrupting
     _finished = _interrupting = True
     main = threading.main_thread().ident
-    if main is not None:
-        signal.pthread_kill(main, signal.SIGINT)  # a call of the system that the thread is in ends, too
+    while _interrupting and main is not None:  # one that comes just before a call of the system does not end that
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(_AGAIN_AFTER_S)
 
 
 def _handle(number: int, frame: Any) -> None:

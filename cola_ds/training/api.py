@@ -14,6 +14,7 @@ from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import signals, watchdog
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.session import joined
+from cola_ds.errors import UserError, quoted
 from cola_ds.run.folder import RunDir
 from cola_ds.training.prepare import prepare, summarize
 
@@ -35,24 +36,31 @@ class RunResult:
 
 
 def train(
-    config: RunConfig, *, resume: str = "auto", fresh: bool = False, allow_change: Sequence[str] = ()
+    config: RunConfig, *, resume: str | Path = "auto", fresh: bool = False, allow_change: Sequence[str] = ()
 ) -> RunResult:
     """Train as the config says, and write the run's folder: what `cola-ds train` does, in this process.
 
     Under a launcher each of the run's processes calls it, once, and it is collective; without one it is a run of one process. The
     keyword arguments are the command's options. In the main thread a signal (SIGINT, SIGTERM, SIGUSR1, SIGUSR2) ends the run
-    after its step, with a checkpoint. Afterwards the process is what it was: handlers, environment, process group. Only
-    where another process of the run dies is this one ended too, as no collective can be left.
+    after its step, with a checkpoint. Afterwards handlers, launcher's variables and process group are what they were, and
+    engine and model are gone; torch's seed and, with run.deterministic, its choice of kernels stay. Only where another process of
+    the run dies is this one ended too, as no collective can be left.
 
     Raises UserError for a mistake in config, data or model, TrainingFailedError for losses, gradients or adapters that are not
     finite, and StoppedError where a signal stopped it: the same call goes on from there.
     """
+    if not isinstance(config, RunConfig):
+        raise UserError(f"cola_ds.train takes a RunConfig, as cola_ds.load_config(FILE) gives; it is {quoted(config)}")
+    changes = (allow_change,) if isinstance(allow_change, str) else tuple(allow_change)
     with joined() as (process, end):
-        return run_config(config, process, ResumeOptions(resume, fresh, tuple(allow_change)), end)
+        return run_config(config, process, ResumeOptions(str(resume), fresh, changes), end, frees=True)
 
 
-def run_config(config: RunConfig, process: Process, options: ResumeOptions, end: Callable[[int], Any]) -> RunResult:
-    """Run a config to its end, or what is left of it. Collective. `end` ends this process, where another one died or hangs."""
+def run_config(
+    config: RunConfig, process: Process, options: ResumeOptions, end: Callable[[int], Any], frees: bool = False
+) -> RunResult:
+    """Run a config to its end, or what is left of it. Collective. `end` ends this process, where another one died or hangs;
+    with `frees`, engine and model are gone afterwards."""
     quiet_libraries(process)
     prepared = prepare(config, process.world_size)
     if process.rank == 0:
@@ -71,7 +79,7 @@ def run_config(config: RunConfig, process: Process, options: ResumeOptions, end:
         process,
         begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, end, share),
     )
-    ran = run_prepared(prepared, process, options)
+    ran = run_prepared(prepared, process, options, frees)
     folder = Path(config.run.dir)
     result = collectives.broadcast_object(
         json.loads((folder / "result.json").read_bytes()) if process.rank == 0 else None

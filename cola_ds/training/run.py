@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.distributed import signals
+from cola_ds.distributed.engine import free_engine
 from cola_ds.distributed.launcher import Process
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
@@ -17,9 +19,9 @@ from cola_ds.training.start import begin, lock_and_choose
 from cola_ds.training.validation import evaluate
 
 
-def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions) -> bool:
+def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, frees: bool = False) -> bool:
     """Run the prepared config, or what is left of it, and write its folder; whether there was anything to do. Collective, in a
-    process group that has begun.
+    process group that has begun. With `frees`, engine and model are gone afterwards: the process has other things to do.
 
     Raises UserError for processes that disagree, a folder that holds another run or cannot be written; TrainingFailedError for
     losses, gradients or adapters that are not finite; StoppedError when a signal asked for it.
@@ -41,9 +43,17 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions) -
         else:
             evaluate(chain)
         finish(chain, prepared, loading_s)
+        if frees:
+            free_engine(chain.engine)
         return True
+    except BaseException:
+        if frees and chain:
+            with contextlib.suppress(Exception):  # an engine in the middle of a step may lack what an idle one has
+                free_engine(chain.engine)
+        raise
     finally:
         if chain:
             chain.logger.close()  # what is said of an error gets a line of its own
+            chain.engine = None if frees else chain.engine
         if lock:
             lock.release()

@@ -16,6 +16,12 @@ def left():
     launchers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     threads = sorted(thread.name for thread in threading.enumerate() if thread.name in ("signals", "watch", "arrival", "lock"))
     return handlers, launchers, threads, torch.distributed.is_initialized()
+def held():
+    import gc
+    gc.collect()
+    kinds = [type(each).__name__ for each in gc.get_objects()]
+    open_files = len(os.listdir("/proc/self/fd"))
+    return [sum(kind in names for kind in kinds) for names in (("DeepSpeedEngine",), ("LlamaForCausalLM",))], open_files
 import torch
 before = left()
 """
@@ -65,6 +71,9 @@ whole = cola_ds.train(config("whole"))
 assert whole.ran and left() == before, (left(), before)
 assert str(whole.folder) == "whole" and whole.scores["loss"] > 0
 assert not cola_ds.train(config("whole")).ran  # finished already
+first = held()
+cola_ds.train(config("once more"))
+assert held()[0] == [0, 0] and held()[1] <= first[1], (first, held())
 try:
     cola_ds.train(config("refused", "model.path=no/such/model"))
 except UserError as error:
@@ -87,6 +96,22 @@ try:
     cola_ds.train(config("whole"), resume="never")
 except UserError as error:
     print("never:", error)
+for wrong, call in {
+    "no config": lambda: cola_ds.train("my_run.yaml"),
+    "no form": lambda: cola_ds.export("whole", "PEFT", "other"),
+    "trains": lambda: cola_ds.evaluate(config("whole").model.path, "rte", method="full"),
+}.items():
+    try:
+        call()
+    except UserError as error:
+        print(wrong, error)
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+try:
+    cola_ds.train(config("grouped"))
+except UserError as error:
+    print("group:", error)
+assert torch.distributed.is_initialized()
+torch.distributed.destroy_process_group()
 print("export:", cola_ds.export("whole", "peft", "adapter"))
 assert left() == before
 print("all of it")
@@ -96,6 +121,10 @@ print("all of it")
     assert "refused: model.path no/such/model is not a folder" in text
     assert "stopped: stopped on SIGTERM after step 1, with a checkpoint" in text
     assert "never: run.dir whole already holds a run" in text
+    assert "no config cola_ds.train takes a RunConfig, as cola_ds.load_config(FILE) gives; it is 'my_run.yaml'" in text
+    assert "no form --to PEFT: an export is hf, peft or links" in text
+    assert "trains method full trains: an evaluation's is zero-shot or icl" in text
+    assert "group: torch.distributed has begun in this process" in text
     assert "export: adapter" in text
     assert said[-1] == "all of it"
 
@@ -110,6 +139,8 @@ import time
 import cola_ds
 from cola_ds.training import build
 
+since = time.monotonic()
+
 def loading(*args):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(30)
@@ -118,6 +149,7 @@ build.load_model = loading
 try:
     cola_ds.train(cola_ds.load_config("my_run.yaml"))
 except KeyboardInterrupt:
+    assert time.monotonic() - since < 25
     print("interrupted")
 assert left() == before, (left(), before)
 """,
