@@ -67,7 +67,7 @@ class _Side:
         self.threads: list[threading.Thread] = []
 
     def thread(self, target: Callable[..., None], *args: Any) -> threading.Thread:
-        thread = threading.Thread(target=target, args=args, name="arrival", daemon=True)
+        thread = threading.Thread(target=target, args=args, name="rendezvous", daemon=True)
         self.threads.append(thread)
         thread.start()
         return thread

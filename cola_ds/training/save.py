@@ -73,9 +73,9 @@ def save_chain(chain: Chain) -> str | None:
         if attempt and piece:
             attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
     random_states = collectives.all_gather_bytes(random_state())
-    journal = chain.logger.state()
+    unlogged = chain.logger.state()
     if attempt and checkpoints and chain.facts:
-        state = _state(chain, chain.facts, journal)
+        state = _state(chain, chain.facts, unlogged)
         attempt.do(lambda writer: attempt.note(writer.finish(state, random_states)))
         attempt.do(lambda _: checkpoints.tidy(step, chain.config.checkpoint.keep, chain.state.best_step))
         attempt.clean_up()
@@ -127,7 +127,7 @@ def _add_links(chain: Chain, writer: CheckpointWriter) -> None:
         writer.add_link(link, path, chain.state.link_hashes[link - 1])
 
 
-def _state(chain: Chain, facts: RunFacts, journal: dict[str, Any]) -> SavedState:
+def _state(chain: Chain, facts: RunFacts, unlogged: dict[str, Any]) -> SavedState:
     assert chain.folder is not None
     return SavedState(
         config=facts.config.model_dump(mode="json"),
@@ -141,7 +141,7 @@ def _state(chain: Chain, facts: RunFacts, journal: dict[str, Any]) -> SavedState
         chain=Counters(**counters(chain.state)),
         scalars=optimizer_scalars(chain.engine),
         loss_scale=loss_scale_state(chain.engine),
-        journal=Unlogged(**journal),
+        journal=Unlogged(**unlogged),
         rows=Rows(**chain.folder.row_counts()),
         elapsed_s=facts.elapsed_s + time.perf_counter() - facts.since,
     )

@@ -341,7 +341,7 @@ def test_knots_outside_the_run(knots, length, message):
         place_knots(knots, length, 10, steps_per_epoch=2)
 
 
-def test_timetable(load):
+def test_step_plan(load):
     config = load(MINIMAL, "chain.length=3", "optim.global_batch_size=8", "optim.micro_batch_size=2")
     step_plan = resolve(config, examples=1001, world_size=2)
     assert (step_plan.steps_per_epoch, step_plan.total_steps, step_plan.micro_steps) == (126, 630, 2)

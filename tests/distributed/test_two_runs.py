@@ -24,7 +24,7 @@ def earlier_threads():
 
 def own_threads():
     alive = set(threading.enumerate()) - _earlier
-    return [thread.name for thread in alive if thread.name in ("watch", "arrival", "signals")]
+    return [thread.name for thread in alive if thread.name in ("watch", "rendezvous", "signals")]
 
 
 def sockets():

@@ -14,7 +14,7 @@ def left():
     import torch.distributed
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)]
     launchers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    threads = sorted(thread.name for thread in threading.enumerate() if thread.name in ("signals", "watch", "arrival", "lock"))
+    threads = sorted(thread.name for thread in threading.enumerate() if thread.name in ("signals", "watch", "rendezvous", "lock"))
     return handlers, launchers, threads, torch.distributed.is_initialized()
 def held():
     import gc
