@@ -26,6 +26,7 @@ from cola_ds.errors import UserError, cut, first_line
 NAME = "lock.json"
 RENEWED_EVERY_S = 30
 STALE_AFTER_S = 300
+_ENDS_WITHIN_S = 1.0  # unless its file system hangs
 _START = ("ticks", "boot", "pid_namespace")
 _MOST_BYTES = 2**16
 _held: RunLock | None = None
@@ -50,6 +51,7 @@ class RunLock:
         self._released = threading.Event()
         self._made: list[Path] = []
         self._content = ""
+        self._thread: threading.Thread | None = None
 
     def take(self) -> None:
         """Make the folder if need be, and lock it. Raises UserError naming the run that holds it."""
@@ -67,7 +69,8 @@ class RunLock:
             for _ in range(3):
                 try:
                     _link(scratch, self.path)
-                    threading.Thread(target=self._renew, name="lock", daemon=True).start()
+                    self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
+                    self._thread.start()
                     _held = self
                     return
                 except FileExistsError:
@@ -84,6 +87,8 @@ class RunLock:
     def release(self) -> None:
         """Unlock, and remove the folder if it is one that `take` made and that nothing was written to."""
         self._released.set()
+        if self._thread:
+            self._thread.join(_ENDS_WITHIN_S)
         with contextlib.suppress(OSError):
             if _read(self.path) == self._content.encode():
                 self.path.unlink()
