@@ -85,10 +85,16 @@ def _number(name: str, text: str, most: int = 2**63) -> int:
 
 
 def _alone() -> dict[str, str]:
+    return {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that is free at every address: another run's process may listen at one of them."""
     with socket.socket() as probe:
-        probe.bind(("", 0))  # free at every address: another run's process may listen at one of them
-        port = probe.getsockname()[1]
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _from_mpirun() -> dict[str, str] | None:

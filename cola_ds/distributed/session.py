@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ def _joined(process: Process) -> Iterator[tuple[Process, Callable[[int], None]]]
             "this process has had its run; a launcher's processes take part in one: start the launcher again"
         )
     _launched = process.world_size > 1
+    if process.world_size == 1 and not rendezvous.by_agent():  # torch's store of a run before keeps its own
+        os.environ["MASTER_PORT"] = str(launcher.free_port())
     listens = threading.current_thread() is threading.main_thread()
     if listens:
         signals.listen(

@@ -1,11 +1,12 @@
 """A run from Python: it does what the command does, returns, and leaves the process as it was."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.support.distributed import run_distributed
+from tests.support.distributed import free_port, run_distributed
 from tests.support.toys import REPOSITORY, run_config, save_run
 
 WHAT_IS_LEFT = """
@@ -29,8 +30,15 @@ before = left()
 
 def python(folder, code, timeout_s=240):
     """What a program of its own prints, which must end well."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=timeout_s
+    launched = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    done = subprocess.run(  # a shell may have these left, and each run needs a port of its own
+        [sys.executable, "-c", code], cwd=folder, env={**os.environ, **launched}, capture_output=True, text=True, timeout=timeout_s
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
