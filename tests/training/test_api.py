@@ -38,7 +38,8 @@ def python(folder, code, timeout_s=240):
         "MASTER_PORT": str(free_port()),
     }
     done = subprocess.run(  # a shell may have these left, and each run needs a port of its own
-        [sys.executable, "-c", code], cwd=folder, env={**os.environ, **launched}, capture_output=True, text=True, timeout=timeout_s
+        [sys.executable, "-c", code], cwd=folder, env={**os.environ, **launched}, capture_output=True, text=True,
+        timeout=timeout_s,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
