@@ -58,6 +58,7 @@ class _Loader(yaml.SafeLoader):
         """Of each node that is whole: its values with every alias written out, and how deep they lie in each other."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As PyYAML does, within bounds of depth and size."""
         is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
         if self._depth == _DEEPEST:
             raise _Refused(f"more than {_DEEPEST} levels lie in each other", mark)

@@ -67,6 +67,7 @@ def _extensions() -> Path:
 
 
 def check_compilation() -> None:
+    """Raise UserError for a lock that an interrupted compilation has left: DeepSpeed would wait for it for ever."""
     folder = _extensions()
     for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")):
         with contextlib.suppress(FileNotFoundError):

@@ -190,6 +190,7 @@ class Host(_Side):
         return peer
 
     def meet(self, wait_s: float, open_store: Callable[[float], Any]) -> Any:
+        """See `rendezvous.meet`."""
         self.in_meeting = True
         if self.problem:
             raise self.problem
@@ -242,6 +243,7 @@ class Host(_Side):
             print(line, file=sys.stderr, flush=True)
 
     def absent(self, missing: list[int], wait_s: float) -> str:
+        """What is to be said of those who have not arrived in time."""
         names = [str(rank) for rank in missing]
         hosts = sorted({self.host, *(peer.host for rank, peer in self.peers.items() if rank not in missing)})
         arrived = [host.partition(".")[0] for host in hosts]
@@ -315,6 +317,7 @@ class Guest(_Side):
             self.stopped.wait(_TRIES_EVERY_S)
 
     def hear(self, link: socket.socket, lines: Any, welcome: dict[str, Any]) -> None:
+        """Take what process 0 says, until the meeting is over or its connection ends."""
         host = f"process 0 on {welcome['welcome']} (pid {welcome['pid']})"
         with self.changed:
             self.link = link
@@ -352,6 +355,7 @@ class Guest(_Side):
                 _send(self.link, message)
 
     def meet(self, wait_s: float, open_store: Callable[[float], Any]) -> Any:
+        """See `rendezvous.meet`."""
         self.send({"arrived": True})
         deadline = time.monotonic() + wait_s
         with self.changed:

@@ -17,6 +17,7 @@ import stat
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,11 @@ class RunLock:
         self._content = ""
         self._thread: threading.Thread | None = None
 
-    def take(self) -> None:
-        """Make the folder if need be, and lock it. Raises UserError naming the run that holds it."""
+    def take(self, lost: Callable[[int], Any] | None = None) -> None:
+        """Make the folder if need be, and lock it. Raises UserError naming the run that holds it.
+
+        `lost` ends this process with an exit status, in a thread, where another run has taken the lock over.
+        """
         global _held
         self._make_folder()
         mine = {
@@ -69,7 +73,7 @@ class RunLock:
             for _ in range(3):
                 try:
                     _link(scratch, self.path)
-                    self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
+                    self._thread = threading.Thread(target=self._renew, args=(lost,), name="lock", daemon=True)
                     self._thread.start()
                     _held = self
                     return
@@ -137,7 +141,7 @@ class RunLock:
                     _link(aside, self.path)
             aside.unlink()
 
-    def _renew(self) -> None:
+    def _renew(self, lost: Callable[[int], Any] | None) -> None:
         while not self._released.wait(RENEWED_EVERY_S):
             with contextlib.suppress(OSError):
                 if _read(self.path) != self._content.encode():
@@ -147,7 +151,9 @@ class RunLock:
                             file=sys.stderr,
                             flush=True,
                         )
-                    os._exit(3)
+                    if lost:
+                        lost(3)
+                    return
                 os.utime(self.path)
 
 

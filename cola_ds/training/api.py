@@ -44,7 +44,7 @@ def train(
     keyword arguments are the command's options. In the main thread a signal (SIGINT, SIGTERM, SIGUSR1, SIGUSR2) ends the run
     after its step, with a checkpoint. Afterwards handlers, launcher's variables and process group are what they were, and
     engine and model are gone; torch's seed and, with run.deterministic, its choice of kernels stay. Only where another process of
-    the run dies is this one ended too, as no collective can be left.
+    the run dies, or another run has taken its folder over, is this one ended too: no collective can be left.
 
     Raises UserError for a mistake in config, data or model, TrainingFailedError for losses, gradients or adapters that are not
     finite, and StoppedError where a signal stopped it: the same call goes on from there.

@@ -12,6 +12,7 @@ from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, e
 from cola_ds.checkpoint.format import Checkpoint, SavedState
 from cola_ds.checkpoint.restore import restore_engine, restore_folder
 from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process
 from cola_ds.run.environment import describe_environment
 from cola_ds.run.folder import RunDir
@@ -41,7 +42,7 @@ def lock_and_choose(prepared: Prepared, folder: RunDir | None, lock: RunLock | N
     def choose() -> Any:
         nonlocal chosen
         assert folder is not None and lock is not None
-        lock.take()
+        lock.take(end_process)
         chosen = choose_start(folder, config, prepared.identity, options, prepared.step_plan)
         if config.trains and chosen != "finished":
             trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]

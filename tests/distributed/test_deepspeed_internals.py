@@ -143,6 +143,16 @@ def test_the_cache_behind_the_name_is_cleared_or_missed(monkeypatch):
     expect_gone(internals.clear_release_cache, "__params_to_release")
 
 
+def test_the_stack_of_modules_is_emptied_or_missed(monkeypatch):
+    from deepspeed.runtime.zero import parameter_offload
+
+    monkeypatch.setattr(parameter_offload, "FWD_MODULE_STACK", ["the root of the last model"])
+    internals.forget_modules()
+    assert parameter_offload.FWD_MODULE_STACK == []
+    monkeypatch.delattr(parameter_offload, "FWD_MODULE_STACK")
+    expect_gone(internals.forget_modules, "FWD_MODULE_STACK")
+
+
 def scaler_of(**more):
     given = {"init_scale": 2.0**8, "scale_window": 10, "min_scale": 1.0, "delayed_shift": 2}
     scaler = DynamicLossScaler(**given, consecutive_hysteresis=False, raise_error_at_min_scale=False, dtype=torch.half)

@@ -184,9 +184,9 @@ def test_of_many_at_once_one_gets_it(folder):
 
 def test_a_holder_that_lost_its_lock_ends(folder):
     script = (
-        "import sys, time, pathlib; from cola_ds.run import lock\n"
+        "import os, sys, time, pathlib; from cola_ds.run import lock\n"
         "lock.RENEWED_EVERY_S = 0.1\n"
-        "lock.RunLock(pathlib.Path(sys.argv[1])).take()\n"
+        "lock.RunLock(pathlib.Path(sys.argv[1])).take(os._exit)\n"
         "print('held', flush=True)\n"
         "time.sleep(60)"
     )
