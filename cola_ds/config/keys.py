@@ -25,10 +25,12 @@ def _read_marks() -> dict[str, frozenset[Mark]]:
         own = marks[name] = frozenset(mark for mark in field.metadata if isinstance(mark, Mark))
         section: Any = field.annotation
         for key, inner in section.model_fields.items() if name in SECTIONS else ():
-            marks[f"{name}.{key}"] = own | {mark for mark in inner.metadata if isinstance(mark, Mark)}
+            its = frozenset(mark for mark in inner.metadata if isinstance(mark, Mark))
+            marks[f"{name}.{key}"] = (own - _CHANGE if its & _CHANGE else own) | its
     return marks
 
 
+_CHANGE = {Mark.FREE, Mark.FIXED, Mark.CONTENT}  # how a change is taken: a key's own word stands before its section's
 _MARKS = _read_marks()
 
 

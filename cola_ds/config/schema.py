@@ -10,7 +10,7 @@ import itertools
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cola_ds.errors import quoted
 
@@ -84,15 +84,46 @@ def _eval_every(value: Any) -> Any:
     raise ValueError("must be epoch, link, end or a positive number of steps")
 
 
-def _files(value: Any) -> Any:
-    names = value if isinstance(value, list) else [value]
-    if value is None:
+def _sources(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value):
+        return value if value is None else _path(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(_SOURCES)
+    found: list[str | SourceConfig] = []
+    for number, each in enumerate(value, 1):
+        if isinstance(each, (SourceConfig, dict)):
+            found.append(_source(number, each))
+        elif isinstance(each, str) and each:
+            found.append(_path(each))
+        else:
+            raise ValueError(_SOURCES)
+    weights = [each.weight is None for each in found if isinstance(each, SourceConfig)]
+    if not all(weights) and (any(weights) or len(weights) < len(found)):
+        raise ValueError("gives some of its sources a weight, and some not: give one to each, or to none")
+    return found
+
+
+def _source(number: int, value: Any) -> SourceConfig:
+    try:
+        return SourceConfig.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(each) for each in first["loc"])
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(f"source {number}: {f'{where}: ' if where else ''}{said[:1].lower()}{said[1:]}") from None
+
+
+_SOURCES = (
+    "must name a file, a folder, a glob or a dataset of the hub, or be a list of these and of {path: ..., weight: ...}"
+)
+
+
+def _tools(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value):
+        return value if value is None else _path(value)
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         return value
-    if names and all(isinstance(name, str) and name for name in names):
-        for name in names:
-            _path(name)
-        return value
-    raise ValueError("must name a file, a folder or a glob, or be a list of these")
+    raise ValueError("must be a list of tools, each a JSON schema of a function, or name a .json file with such a list")
 
 
 class ModelConfig(_Section):
@@ -135,6 +166,41 @@ class ChainConfig(_Section):
     """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
 
 
+class SourceConfig(_Section):
+    """One of several sources of `data.train` or `data.eval`. What it leaves out, `data` says for all."""
+
+    path: _Path | None = None
+    """A file, a folder of shards or a glob; this or `hub`."""
+    hub: Annotated[str | None, Field(min_length=1)] = None
+    """A dataset on the Hugging Face hub."""
+    hub_config: str | None = None
+    """The dataset's configuration, where it has several."""
+    revision: str | None = None
+    """A branch, tag or commit of the dataset."""
+    split: str | None = None
+    """The hub's split; null: train for `data.train`, validation for `data.eval`."""
+    weight: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """Its share of an epoch, beside the others' weights; null for all: every example once."""
+    limit: _Count | None = None
+    """Its first rows alone."""
+    format: Literal["auto", "pairs", "chat", "text"] | None = None
+    """As data.format."""
+    prompt: str | None = None
+    """As data.prompt."""
+    completion: str | None = None
+    """As data.completion."""
+    text: str | None = None
+    """As data.text."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceConfig:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("needs either path or hub")
+        if self.hub is None and (wrong := [k for k in ("hub_config", "revision", "split") if getattr(self, k)]):
+            raise ValueError(f"{wrong[0]} needs hub")
+        return self
+
+
 class DataConfig(_Section):
     task: Annotated[_Path | None, Mark.FILE] = None
     """A task's name, such as rte, or the path of a task's YAML; instead of `train` and `eval`."""
@@ -148,11 +214,17 @@ class DataConfig(_Section):
     """The task's test examples, drawn from its validation split."""
     demonstrations: _Count = 32
     """Solved examples in front of each prompt, with method icl."""
-    train: Annotated[str | list[str] | None, BeforeValidator(_files), Mark.PLACE] = None
-    """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or (with `text`) .txt file, a folder of such, one that
-    Dataset.save_to_disk wrote, or a glob; or a list of these. With `hub`, the name of a split."""
-    eval: Annotated[str | list[str] | None, BeforeValidator(_files), Mark.PLACE] = None
+    train: Annotated[str | list[str | SourceConfig] | None, BeforeValidator(_sources), Mark.PLACE] = None
+    """A .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or .txt file (.gz and .zst of text too), a folder of such, one that
+    Dataset.save_to_disk wrote, a glob, or the name of a dataset on the hub; or a list of these and of sources,
+    `{path or hub, split, weight, limit, format ...}`, mixed by their weights. With `hub`, the name of a split."""
+    eval: Annotated[str | list[str | SourceConfig] | None, BeforeValidator(_sources), Mark.PLACE] = None
     """Held-out data, likewise."""
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of `eval`: this part of the training examples is held out, chosen by content: rows of the same content are on one side,
+    whatever the seed."""
+    eval_examples: _Count | None = None
+    """Likewise, so many examples."""
     hub: str | None = None
     """A dataset on the Hugging Face hub."""
     hub_config: str | None = None
@@ -166,14 +238,48 @@ class DataConfig(_Section):
     completion are tokenized as one text; a token that has letters of both is the completion's."""
     text: str | None = None
     """Column of plain text instead: the loss is on all of it, cut into windows of max_length."""
+    format: Literal["auto", "pairs", "chat", "text"] = "auto"
+    """What a row is. pairs: a prompt and a completion. chat: a conversation, in `messages`, ShareGPT's `conversations`, Alpaca's
+    instruction, input and output, or a prompt and a completion, rendered by the chat template. text: plain text. auto: by the
+    columns of a source's first row, where a prompt and a completion that are text stay as they are."""
+    chat_template: Annotated[_Path | None, Mark.PLACE] = None
+    """A Jinja file; null: the tokenizer's own chat template."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Of a conversation, what is trained: the assistant's turns, the last of them, or all that the template writes."""
+    system: str | None = None
+    """The system message of conversations that have none of their own."""
+    tools: Annotated[str | list[dict[str, Any]] | None, BeforeValidator(_tools), Mark.PLACE] = None
+    """The tools of conversations that name none of their own, as the chat template takes them: a list, or a .json file of one."""
     max_length: int = Field(default=512, ge=2, lt=_LIMIT)
-    """Tokens per example. A longer one loses the beginning of its prompt (the BOS token stays), then the end of its completion.
-    With a task it is 2048 by default, or the model's positions if they are fewer."""
+    """Tokens per example, and per row where examples are packed. With a task it is 2048 by default, or the model's positions if
+    they are fewer."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a longer example. truncate: it loses the beginning of its prompt (the BOS token stays), then the end of its
+    completion; a conversation its end. drop: it is left out, and counted. error: the run is refused, and the row named."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """What becomes of a row whose content was there before; they are counted either way."""
+    packing: Literal["none", "best_fit"] = "none"
+    """none: a row is an example, padded. best_fit: rows of max_length are filled with whole examples, which see nothing of each
+    other; then optim's batches count rows."""
+    cache: Annotated[_Path | None, Mark.FREE] = None
+    """The folder that tokenized data is kept in; null: $XDG_CACHE_HOME/cola_ds or ~/.cache/cola_ds; none: tokenized at each
+    start."""
+    workers: Annotated[_Count | None, Mark.FREE] = None
+    """Processes that tokenize; null: as many as there are processors."""
 
     @model_validator(mode="after")
     def _one_kind_of_example(self) -> DataConfig:
-        if self.text is not None and self.model_fields_set & {"prompt", "completion"}:
-            raise ValueError("data.text contradicts data.prompt and data.completion: name either the one or the others")
+        if self.text is not None and (
+            self.model_fields_set & {"prompt", "completion"} or self.format in ("pairs", "chat")
+        ):
+            wrong = "data.prompt and data.completion" if self.format == "auto" else f"data.format {self.format}"
+            raise ValueError(f"data.text contradicts {wrong}: name either the one or the other")
+        if self.hub is not None and self.train is None:
+            raise ValueError("data.hub needs data.train, the name of a split, such as train")
+        if self.eval_fraction is not None and self.eval_examples is not None:
+            raise ValueError("data.eval_fraction contradicts data.eval_examples: give one of them")
+        if self.eval is not None and self.holds_out:
+            raise ValueError("data.eval contradicts data.eval_fraction and data.eval_examples: give one of them")
         if self.hub is not None and (isinstance(self.train, list) or isinstance(self.eval, list)):
             raise ValueError(
                 "data.hub takes one split each for data.train and data.eval, such as train[:1000], not a list"
@@ -193,8 +299,23 @@ class DataConfig(_Section):
     @property
     def local_names(self) -> list[str]:
         """What the local files of `train` and `eval` are named by."""
-        names = [self.train, self.eval] if self.hub is None else []
-        return [each for name in names if name for each in (name if isinstance(name, list) else [name])]
+        given = [self.train, self.eval] if self.hub is None else []
+        names = [each for name in given if name for each in (name if isinstance(name, list) else [name])]
+        paths = [each.path if isinstance(each, SourceConfig) else each for each in names]
+        return [
+            *filter(None, paths),
+            *filter(None, [self.chat_template, self.tools if isinstance(self.tools, str) else None]),
+        ]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether held-out examples are taken from those of `train`."""
+        return self.eval_fraction is not None or self.eval_examples is not None
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.task is not None or self.eval is not None or self.holds_out
 
 
 class OptimConfig(_Section):
@@ -217,9 +338,12 @@ class OptimConfig(_Section):
     max_steps: _Count | None = None
     """Steps of the whole run, whatever its epochs; null: the epochs decide."""
     global_batch_size: _Count = 8
-    """Examples per step, over all processes."""
+    """Examples per step, over all processes; rows of packed examples with data.packing."""
+    global_batch_tokens: _Count | None = None
+    """With data.packing instead: tokens per step, over all processes; a step has as many rows of data.max_length as this has room
+    for."""
     micro_batch_size: _Count = 4
-    """Examples per forward pass and process."""
+    """Examples (packed rows) per forward pass and process."""
     max_skips_in_a_row: Annotated[int, Field(ge=0, lt=_LIMIT), Mark.FREE] = 5
     """Updates left out because the loss or a gradient was not finite: one more in a row, and training has failed."""
 
@@ -227,6 +351,8 @@ class OptimConfig(_Section):
     def _some_length(self) -> OptimConfig:
         if self.epochs is None and self.max_steps is None:
             raise ValueError("optim.epochs or optim.max_steps must say how long to train")
+        if self.global_batch_tokens is not None and "global_batch_size" in self.model_fields_set:
+            raise ValueError("optim.global_batch_tokens contradicts optim.global_batch_size: give one of them")
         return self
 
 
@@ -298,18 +424,18 @@ class RunConfig(_Section):
                 raise ValueError(
                     f"chain.knots names {len(at)} knots; chain.length {length} takes {length - 1}, the last ends with the run"
                 )
-        if self.method == "zero-shot" and self.data.eval is None and self.data.task is None:
+        if self.method == "zero-shot" and not self.data.has_eval:
             raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
         if self.model.links is not None and self.trains:
             raise ValueError(
                 f"method {self.method} contradicts model.links, which is for evaluation; train a model made by cola-ds export"
             )
-        if self.eval.patience is not None and (
-            self.eval.every == "end" or (self.data.eval is None and self.data.task is None)
-        ):
+        if self.eval.patience is not None and (self.eval.every == "end" or not self.data.has_eval):
             raise ValueError(
                 "eval.patience goes by evaluations under way: name data.eval or data.task, and another eval.every"
             )
+        if self.optim.global_batch_tokens is not None and self.data.packing == "none":
+            raise ValueError("optim.global_batch_tokens needs data.packing=best_fit, whose rows are full")
         if self.method == "icl" and self.data.task is None:
             raise ValueError("method icl shows solved examples of a task: name data.task")
         return self
