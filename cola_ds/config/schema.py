@@ -221,7 +221,7 @@ class DataConfig(_Section):
     eval: Annotated[str | list[str | SourceConfig] | None, BeforeValidator(_sources), Mark.PLACE] = None
     """Held-out data, likewise."""
     eval_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Instead of `eval`: this part of the training examples is held out, chosen by content: rows of the same content are on one side,
+    """Instead of `eval`: this part of the training examples is held out, by content: rows of the same content are on one side,
     whatever the seed."""
     eval_examples: _Count | None = None
     """Likewise, so many examples."""
