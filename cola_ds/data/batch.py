@@ -48,9 +48,9 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedBatch:
-    """A micro batch of packed rows, the candidates of an example in each, padded on the left: where answers
-    have one length, their positions agree in all rows."""
+class CandidateBatch:
+    """A micro batch of tasks' examples, the candidates of each in one row, padded on the left: where answers have one length, their
+    positions agree in all rows."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
@@ -60,14 +60,14 @@ class PackedBatch:
     counts: Tensor  # (B, C) ids of each answer; 0 where there is no such candidate
     correct: Tensor  # (B,) the right candidate, or -1
 
-    def to(self, device: torch.device) -> PackedBatch:
+    def to(self, device: torch.device) -> CandidateBatch:
         """The same batch on a device."""
-        return PackedBatch(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
+        return CandidateBatch(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
 
-    def first(self) -> PackedBatch:
+    def first(self) -> CandidateBatch:
         """Its first example alone."""
         rows = {field.name: getattr(self, field.name)[:1] for field in fields(self)}
-        return PackedBatch(**{**rows, "positions": self.positions})
+        return CandidateBatch(**{**rows, "positions": self.positions})
 
     def counted(self) -> Tensor:  # ()
         """How much the loss is a sum over: examples with a right candidate."""
@@ -120,7 +120,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def collate(self, indices: list[int]) -> Batch | PackedBatch:
+    def collate(self, indices: list[int]) -> Batch | CandidateBatch:
         """A micro batch of these examples; without any, one that counts nothing."""
 
 
@@ -128,7 +128,7 @@ class Dataset(Protocol):
 class StepExamples:
     """The examples of one step, or of one evaluation batch, over all processes."""
 
-    micro_batches: Sequence[Batch | PackedBatch]
+    micro_batches: Sequence[Batch | CandidateBatch]
     """This process's share; a process that runs out of examples gets a batch that counts nothing."""
     examples: int
     tokens: int

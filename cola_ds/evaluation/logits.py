@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cola_ds.data.batch import Batch, PackedBatch
+from cola_ds.data.batch import Batch, CandidateBatch
 
 
-def labelled_logits(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:  # -> (B, K, V)
+def labelled_logits(model: nn.Module, batch: Batch | CandidateBatch) -> Tensor:  # -> (B, K, V)
     """The logits at the batch's `positions`; computed there only, where the architecture offers that.
 
     `model` is the engine, or the causal LM itself.
     """
     inner: Any = getattr(model, "module", model)
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
-    if isinstance(batch, PackedBatch):
+    if isinstance(batch, CandidateBatch):
         inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask(inner.dtype)}
     else:
         inputs |= {"attention_mask": batch.attention_mask}

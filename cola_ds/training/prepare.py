@@ -16,7 +16,7 @@ from cola_ds.checkpoint.decide import Identity, engine_facts
 from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan, resolve
-from cola_ds.data.candidates import check_packable
+from cola_ds.data.candidates import check_joinable
 from cola_ds.data.tasks.dataset import TaskData, load_task
 from cola_ds.data.text import TokenizedData, load_split
 from cola_ds.data.tokens import LOSSES
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     if config.data.task is not None:
         train, held_out, test, sizes = load_task(config, tokenizer, max_length)
         if train.task.objective == "classification" or any(example.candidates for example in test.examples):
-            check_packable(skeleton, max_length)
+            check_joinable(skeleton, max_length)
     else:
         train = load_split(config.data, "train", tokenizer)
         held_out = load_split(config.data, "eval", tokenizer) if config.data.eval is not None else None
