@@ -23,7 +23,8 @@ from cola_ds.errors import UserError
 
 
 def join_candidates(examples: Sequence[Encoded], correct: Sequence[int] | None = None) -> CandidateBatch:
-    """Join the candidates of each example to one row; `correct` names the right candidate of each. Without examples, one row that counts nothing."""
+    """Join the candidates of each example to one row; `correct` names the right candidate of each. Without examples, one row
+    that counts nothing."""
     rows = [_row(example) for example in examples] or [[(PADDING, 0, SHARED, IGNORED)]]
     table = torch.tensor([PADDING, 0, OUTSIDE, IGNORED]).repeat(len(rows), max(map(len, rows)), 1)  # (B, T, 4)
     for place, row in enumerate(rows):

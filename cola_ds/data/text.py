@@ -14,11 +14,12 @@ import numpy
 from cola_ds.config.inputs import find_files
 from cola_ds.config.schema import DataConfig
 from cola_ds.data.arrow import arrow_texts, check_arrow
-from cola_ds.data.batch import PADDING, Batch
-from cola_ds.data.collate import collate
+from cola_ds.data.batch import Batch, PackedBatch
+from cola_ds.data.collate import Example, collate
 from cola_ds.data.columns import Texts
 from cola_ds.data.files import text_rows
 from cola_ds.data.hub import load_hub
+from cola_ds.data.packing import collate_packed
 from cola_ds.data.tokens import closed_ids_of, cut_pair, pairs_of
 from cola_ds.errors import UserError, some_of
 
@@ -43,6 +44,10 @@ class TokenizedData:
     lost: collections.Counter[str]
     """Examples that lost something to max_length, by what they lost."""
     largest_id: int
+    source_sizes: tuple[int, ...] = ()
+    """Examples of each source, one source after the other."""
+    source_weights: tuple[float, ...] | None = None
+    """What each source has of an epoch, beside the others'; None: every example once."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -53,7 +58,16 @@ class TokenizedData:
 
     def collate(self, indices: list[int]) -> Batch:
         """A micro batch of these examples; without any, one that counts nothing."""
-        return collate([(self.example(i), self.prompt_lengths[i]) for i in indices] or [([PADDING], 1)])
+        return collate([self._with_spans(i) for i in indices])
+
+    def collate_packed(self, rows: list[list[int]]) -> PackedBatch:
+        """A micro batch of rows of these examples; without any, one that counts nothing."""
+        return collate_packed([[self._with_spans(i) for i in row] for row in rows])
+
+    def _with_spans(self, index: int) -> Example:
+        return self.ids[self.starts[index] : self.starts[index + 1]], [
+            (self.prompt_lengths[index], self.lengths[index])
+        ]
 
     def fingerprint(self) -> str:
         """SHA-256 of all token ids and of where each example's loss begins, in order."""

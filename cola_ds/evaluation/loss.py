@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.data.batch import IGNORED, Batch, CandidateBatch
+from cola_ds.data.batch import IGNORED, AnyBatch, CandidateBatch
 from cola_ds.evaluation.candidates import classification_loss
 from cola_ds.evaluation.logits import labelled_logits
 
 
-def loss_sum(model: nn.Module, batch: Batch | CandidateBatch) -> Tensor:
+def loss_sum(model: nn.Module, batch: AnyBatch) -> Tensor:
     """Sum of the cross-entropy (nats) over the micro batch's labelled tokens, or over its examples where candidates are compared;
     0 if there are none. -> ()
 

@@ -233,7 +233,9 @@ def test_an_example_that_has_no_right_candidate_counts_nothing(models):
     from cola_ds.evaluation.candidates import classification_loss
 
     model = plain_model(models["llama"])
-    both, first = (classification_loss(model, join_candidates(EXAMPLES[:2], right)).item() for right in ([0, 2], [0, -1]))
+    both, first = (
+        classification_loss(model, join_candidates(EXAMPLES[:2], right)).item() for right in ([0, 2], [0, -1])
+    )
     assert first == pytest.approx(plain_loss(model, EXAMPLES[:1], [0]).item(), rel=1e-5)
     assert both > first
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import RunConfig, is_task_file
-from cola_ds.data.batch import PADDING, Batch, CandidateBatch, Encoded
+from cola_ds.data.batch import Batch, CandidateBatch, Encoded
 from cola_ds.data.candidates import join_candidates, joined_length
 from cola_ds.data.collate import collate
 from cola_ds.data.tasks.catalog import Example, Task, task_named
@@ -44,7 +44,8 @@ class TaskData:
         """A micro batch of these examples, to train on; without any, one that counts nothing."""
         if self.task.objective == "classification":
             return join_candidates([self.encoded[i] for i in indices], [self.examples[i].correct[0] for i in indices])
-        return collate([_taught(self.examples[i], self.encoded[i]) for i in indices] or [([PADDING], 1)])
+        taught = [_taught(self.examples[i], self.encoded[i]) for i in indices]
+        return collate([(ids, [(start, len(ids))]) for ids, start in taught])
 
     def fingerprint(self) -> str:
         """SHA-256 of how the task is trained and scored, and of all token ids, right answers and lengths of answers, in order."""
