@@ -83,6 +83,12 @@ class Order:
             self._rows = ((seed, epoch), self._made(seed, epoch))
         return self._rows[1]
 
+    def filled(self, seed: int) -> float:
+        """Packing efficiency: the part of the first epoch's packed rows that is not padding."""
+        assert self.capacity is not None
+        rows = self.rows(seed, 0)
+        return float(self.lengths[rows.examples].sum(dtype=numpy.int64)) / (len(rows) * self.capacity)
+
     def _made(self, seed: int, epoch: int) -> Rows:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         examples = torch.randperm(len(self.lengths), generator=generator).numpy()
