@@ -208,7 +208,7 @@ def test_a_folder_a_glob_and_a_list(shards, tmp_path):
     config = DataConfig(train=[str(more), str(shards), f"{shards}/*0-of*"])
     data = load_split(config, "train", tokenizer)
     texts = ["".join(pair) for pair in [*PAIRS[:1], *PAIRS, *PAIRS[:5]]]
-    assert ["".join(tokenizer.convert_ids_to_tokens(data.example(i)[1:-1])) for i in range(len(data))] == texts
+    assert ["".join(tokenizer.convert_ids_to_tokens(data.example(i)[0][1:-1])) for i in range(len(data))] == texts
 
 
 def test_a_sweep_looks_at_every_file(shards, tmp_path):
@@ -487,7 +487,7 @@ def test_a_row_is_trained_to_the_letter_or_named(tmp_path, rows, raw, listed):
     for index, row in enumerate(rows):
         text = row["prompt"] + row["completion"]
         expected = "<s>" + text.removeprefix("<s>") + ("" if text.endswith("</s>") else "</s>")
-        assert _spelled(data.example(index)) == expected
+        assert _spelled(data.example(index)[0]) == expected
 
 
 def _is_text(value):
@@ -584,7 +584,7 @@ def test_the_hub(tmp_path):
     def load(split, **options):
         return load_split(DataConfig(train=split, hub=str(tmp_path), **options), "train", tokenizer)
 
-    assert tokenizer.convert_ids_to_tokens(load("train[:1]").example(0)) == ["<s>", *"3+5=8", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(load("train[:1]").example(0)[0]) == ["<s>", *"3+5=8", "</s>"]
     name = f"data.train split {{}} of data.hub {tmp_path}"
     for split, options, message in (
         ("nope", {}, " cannot be loaded: "),
