@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,7 @@ def open_tokens(place: Path, verify: bool) -> Tokens | None:
     except OSError as error:
         raise CacheError(error.strerror or first_line(error)) from None
     return Tokens(
-        batches=batches, counts=_counts(facts["counts"]), kind=facts["kind"], content=facts["content"],
+        batches=batches, counts=Counts.of(facts["counts"]), kind=facts["kind"], content=facts["content"],
         duplicates=facts["duplicates"], place=place, found=True,
     )  # fmt: skip
 
@@ -120,7 +119,7 @@ def keep_tokens(place: Path, made: Iterator[tuple[Any, Counts]], kind: str) -> T
         file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         batches = [file.get_batch(index) for index in range(file.num_record_batches)]
         facts = {
-            "kind": kind, "counts": dataclasses.asdict(summary.counts), "content": content_of(batches),
+            "kind": kind, "counts": summary.counts.said(), "content": content_of(batches),
             "duplicates": summary.duplicates(), "bytes": path.stat().st_size, "sha256": sha256_of(path),
         }  # fmt: skip
         with open(scratch / "facts.json", "x", encoding="utf-8") as out:
@@ -219,10 +218,6 @@ def _starts(held: list[tuple[int, numpy.ndarray]]) -> bytes:
         return numpy.array([own[0] if len(own) else length for length, own in held], dtype=numpy.int32).tobytes()
     counts = numpy.array([len(own) for _, own in held], dtype=numpy.int32)
     return b"spans" + counts.tobytes() + numpy.concatenate([own for _, own in held]).astype(numpy.int32).tobytes()
-
-
-def _counts(said: dict[str, Any]) -> Counts:
-    return Counts(**{k: Counter(v) if isinstance(v, dict) else v for k, v in said.items()})
 
 
 def _publish(scratch: Path, place: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy
@@ -55,6 +55,15 @@ class Counts:
     trained: Counter[str] = field(default_factory=Counter)
     """Of these, the predicted ones that the loss counts."""
     largest_id: int = 0
+
+    def said(self) -> dict[str, Any]:
+        """As JSON can say it; `of` takes it."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @staticmethod
+    def of(said: dict[str, Any]) -> Counts:
+        """What `said` gave."""
+        return Counts(**{name: Counter(v) if isinstance(v, dict) else v for name, v in said.items()})
 
     def add(self, other: Counts) -> None:
         """Take the counts of more rows in."""

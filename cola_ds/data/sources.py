@@ -12,7 +12,7 @@ from cola_ds.config.inputs import find_files, is_hub_name, kind_of, sha256_of, s
 from cola_ds.config.schema import DataConfig, SourceConfig
 from cola_ds.data.arrow import arrow_objects, arrow_texts, check_arrow
 from cola_ds.data.columns import check_columns
-from cola_ds.data.conversations import Columns, kind_of_row
+from cola_ds.data.conversations import Columns, is_talk, kind_of_row
 from cola_ds.data.files import first_row, object_rows, text_rows
 from cola_ds.data.hub import load_hub
 from cola_ds.errors import UserError
@@ -114,11 +114,11 @@ class OpenSource:
         place, names, row = self._first()
         if names is None:  # it is empty, as will be said
             return "pairs"
-        found = kind_of_row(names, row, columns)
+        found: str | None = kind_of_row(names, columns)
         if found == "conversations":
             self.needed = [next(name for name in ("conversations", "conversation") if name in names)]
-        if found == "pairs" and row is not None and not isinstance(row.get(columns.prompt), (str, bytes)):
-            found = "chat pairs" if isinstance(row.get(columns.prompt), list) else found
+        if found == "pairs" and (said == "chat" or is_talk((row or {}).get(columns.prompt))):
+            found = "chat pairs"
         if said == "auto":
             return found or "pairs"  # whose missing column is then named
         if found in (None, "text"):
@@ -126,7 +126,7 @@ class OpenSource:
                 f"{place} has no conversation: it needs messages, conversations, instruction and output, or {columns.prompt} and "
                 f"{columns.completion}; it has {shown_names(names)}"
             )
-        return "chat pairs" if found == "pairs" else found
+        return found
 
     def _first(self) -> tuple[str, list[str] | None, dict[str, Any] | None]:
         """The place of the first row, its columns, and the row itself; without any row no columns."""

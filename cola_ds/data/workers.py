@@ -116,7 +116,7 @@ class _Worker:
             raise UserError(
                 f"a process that tokenizes has ended with status {status}, for want of memory perhaps: set data.workers to fewer"
             ) from None
-        return batch, _counts(answer["counts"])
+        return batch, Counts.of(answer["counts"])
 
     def end(self) -> None:
         self._process.kill()
@@ -125,10 +125,6 @@ class _Worker:
             with contextlib.suppress(OSError):
                 assert stream is not None
                 stream.close()
-
-
-def _counts(said: dict[str, Any]) -> Counts:
-    return Counts(**{k: collections.Counter(v) if isinstance(v, dict) else v for k, v in said.items()})
 
 
 def _send(stream: IO[bytes] | None, content: bytes) -> None:
@@ -180,7 +176,7 @@ def _main() -> None:
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
-        _send(said, json.dumps({"counts": dataclasses.asdict(counts)}).encode())
+        _send(said, json.dumps({"counts": counts.said()}).encode())
         _send(said, sink.getvalue().to_pybytes())
 
 

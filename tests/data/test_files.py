@@ -282,10 +282,10 @@ BAD_LINES = {
     "latin-1": ('{"prompt": "caf\xe9", "completion": "x"}\n'.encode("latin1"), ": not UTF-8"),
     "gbk": ('{"prompt": "\u4f60\u597d", "completion": "x"}\n'.encode("gbk"), ": not UTF-8"),
     "a surrogate in bytes": (b'{"prompt": "\xed\xa0\xbd", "completion": "x"}\n', ": not UTF-8"),
-    "messages": (json.dumps({"messages": TALK}) + "\n", "it has messages: conversations are not read yet: turn each"),
+    "messages": (json.dumps({"messages": TALK}) + "\n", "it has messages: conversations are read with data.format=chat"),
     "messages as columns": (
         json.dumps({"prompt": TALK[:1], "completion": TALK[1:]}) + "\n",
-        "in column prompt; it must be text; conversations are not read yet",
+        "in column prompt; it must be text; conversations are read with data.format=chat",
     ),
 }
 
@@ -380,7 +380,7 @@ def test_bad_columns(tmp_path, form):
     assert refused(twice) == " has column completion twice"
     assert refused(holes, ["text"]).startswith(" has no column text; it has prompt, completion: name its own")
     talk = pa.table({"prompt": [TALK], "completion": ["x"]})
-    assert "in column prompt; it must be text; conversations are not read yet" in refused(talk)
+    assert "in column prompt; it must be text; conversations are read with data.format=chat" in refused(talk)
     latin = pa.array([b"a"] * 7 + [b"caf\xe9"], pa.binary())
     assert " row 8: column completion is not UTF-8" in refused(pa.table({"prompt": ["p"] * 8, "completion": latin}))
     latin = pa.Array.from_buffers(pa.string(), 8, latin.buffers())  # what claims to be UTF-8
