@@ -81,13 +81,12 @@ def find_files(name: str) -> list[Path]:
         if not found:
             raise UserError(f"{name} is not a file, and matches none")
         return [Path(path) for path in found]
-    raise UserError(
-        f"{shown(name)} is not a file, a folder or a glob, nor can it be a name on the hub, OWNER/NAME"
-    )
+    raise UserError(f"{shown(name)} is not a file, a folder or a glob, nor can it be a name on the hub, OWNER/NAME")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name of data is one on the hub, owner/name: nothing is there by that name, and it has no ending of a file of data."""
+    """Whether a name of data is one on the hub, owner/name: nothing is there by that name, and it has no ending of a file of
+    data."""
     if os.path.exists(name) or glob.has_magic(name) or kind_of(Path(name)) in _KINDS:
         return False
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and len(name) <= 96

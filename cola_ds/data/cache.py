@@ -3,8 +3,9 @@
     FOLDER/KEY/tokens.arrow     the record batches of encode.py
     FOLDER/KEY/facts.json       what became of the rows, and the SHA-256 of tokens.arrow
 
-KEY follows from the content of all that the ids follow from: the source's files, the tokenizer's files, the chat template, the options,
-the code and the libraries that tokenize. What is there under a key is whole, and nobody changes it: it is written beside, and renamed.
+KEY follows from the content of all that the ids follow from: the source's files, the tokenizer's files, the chat template, the
+options, the code and the libraries that tokenize. What is there under a key is whole, and nobody changes it: it is written
+beside, and renamed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,14 @@ def cache_folder(data: DataConfig) -> Path | None:
 
 def key_of(content: list[str], limit: int | None, recipe: Recipe, tokenizer: str) -> str:
     """The name of what is tokenized from files of this content by this recipe, with the tokenizer of that hash."""
-    said = [content, limit, dataclasses.asdict(recipe), tokenizer, _code(), *map(importlib.metadata.version, _LIBRARIES)]
+    said = [
+        content,
+        limit,
+        dataclasses.asdict(recipe),
+        tokenizer,
+        _code(),
+        *map(importlib.metadata.version, _LIBRARIES),
+    ]
     return f"{_MARK}-{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:40]}"
 
 
@@ -101,7 +109,8 @@ def open_tokens(place: Path, verify: bool) -> Tokens | None:
 
 
 def keep_tokens(place: Path, made: Iterator[tuple[Any, Counts]], kind: str) -> Tokens:
-    """Write what is made of a source to its place, and open it there. Raises CacheError where that cannot be; nothing is left then."""
+    """Write what is made of a source to its place, and open it there. Raises CacheError where that cannot be; nothing is left
+    then."""
     import pyarrow
 
     scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex}")

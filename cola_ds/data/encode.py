@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 
@@ -34,7 +34,7 @@ class Recipe:
     max_length: int
     too_long: str
     chat_template: str | None = None
-    loss_on: str = "assistant"
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
     system: str | None = None
     tools: list[dict[str, Any]] | None = None
 
@@ -63,7 +63,7 @@ class Counts:
     @staticmethod
     def of(said: dict[str, Any]) -> Counts:
         """What `said` gave."""
-        return Counts(**{name: Counter(v) if isinstance(v, dict) else v for name, v in said.items()})
+        return Counts(**{name: Counter(v) if isinstance(v, dict) else v for name, v in said.items()})  # type: ignore[arg-type]
 
     def add(self, other: Counts) -> None:
         """Take the counts of more rows in."""
@@ -118,7 +118,9 @@ class Encoder:
     def _windows(self, rows: Sequence[tuple[str, list[str]]], first: int, made: _Made) -> None:
         """Plain text, cut into windows of at most max_length ids."""
         width = self.recipe.max_length
-        kept = [(number, text) for number, (_, (text,)) in enumerate(rows, first) if text.strip()]  # empty lines are common
+        kept = [
+            (number, text) for number, (_, (text,)) in enumerate(rows, first) if text.strip()
+        ]  # empty lines are common
         found = closed_ids_of([text for _, text in kept], self.tokenizer) if kept else []
         for (number, text), ids in zip(kept, found, strict=True):
             digest = _digest(text)
@@ -170,7 +172,8 @@ class _Made:
         self._spans: list[list[int]] = []
 
     def is_left_out(self, place: str, length: int) -> bool:
-        """Whether an example that is too long is dropped; it is truncated otherwise. Raises UserError where it may not be there."""
+        """Whether an example that is too long is dropped; it is truncated otherwise. Raises UserError where it may not be
+        there."""
         if self.recipe.too_long == "error":
             raise UserError(
                 f"{place} has {length} tokens, more than data.max_length {self.recipe.max_length}: shorten it, or set "
@@ -205,8 +208,8 @@ class _Made:
 
 
 def schema() -> Any:
-    """Of the record batches: an example's ids, the spans [start, end) of its trained ids one after the other, the number of its row
-    in the source, and a digest of what the row says."""
+    """Of the record batches: an example's ids, the spans [start, end) of its trained ids one after the other, the number of
+    its row in the source, and a digest of what the row says."""
     import pyarrow
 
     return pyarrow.schema(
@@ -224,8 +227,8 @@ def _digest(said: Any) -> bytes:
 
 
 def loss_tokens_of(spans: numpy.ndarray, offsets: numpy.ndarray) -> numpy.ndarray:
-    """How many ids the loss counts of each example, from flat pairs of starts and ends, and where each example's begin among them:
-    (examples,) int32. The first id of an example has nothing before it to be predicted from."""
+    """How many ids the loss counts of each example, from flat pairs of starts and ends, and where each example's begin among
+    them: (examples,) int32. The first id of an example has nothing before it to be predicted from."""
     pairs = spans.reshape(-1, 2)
     counted = numpy.concatenate([[0], numpy.cumsum(pairs[:, 1] - numpy.maximum(pairs[:, 0], 1))])
     places = offsets // 2

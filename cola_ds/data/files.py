@@ -56,8 +56,8 @@ def text_rows(path: Path, columns: Sequence[str]) -> Texts:
 
 
 def object_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """The rows of a file with the columns that each needs, and those that it may have, whatever their values are. Raises UserError
-    for a column that is missing."""
+    """The rows of a file with the columns that each needs, and those that it may have, whatever their values are. Raises
+    UserError for a column that is missing."""
     kind = kind_of(path)
     if kind in (".jsonl", ".ndjson", ".json"):
         for place, row in json_rows(path):
@@ -85,12 +85,12 @@ def first_row(path: Path) -> tuple[str, list[str] | None, Row | None]:
             return place, list(row), row
         return str(path), None, None
     if kind in (".csv", ".tsv"):
-        for place, names in _fields(path, _DELIMITERS[kind]):
-            return place, names, None
+        for place, header in _fields(path, _DELIMITERS[kind]):
+            return place, header, None
         return str(path), None, None
     if kind in (".parquet", ".arrow"):
-        names, row = next(_typed_rows(path, iter([columns_and_row(path, kind)])))
-        return f"{path} row 1", names, row
+        ((names, first),) = _typed_rows(path, (columns_and_row(path, each) for each in [kind]))
+        return f"{path} row 1", names, first
     if kind == ".txt":
         return str(path), ["text"], None
     raise UserError(f"{path}: {_USABLE}")
@@ -185,7 +185,8 @@ def _picked(rows: Iterable[tuple[str, Row]], columns: Sequence[str]) -> Texts:
 
 
 def _fields(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """The fields of each line of separated values, the names of the columns first; a row is named by the line on which it begins."""
+    """The fields of each line of separated values, the names of the columns first; a row is named by the line on which it
+    begins."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     while True:

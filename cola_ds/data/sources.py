@@ -164,8 +164,8 @@ class OpenSource:
         yield from (arrow_texts if optional is None else arrow_objects)(name, batches, columns)
 
     def content(self) -> list[str]:
-        """What tells the content of this source from any other: SHA-256 of each file, in order; of a hub's set what datasets knows
-        it by."""
+        """What tells the content of this source from any other: SHA-256 of each file, in order; of a hub's set what datasets
+        knows it by."""
         if self._table is not None:
             files = [each["filename"] for each in self._table.cache_files]
             return [self._table._fingerprint, *(_hash(Path(each)) for each in files)]

@@ -109,8 +109,8 @@ _NOTHING: Example = (numpy.array([PADDING], dtype=numpy.int32), numpy.empty((0, 
 def load_splits(
     config: DataConfig, tokenizer: Any, model: ModelConfig | None = None
 ) -> tuple[TokenizedData, TokenizedData | None]:
-    """The training and the held-out examples, tokenized by this process or found in the cache; `model` says where others that help
-    it find the tokenizer.
+    """The training and the held-out examples, tokenized by this process or found in the cache; `model` says where others that
+    help it find the tokenizer.
 
     Raises UserError for a file that is missing, empty or cannot be parsed and, with file and row, for a row that is no example.
     """
@@ -159,7 +159,10 @@ def _sides(config: DataConfig, tokens: list[Tokens], split: str) -> tuple[list[n
     stays = ~held & (is_first if config.duplicates == "drop" else True)
     firsts_of = _firsts(tokens)
     return [
-        [numpy.flatnonzero(side[first : first + each.counts.examples]) for first, each in zip(firsts_of, tokens, strict=True)]
+        [
+            numpy.flatnonzero(side[first : first + each.counts.examples])
+            for first, each in zip(firsts_of, tokens, strict=True)
+        ]
         for side in (stays, held & is_first)
     ]  # type: ignore[return-value]
 

@@ -63,8 +63,8 @@ def tokenize(
     progress: Progress = lambda rows: None,
     share: int = 1,
 ) -> Found:
-    """Tokenize all sources, or find them in the cache. `progress` hears how many rows of a source are done; `share` is the number of
-    processes that do the same beside this one on its host.
+    """Tokenize all sources, or find them in the cache. `progress` hears how many rows of a source are done; `share` is the
+    number of processes that do the same beside this one on its host.
 
     Raises UserError for a file that is missing, empty or cannot be parsed and, with file and row, for a row that is no example.
     """

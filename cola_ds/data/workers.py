@@ -37,8 +37,8 @@ def encode_all(
 ) -> Iterator[tuple[Any, Counts]]:
     """Encode batches of rows, in their order, by several processes where there are many: see Encoder.encode.
 
-    `model` says where the workers find the tokenizer that is `known_as` its hash; without it, and with one worker, all is done here.
-    There are as many workers as processors by default; `share` processes do the same beside each other.
+    `model` says where the workers find the tokenizer that is `known_as` its hash; without it, and with one worker, all is done
+    here. There are as many workers as processors by default; `share` processes do the same beside each other.
     """
     batches = iter(batches)
     count = workers or max(1, processors() // share)

@@ -85,8 +85,8 @@ class Prepared:
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
-    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan; all by this process. Raises UserError. No weight is
-    read."""
+    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan; all by this process. Raises UserError. No
+    weight is read."""
     checked = check(config)
     return with_data(checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model))
 
@@ -230,10 +230,14 @@ def _what_became_of(prepared: Prepared) -> Iterator[str]:
     yield from (f"{number} left out: {why}" for why, number in dropped.items())
     duplicates = sum(tokens.duplicates for each in prepared.found.splits.values() for tokens in each)
     if duplicates:
-        yield f"{duplicates} rows are there twice" + (", and left out" if prepared.config.data.duplicates == "drop" else "")
+        yield f"{duplicates} rows are there twice" + (
+            ", and left out" if prepared.config.data.duplicates == "drop" else ""
+        )
     if both := overlap(prepared.found):
         yield f"{both} rows of data.eval are in data.train too"
-    yield from (f"{number} {what}" for what, number in sum((each.notes for each in counts), collections.Counter()).items())
+    yield from (
+        f"{number} {what}" for what, number in sum((each.notes for each in counts), collections.Counter()).items()
+    )
     yield from prepared.found.warnings
 
 

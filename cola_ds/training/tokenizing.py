@@ -35,7 +35,9 @@ def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, pr
     def work(progress: Callable[[int], None], share: int) -> Found:
         return tokenize(config, tokenizer, model, progress=progress, share=share)
 
-    mine, answers = _all_do(work if leader == process.rank else None, process, 1 if folder else hosts.count(hosts[process.rank]))
+    mine, answers = _all_do(
+        work if leader == process.rank else None, process, 1 if folder else hosts.count(hosts[process.rank])
+    )
     theirs = answers[leader]
     alone = mine is None and theirs["places"] is None  # nothing was kept: the leader has it in its memory
     if any(collectives.all_gather_numbers(float(alone))):
@@ -47,8 +49,8 @@ def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, pr
 def _leader(folder: Path, rank: int, hosts: list[str]) -> int:
     """The process that tokenizes for this one: the first of those that see the same folder. Collective.
 
-    The first process of each host leaves a file there, and looks whose it sees: to write one's own makes a network file system show
-    the others'. Where nothing can be written each host has its own.
+    The first process of each host leaves a file there, and looks whose it sees: to write one's own makes a network file system
+    show the others'. Where nothing can be written each host has its own.
     """
     first = hosts.index(hosts[rank])
     run = collectives.broadcast_object(uuid.uuid4().hex)

@@ -282,7 +282,10 @@ BAD_LINES = {
     "latin-1": ('{"prompt": "caf\xe9", "completion": "x"}\n'.encode("latin1"), ": not UTF-8"),
     "gbk": ('{"prompt": "\u4f60\u597d", "completion": "x"}\n'.encode("gbk"), ": not UTF-8"),
     "a surrogate in bytes": (b'{"prompt": "\xed\xa0\xbd", "completion": "x"}\n', ": not UTF-8"),
-    "messages": (json.dumps({"messages": TALK}) + "\n", "it has messages: conversations are read with data.format=chat"),
+    "messages": (
+        json.dumps({"messages": TALK}) + "\n",
+        "it has messages: conversations are read with data.format=chat",
+    ),
     "messages as columns": (
         json.dumps({"prompt": TALK[:1], "completion": TALK[1:]}) + "\n",
         "in column prompt; it must be text; conversations are read with data.format=chat",
