@@ -193,7 +193,7 @@ class ChatTemplate:
         """The text with what is trained of each turn."""
         trained, roles = [], []
         for start, end in turns:
-            spans = [(start, end)] if marks is None else [mark for mark in marks if mark[0] < end and mark[1] > start]
+            spans = [(start, end)] if marks is None else [mark for mark in marks if _within(mark, start, end)]
             if spans:
                 spans[-1] = (spans[-1][0], self._end(text, spans[-1], end, marks is not None, notes))
             trained += spans
@@ -312,6 +312,11 @@ class ChatTemplate:
         content = self._added.get(ids[at])
         own = text.find(content, start, end) if content else -1
         return (own, own + len(content)) if content and own >= 0 else None
+
+
+def _within(mark: _Span, start: int, end: int) -> bool:
+    """Whether a mark, which may be empty, is of the turn [start, end)."""
+    return mark[0] < end and (mark[1] > start or mark[0] == start)
 
 
 def _start_of(offset: _Span) -> int:
