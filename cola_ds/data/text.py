@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from cola_ds.config.schema import DataConfig, ModelConfig
-from cola_ds.data.batch import PADDING, Batch, PackedBatch
+from cola_ds.data.batch import Batch, PackedBatch
 from cola_ds.data.cache import Tokens, digests_of, flat, rows_of
 from cola_ds.data.collate import collate
 from cola_ds.data.encode import loss_tokens_of
@@ -19,9 +19,6 @@ from cola_ds.data.packing import collate_packed
 from cola_ds.data.sources import sources_of
 from cola_ds.data.tokenize import Found, tokenize
 from cola_ds.errors import UserError
-
-Example = tuple[numpy.ndarray, numpy.ndarray]
-"""The ids of an example (length,) int32, and the spans of those that are trained (k, 2) int32: each [start, end), in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +72,8 @@ class TokenizedData:
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def example(self, index: int) -> Example:
-        """The ids of one, and the spans of those that are trained."""
+    def example(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The ids of one, (length,) int32, and the spans of those that are trained, (k, 2) int32: [start, end), in order."""
         place = self._chosen[index]
         batch = int(numpy.searchsorted(self._starts, place, side="right")) - 1
         at = place - self._starts[batch]
@@ -85,11 +82,11 @@ class TokenizedData:
 
     def collate(self, indices: list[int]) -> Batch:
         """A micro batch of these examples; without any, one that counts nothing."""
-        return collate([self.example(i) for i in indices] or [_NOTHING])
+        return collate([self.example(i) for i in indices])
 
     def collate_packed(self, rows: list[list[int]]) -> PackedBatch:
         """A micro batch of rows of these examples; without any, one that counts nothing."""
-        return collate_packed([[self.example(i) for i in row] for row in rows] or [[_NOTHING]])
+        return collate_packed([[self.example(i) for i in row] for row in rows])
 
     def fingerprint(self) -> str:
         """SHA-256 that follows from all token ids, from which are trained, and from what makes the rows of an epoch of them."""
@@ -101,9 +98,6 @@ class TokenizedData:
         if not self._whole:
             digest.update(self._chosen.astype(numpy.int64).tobytes())
         return digest.hexdigest()
-
-
-_NOTHING: Example = (numpy.array([PADDING], dtype=numpy.int32), numpy.empty((0, 2), dtype=numpy.int32))
 
 
 def load_splits(

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cola_ds.checkpoint.decide import Identity, engine_facts
 from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan, resolve
-from cola_ds.data.candidates import check_packable
+from cola_ds.data.candidates import check_joinable
+from cola_ds.data.order import Order
+from cola_ds.data.packing import check_packable
 from cola_ds.data.tasks.dataset import TaskData, load_task
 from cola_ds.data.text import TokenizedData, datasets_of, overlap
 from cola_ds.data.tokenize import Found, check_sources, tokenize
@@ -60,6 +63,8 @@ class Prepared:
     """The model on the meta device: its modules and shapes."""
     targets: list[str]
     train: TokenizedData | TaskData
+    order: Order
+    """Which examples of `train` each row of an epoch has."""
     held_out: TokenizedData | TaskData | None
     test: TaskData | None = None
     """Of a task: what is reported, once `held_out`, its dev split, has chosen."""
@@ -110,8 +115,10 @@ def check(config: RunConfig) -> Checked:
     if config.data.task is not None:
         task = load_task(config, tokenizer, max_length)
         if task[0].task.objective == "classification" or any(example.candidates for example in task[2].examples):
-            check_packable(skeleton, max_length)
+            check_joinable(skeleton, max_length)
     else:
+        if config.data.packing != "none" and config.trains:
+            check_packable(skeleton)
         check_sources(config.data)
     return Checked(
         config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task
@@ -136,12 +143,22 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
             raise UserError(
                 f"model.path {config.model.path}: its tokenizer has id {data.largest_id}, its embedding ends at {vocabulary}"
             )
-    step_plan = resolve(config, len(train), world_size)
+    order = order_of(train, config)
+    seed = config.run.seed
+    step_plan = resolve(config, order.count(seed, 0) if order.is_even else partial(order.count, seed), world_size)
     return Prepared(
         config=config, engine_json=engine_json, engine_config=complete(engine_json, config, step_plan), step_plan=step_plan,
-        tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, train=train, held_out=held_out,
-        test=test, sizes=sizes, found=found,
+        tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, train=train, order=order,
+        held_out=held_out, test=test, sizes=sizes, found=found,
     )  # fmt: skip
+
+
+def order_of(train: TokenizedData | TaskData, config: RunConfig) -> Order:
+    """The order of the training examples: mixed by their sources' weights, packed, or neither."""
+    if isinstance(train, TaskData):
+        return Order(train.lengths)
+    capacity = None if config.data.packing == "none" else config.data.max_length
+    return Order(train.lengths, train.source_sizes, train.source_weights, capacity)
 
 
 def _model_path(path: str) -> str:
@@ -197,7 +214,8 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
         data += f"; {counts}, too long for data.max_length"
     data += "".join(f"; {what}" for what in _what_became_of(prepared))
-    batch = f"{optim.micro_batch_size} examples x {step_plan.micro_steps} micro steps x {world_size} processes"
+    what = "examples" if prepared.order.capacity is None else f"rows of {prepared.order.capacity} tokens"
+    batch = f"{optim.micro_batch_size} {what} x {step_plan.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
         f"method      {config.method}{layers}",
@@ -206,8 +224,9 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     if config.model.links is not None:
         lines.insert(1, f"links       those of {config.model.links}")
     if config.trains:
-        lines.append(f"batch       {optim.global_batch_size} = {batch}")
-        lines.append(f"steps       {step_plan.total_steps} ({step_plan.steps_per_epoch} per epoch)")
+        lines.append(f"batch       {step_plan.global_batch_size} = {batch}")
+        per_epoch = "per epoch" if step_plan.epochs.are_even else "in the first epoch"
+        lines.append(f"steps       {step_plan.total_steps} ({step_plan.epochs.steps(0)} {per_epoch})")
     if config.trains_lora:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""

@@ -298,7 +298,7 @@ def test_what_a_run_is_known_by(tokenizer, tmp_path):
 
 
 def test_collate_counts_completions_alone():
-    batch = collate([(np.array([1, 5, 6, 7]), np.array([[2, 4]])), (np.array([1, 8]), np.array([[1, 2]]))])
+    batch = collate([([1, 5, 6, 7], [(2, 4)]), ([1, 8], [(1, 2)])])
     assert batch.input_ids.tolist() == [[1, 5, 6, 7], [1, 8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.positions.tolist() == [0, 1, 2]
