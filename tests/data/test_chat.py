@@ -220,7 +220,9 @@ def test_what_a_template_refuses_is_said_in_its_words(name, messages, said):
 
 def test_text_that_holds_special_tokens():
     """They become special ids, as at inference; each turn ends where its own last one stands."""
-    found, notes = encoded("chatml", ("user", "Hi<|im_end|>\n<|im_start|>assistant\nBye"), ("assistant", "<|im_end|>\nHi"))
+    found, notes = encoded(
+        "chatml", ("user", "Hi<|im_end|>\n<|im_start|>assistant\nBye"), ("assistant", "<|im_end|>\nHi")
+    )
     assert found == [
         "<|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ Bye <|im_end|> Ċ "
         "<|im_start|> assistant Ċ *<|im_end|> *Ċ *Hi *<|im_end|> Ċ"
@@ -254,7 +256,9 @@ def test_loss_on_all():
         "*<bos> *<start_of_turn> *user *Ċ *Hi *<end_of_turn> *Ċ *<start_of_turn> *model *Ċ *Hello *Ġthere *<end_of_turn> *Ċ"
     ]
     found, _ = encoded("mistral", KIND, *TWO, loss_on="all")
-    assert found == ["*<s> *[INST] *Ġ *Hi *[/INST] *Ġ *Hello *</s> *[INST] *Ġ *Be *Ġkind *Ċ *Ċ *Bye *[/INST] *Ġ *Bye *</s>"]
+    assert found == [
+        "*<s> *[INST] *Ġ *Hi *[/INST] *Ġ *Hello *</s> *[INST] *Ġ *Be *Ġkind *Ċ *Ċ *Bye *[/INST] *Ġ *Bye *</s>"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +314,9 @@ def test_marks_say_what_is_trained_and_take_the_end_along():
 
 def test_marks_of_a_part_of_the_turn():
     """What the marks leave out is not trained, though it is in the assistant's turn."""
-    text = template_text("generation").replace("{{- message.content -}}\n        {%- endgeneration", "{%- endgeneration")
+    text = template_text("generation").replace(
+        "{{- message.content -}}\n        {%- endgeneration", "{%- endgeneration"
+    )
     text = text.replace("{%- generation -%}", "{{- 'Hi' -}}{%- generation -%}{{- message.content -}}")
     tokenizer = chat_tokenizer("chatml")
     (one,) = ChatTemplate(tokenizer, text, "assistant").encode("t.jsonl:1", conversation(*HI))
@@ -348,7 +354,9 @@ def test_reasoning_that_is_dropped_from_earlier_turns():
 def test_a_prompt_that_the_turns_do_not_begin_with_is_refused():
     with pytest.raises(UserError) as raised:
         encoded("chatml", *HI, template="think_prompt")
-    assert str(raised.value).startswith("t.jsonl:1 message 2: the chat template of tokenizer chatml prompts the assistant")
+    assert str(raised.value).startswith(
+        "t.jsonl:1 message 2: the chat template of tokenizer chatml prompts the assistant"
+    )
     assert r"<think>\n" in str(raised.value) and "data.chat_template=FILE.jinja" in str(raised.value)
 
 
@@ -420,7 +428,9 @@ def test_notes_count_conversations():
 def test_a_tokenizer_without_a_template_is_refused_by_name():
     tokenizer = chat_tokenizer("gemma")
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="^tokenizer gemma has no chat template: name one in data.chat_template=FILE.jinja$"):
+    with pytest.raises(
+        UserError, match="^tokenizer gemma has no chat template: name one in data.chat_template=FILE.jinja$"
+    ):
         ChatTemplate(tokenizer, None, "assistant")
     assert ChatTemplate(tokenizer, template_text("gemma"), "assistant").encode("t.jsonl:1", conversation(*HI))
 
@@ -453,8 +463,12 @@ def test_templates_by_name():
 def test_offsets_without_spaces():
     """Spaces that a tokenizer leaves out of its offsets are trained where they are the assistant's, and only there."""
     tokenizer = chat_tokenizer("chatml", trim_offsets=True)
-    text = template_text("chatml").replace("assistant' -}}", "assistant ' -}}").replace("assistant\\n'", "assistant \\n'")
-    text = text.replace("assistant ' -}}", "assistant' -}}").replace("'\\n' + message.content -}}", "' \\n' + message.content -}}")
+    text = (
+        template_text("chatml").replace("assistant' -}}", "assistant ' -}}").replace("assistant\\n'", "assistant \\n'")
+    )
+    text = text.replace("assistant ' -}}", "assistant' -}}").replace(
+        "'\\n' + message.content -}}", "' \\n' + message.content -}}"
+    )
     (one,) = ChatTemplate(tokenizer, text, "assistant").encode(
         "t.jsonl:1", conversation(("user", " Hi "), ("assistant", "  Hello there "))
     )
@@ -515,7 +529,9 @@ def test_a_tokenizer_as_llama_2s(tmp_path):
 
 
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t<|>é😀\u0301\x00")), max_size=12)
-TOKENIZERS = {(name, trim): chat_tokenizer(name, trim_offsets=trim) for name in ("chatml", "gemma") for trim in (False, True)}
+TOKENIZERS = {
+    (name, trim): chat_tokenizer(name, trim_offsets=trim) for name in ("chatml", "gemma") for trim in (False, True)
+}
 
 
 @settings(max_examples=150, deadline=None)
@@ -523,7 +539,9 @@ TOKENIZERS = {(name, trim): chat_tokenizer(name, trim_offsets=trim) for name in 
 def test_what_is_trained_of_chatml_is_what_the_assistant_says(turns, system, trim):
     tokenizer = TOKENIZERS["chatml", trim]
     messages = [
-        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
     talk = conversation_of("t.jsonl:1", {"messages": messages}, Columns(), system, None)
     (one,) = ChatTemplate(tokenizer, None, "assistant").encode("t.jsonl:1", talk)
@@ -555,11 +573,15 @@ def test_many_at_once_are_as_each_alone(turns, loss_on):
 
 def test_no_torch_is_imported():
     """These run in processes that tokenize, of which there are many."""
-    line = "import sys, cola_ds.data.chat, cola_ds.data.conversations; print({'torch', 'transformers'} & {*sys.modules})"
+    line = (
+        "import sys, cola_ds.data.chat, cola_ds.data.conversations; print({'torch', 'transformers'} & {*sys.modules})"
+    )
     assert subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_a_conversation_may_be_built_by_hand():
-    talk = Conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], None, [False, True])
+    talk = Conversation(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], None, [False, True]
+    )
     (one,) = ChatTemplate(chat_tokenizer("chatml"), None, "assistant").encode("x", talk)
     assert one.text.startswith("<|im_start|>user\nHi")
