@@ -171,7 +171,7 @@ def test_text_is_taken_as_it_is():
             [USER, {"role": "assistant", "tool_calls": [{"name": "a", "arguments": {"x": ["\ud83d"]}}]}],
             r"message 2: '\ud83d' is half a letter",
         ),
-        ([USER, ASSISTANT | {"content": b"\xff"}], "message 2: its content is not UTF-8"),
+        ([USER, ASSISTANT | {"content": b"\xff"}], "message 2: column content is not UTF-8"),
         (
             [USER, ASSISTANT | {"tool_calls": [{"arguments": {}}]}],
             "message 2 has a tool call {'arguments': {}} without a name",
@@ -287,7 +287,7 @@ def test_sharegpt_calls_tools(value, answer):
         ({"from": "human", "value": 3}, "message 1 has content 3; it must be text"),
         ({"from": "function_call", "value": "sky"}, "message 1 tool_calls has 'sky'"),
         ({"from": "function_call", "value": 3}, "message 1 has tool_calls 3; they must be a list of objects"),
-        ({"from": "function_call", "value": ""}, "message 1 has no content"),
+        ({"from": "function_call", "value": ""}, "message 1 tool_calls has ''"),
         ({"from": "function_call"}, "message 1 has no content"),
         ({"value": "Hi"}, "message 1 has no role; it has value"),
     ],
