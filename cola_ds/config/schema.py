@@ -272,8 +272,8 @@ class DataConfig(_Section):
         if self.text is not None and (
             self.model_fields_set & {"prompt", "completion"} or self.format in ("pairs", "chat")
         ):
-            wrong = "data.prompt and data.completion" if self.format == "auto" else f"data.format {self.format}"
-            raise ValueError(f"data.text contradicts {wrong}: name either the one or the other")
+            other = "data.prompt and data.completion" if self.format == "auto" else f"data.format {self.format}"
+            raise ValueError(f"data.text contradicts {other}: name either the one or the other")
         if self.hub is not None and self.train is None:
             raise ValueError("data.hub needs data.train, the name of a split, such as train")
         if self.eval_fraction is not None and self.eval_examples is not None:

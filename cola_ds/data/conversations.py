@@ -273,6 +273,8 @@ def _content(where: str, value: Any) -> str:
                 what = f"a part of type {quoted(kind)}" if kind not in (None, "text") else quoted(part)
                 raise UserError(f"{where} has {what} in its content; only text is trained: leave such rows out")
         value = "".join(part["text"] for part in value)
+    elif isinstance(value, bytes):
+        value = text_of(where, "content", value)
     if not isinstance(value, str):
         raise UserError(f"{where} has content {quoted(value)}; it must be text, or a list of parts of text")
     if not value.isascii():

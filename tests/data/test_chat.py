@@ -285,9 +285,9 @@ def test_a_turn_of_weight_0_that_cannot_be_told_apart():
 @pytest.mark.parametrize(
     ("loss_on", "roles", "trained"),
     [
-        ("assistant", {"prompt": 17, "assistant": 6}, {"assistant": 4}),  # the line end after a turn is not trained
-        ("last", {"prompt": 20, "assistant": 3}, {"assistant": 2}),
-        ("all", {"system": 6, "user": 10, "assistant": 12}, {"system": 6, "user": 10, "assistant": 12}),
+        ("assistant", {"prompt": 18, "assistant": 6}, {"assistant": 4}),  # the line end after a turn is not trained
+        ("last", {"prompt": 21, "assistant": 3}, {"assistant": 2}),
+        ("all", {"system": 7, "user": 12, "assistant": 12}, {"system": 7, "user": 12, "assistant": 12}),
     ],
 )
 def test_ids_are_counted_by_role(loss_on, roles, trained):
@@ -360,7 +360,7 @@ def test_a_prompt_that_the_turns_do_not_begin_with_is_refused():
     assert r"<think>\n" in str(raised.value) and "data.chat_template=FILE.jinja" in str(raised.value)
 
 
-def test_a_conversation_that_the_prefix_of_is_refused():
+def test_a_prefix_that_is_refused():
     """A template that reads the first message of none."""
     text = "{{ messages[0].role + '\n' }}" + template_text("chatml")
     with pytest.raises(UserError, match=r"t.jsonl:1: data.chat_template refuses it, as the assistant speaks first: "):
@@ -429,7 +429,7 @@ def test_a_tokenizer_without_a_template_is_refused_by_name():
     tokenizer = chat_tokenizer("gemma")
     tokenizer.chat_template = None
     with pytest.raises(
-        UserError, match="^tokenizer gemma has no chat template: name one in data.chat_template=FILE.jinja$"
+        UserError, match=r"^tokenizer gemma has no chat template: name one in data.chat_template=FILE.jinja$"
     ):
         ChatTemplate(tokenizer, None, "assistant")
     assert ChatTemplate(tokenizer, template_text("gemma"), "assistant").encode("t.jsonl:1", conversation(*HI))
@@ -439,12 +439,14 @@ def test_a_tokenizer_without_offsets_is_refused_by_name():
     class Slow:
         name_or_path, is_fast = "models/old", False
 
-    with pytest.raises(UserError, match="^tokenizer old does not say which characters its ids are of.*tokenizer.json$"):
+    with pytest.raises(
+        UserError, match=r"^tokenizer old does not say which characters its ids are of.*tokenizer.json$"
+    ):
         ChatTemplate(Slow(), "x", "assistant")
 
 
 def test_a_template_that_is_no_jinja_is_refused():
-    with pytest.raises(UserError, match="^data.chat_template is no Jinja template: line 2: "):
+    with pytest.raises(UserError, match=r"^data.chat_template is no Jinja template: line 2: "):
         ChatTemplate(chat_tokenizer("chatml"), "a\n{% for %}", "assistant")
 
 
@@ -456,33 +458,29 @@ def test_templates_by_name():
     (one,) = chosen.encode("t.jsonl:1", conversation(*ASKED, tools=TOOLS))
     assert marked(tokenizer, one) == CASES["chatml, tools"][2][0]
     tokenizer.chat_template = {"rag": template_text("chatml")}
-    with pytest.raises(UserError, match="multiple chat templates with no default.*data.chat_template=FILE.jinja"):
+    with pytest.raises(UserError, match=r"multiple chat templates with no default.*data.chat_template=FILE.jinja"):
         ChatTemplate(tokenizer, None, "assistant")
 
 
 def test_offsets_without_spaces():
     """Spaces that a tokenizer leaves out of its offsets are trained where they are the assistant's, and only there."""
     tokenizer = chat_tokenizer("chatml", trim_offsets=True)
-    text = (
-        template_text("chatml").replace("assistant' -}}", "assistant ' -}}").replace("assistant\\n'", "assistant \\n'")
-    )
-    text = text.replace("assistant ' -}}", "assistant' -}}").replace(
-        "'\\n' + message.content -}}", "' \\n' + message.content -}}"
-    )
+    text = "{% for m in messages %}{{ '<|im_start|>' + m.role + ' \\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    text += "{% if add_generation_prompt %}{{ '<|im_start|>assistant \\n' }}{% endif %}"
     (one,) = ChatTemplate(tokenizer, text, "assistant").encode(
         "t.jsonl:1", conversation(("user", " Hi "), ("assistant", "  Hello there "))
     )
     assert marked(tokenizer, one) == (
-        "<|im_start|> user Ċ Ġ Hi Ġ <|im_end|> Ċ <|im_start|> assistant Ġ Ċ *Ġ *Ġ *Hello *Ġthere *Ġ *<|im_end|> Ċ"
+        "<|im_start|> user Ġ Ċ Ġ Hi Ġ <|im_end|> Ċ <|im_start|> assistant Ġ Ċ *Ġ *Ġ *Hello *Ġthere *Ġ *<|im_end|> Ċ"
     )
-
-
-PLAIN = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 
 
 def test_offsets_without_spaces_where_a_turn_has_no_end():
     tokenizer = chat_tokenizer("chatml", trim_offsets=True)
-    (one,) = ChatTemplate(tokenizer, PLAIN.replace("'assistant'", "'assistant '"), "assistant").encode(
+    text = (
+        "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    (one,) = ChatTemplate(tokenizer, text, "assistant").encode(
         "t.jsonl:1", conversation(("assistant", " Hi "), ("user", "Hi"))
     )
     assert marked(tokenizer, one) == "assistant *Ġ *Hi *Ġ user Hi"
