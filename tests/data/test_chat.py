@@ -321,11 +321,40 @@ def test_marks_of_a_part_of_the_turn():
     tokenizer = chat_tokenizer("chatml")
     (one,) = ChatTemplate(tokenizer, text, "assistant").encode("t.jsonl:1", conversation(*HI))
     assert marked(tokenizer, one).endswith("assistant Ċ Hi *Hello *Ġthere *<|im_end|> Ċ")
-    # The same, but that the mark ends before a text of the template: there is no end that follows it directly.
-    noted = ChatTemplate(tokenizer, text.replace("endgeneration -%}", "endgeneration -%}{{- 'Bye' -}}"), "assistant")
-    (one,) = noted.encode("t.jsonl:1", conversation(*HI))
-    assert marked(tokenizer, one).endswith("assistant Ċ Hi *Hello *Ġthere Bye <|im_end|> Ċ")
-    assert noted.notes == {chat.UNENDED: 1}
+
+
+def test_marks_of_the_whole_turn():
+    """Marks may hold the header and the line end too: they say what is trained, and Transformers' mask is the same."""
+    text = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    text += "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endgeneration %}"
+    text += "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    text += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    tokenizer = chat_tokenizer("chatml")
+    chosen = ChatTemplate(tokenizer, text, "assistant")
+    talk = conversation(*TWO)
+    (one,) = chosen.encode("t.jsonl:1", talk)
+    turn = "<|im_start|> user Ċ {} <|im_end|> Ċ *<|im_start|> *assistant *Ċ *{} *<|im_end|> *Ċ"
+    assert marked(tokenizer, one) == f"{turn.format('Hi', 'Hello')} {turn.format('Bye', 'Bye')}"
+    theirs = tokenizer.apply_chat_template(talk.messages, chat_template=text, return_assistant_tokens_mask=True)
+    trained = {index for first, last in one.spans for index in range(first, last)}
+    assert theirs["assistant_masks"] == [int(index in trained) for index in range(len(one.ids))]
+    assert chosen.notes == {}
+
+
+def test_marks_that_end_too_early_are_refused():
+    """The token that ends a turn would not be trained: as with marks in a macro, whose places Jinja does not tell."""
+    text = template_text("generation").replace("{%- endgeneration -%}", "{%- endgeneration -%}{{- 'Bye' -}}")
+    with pytest.raises(
+        UserError, match=r"t.jsonl:1: the generation marks of data.chat_template end before 'Bye<|im_end|>'"
+    ):
+        ChatTemplate(chat_tokenizer("chatml"), text, "assistant").encode("t.jsonl:1", conversation(*HI))
+    macro = "{% macro turn(m) %}{{ '<|im_start|>assistant\\n' }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    macro += "{% endmacro %}{% for m in messages %}{% if m.role == 'assistant' %}{{ turn(m) }}{% else %}{{ m.content }}"
+    macro += "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    with pytest.raises(UserError, match=r"t.jsonl:1: the generation marks of data.chat_template end before "):
+        ChatTemplate(chat_tokenizer("chatml"), macro, "assistant").encode(
+            "t.jsonl:1", conversation(("user", "Hi"), ("assistant", "Hello there, Hello there, Hello there"))
+        )
 
 
 def test_marks_that_hold_nothing_are_refused():
