@@ -2,8 +2,21 @@
 # What knots cost on SmolLM2-135M: ties local and gathered, extensions, and three links beside one. About 50 minutes on two cores.
 #   ./launch/bench.sh [section.key=value ...] [--processes N] [--knots K] [--pairs P] [--steps S] [--memory-pairs M]
 # Two processes unless N says otherwise; overrides of launch/quickstart/run.yaml, e.g. model.path=... model.dtype=bf16.
+#
+# What a step takes on one GPU, padded and packed, on a model of random weights. A minute or two; nothing is downloaded.
+#   ./launch/bench.sh gpu [section.key=value ...] [--model llama-1b] [--steps S] [--examples E] [--max-length T]
+# Where there is no .venv, it takes the interpreter that is there (PYTHON, or python3) if that has what is needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = gpu ]; then
+  shift
+  python=${PYTHON:-python3}
+  if [ -d .venv ] || ! "$python" -c 'import cola_ds, deepspeed, transformers' >/dev/null 2>&1; then
+    ./launch/setup.sh quickstart
+    python=.venv/bin/python
+  fi
+  exec "$python" -m tests.bench.gpu "$@"
+fi
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091
 source .venv/bin/activate

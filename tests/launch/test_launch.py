@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -161,6 +163,29 @@ def test_benchmark_runs(copy):
     assert 0 < local == rebuilt < gathered
     assert [float(moved) > 0 for moved in cells["extend, KiB moved per process"]] == [False, False, True]
     assert 0.5 < float(cells["peak memory, 12 steps"][0]) < 2
+
+
+def test_benchmark_of_a_gpu_runs_where_nothing_can_be_installed(tmp_path):
+    """Without a .venv it takes the interpreter that is there, makes none, and trains the same examples both ways."""
+    for name in ("launch", "cola_ds", "ds_configs", "tests"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    env = {name: value for name, value in clean_environment().items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    env |= {"COLA_DS_GPU_TESTS_ON": "cpu", "PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
+    words = ["gpu", "--model", "toy", "--steps", "4", "--examples", "16", "--max-length", "128"]
+    done = subprocess.run(
+        ["launch/bench.sh", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / ".venv").exists()
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert cells[""] == ["padded", "packed"]
+    assert cells["examples"] == ["64", "64"]
+    assert len(set(cells["tokens, without padding"])) == 1
+    for name in ("tokens a second", "step, s", "peak memory, GiB", "seconds to the first step"):
+        assert all(float(cell) > 0 for cell in cells[name]), name
+    assert f"torch {version('torch')}" in done.stdout
+    assert " ".join(words) in done.stdout
 
 
 def test_quickstart_data_is_split_without_leakage(copy):
