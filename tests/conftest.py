@@ -10,6 +10,15 @@ import pytest
 from tests.support.toys import save_model, save_sums
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tokenized data of tests is kept apart from the user's."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.update(XDG_CACHE_HOME=before)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A model, training data and held-out data."""

@@ -29,8 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cola_ds.config.inputs import sha256_of
 from cola_ds.errors import UserError, cut, first_line
-from cola_ds.run.atomic import sha256_of
 from cola_ds.run.marker import CHECKPOINT_FILE
 
 STEP = re.compile(r"step-(\d{8,})")

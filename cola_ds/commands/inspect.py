@@ -8,10 +8,10 @@ from typing import Any
 
 from cola_ds.checkpoint.format import DamagedError, read_checkpoint
 from cola_ds.checkpoint.store import CheckpointFolder
+from cola_ds.config.inputs import sha256_of
 from cola_ds.config.loading import load_config
 from cola_ds.errors import UserError
 from cola_ds.run import lock
-from cola_ds.run.atomic import sha256_of
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt, run_config, run_marker
 from cola_ds.run.marker import Marker

@@ -14,7 +14,7 @@ from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.inputs import engine_file
 from cola_ds.config.parsing import parse_json, read_text
 from cola_ds.config.schema import RunConfig
-from cola_ds.config.steps import StepPlan
+from cola_ds.config.steps import StepPlan, rows_per_step
 from cola_ds.errors import UserError, cut, quoted
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -105,7 +105,7 @@ def _is(value: Any, wanted: Any) -> bool:
 
 def _derived(config: RunConfig) -> dict[str, Any]:
     return {
-        "train_batch_size": config.optim.global_batch_size,
+        "train_batch_size": rows_per_step(config),
         "train_micro_batch_size_per_gpu": config.optim.micro_batch_size,
         "gradient_clipping": config.optim.max_grad_norm or 0.0,
     }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -79,9 +81,15 @@ def find_files(name: str) -> list[Path]:
         if not found:
             raise UserError(f"{name} is not a file, and matches none")
         return [Path(path) for path in found]
-    raise UserError(
-        f"{shown(name)} is not a file, a folder or a glob; for a dataset on the hub name it in data.hub and its split here"
-    )
+    raise UserError(f"{shown(name)} is not a file, a folder or a glob, nor can it be a name on the hub, OWNER/NAME")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name of data is one on the hub, owner/name: nothing is there by that name, and it has no ending of a file of
+    data."""
+    if os.path.exists(name) or glob.has_magic(name) or kind_of(Path(name)) in _KINDS:
+        return False
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and len(name) <= 96
 
 
 def _of_folder(folder: Path) -> list[Path]:
@@ -126,6 +134,15 @@ def kind_of(path: Path) -> str:
     """The ending that says how a file is read, in lower case, without that of a packed file."""
     name = path.name.lower()
     return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as held:
+        while block := held.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # Names in messages

@@ -272,8 +272,8 @@ class DataConfig(_Section):
         if self.text is not None and (
             self.model_fields_set & {"prompt", "completion"} or self.format in ("pairs", "chat")
         ):
-            wrong = "data.prompt and data.completion" if self.format == "auto" else f"data.format {self.format}"
-            raise ValueError(f"data.text contradicts {wrong}: name either the one or the other")
+            other = "data.prompt and data.completion" if self.format == "auto" else f"data.format {self.format}"
+            raise ValueError(f"data.text contradicts {other}: name either the one or the other")
         if self.hub is not None and self.train is None:
             raise ValueError("data.hub needs data.train, the name of a split, such as train")
         if self.eval_fraction is not None and self.eval_examples is not None:
@@ -298,14 +298,13 @@ class DataConfig(_Section):
 
     @property
     def local_names(self) -> list[str]:
-        """What the local files of `train` and `eval` are named by."""
-        given = [self.train, self.eval] if self.hub is None else []
-        names = [each for name in given if name for each in (name if isinstance(name, list) else [name])]
+        """What the local files of data are named by."""
+        names: list[str | SourceConfig] = []
+        for given in (self.train, self.eval) if self.hub is None else ():
+            names += given if isinstance(given, list) else [given] if given else []
         paths = [each.path if isinstance(each, SourceConfig) else each for each in names]
-        return [
-            *filter(None, paths),
-            *filter(None, [self.chat_template, self.tools if isinstance(self.tools, str) else None]),
-        ]
+        paths += [self.chat_template, self.tools if isinstance(self.tools, str) else None]
+        return [path for path in paths if path]
 
     @property
     def holds_out(self) -> bool:

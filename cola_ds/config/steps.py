@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,55 @@ from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 
 
+class Epochs:
+    """Epochs as steps. Epochs and steps are counted from 0; the last step of an epoch may be short.
+
+    Where epochs differ in their rows, each is counted once, when a step at or behind it is asked for.
+    """
+
+    def __init__(self, rows: int | Callable[[int], int], global_batch_size: int):
+        """`rows`: how many an epoch has, or what says so of each; at least one."""
+        self.are_even = isinstance(rows, int)
+        self._rows = rows
+        self._size = global_batch_size
+        self._starts = [0]  # of the epochs that have been counted, and of the one after them
+
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch."""
+        return self.start(epoch + 1) - self.start(epoch)
+
+    def start(self, epoch: int) -> int:
+        """The first step of an epoch: how many steps come before it."""
+        if isinstance(self._rows, int):
+            return epoch * -(-self._rows // self._size)
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] - (-self._rows(len(self._starts) - 1) // self._size))
+        return self._starts[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the step's place in it."""
+        if self.are_even:
+            return divmod(step, self.start(1))
+        while self._starts[-1] <= step:
+            self.start(len(self._starts))
+        epoch = bisect.bisect_right(self._starts, step) - 1
+        return epoch, step - self._starts[epoch]
+
+    def passed(self, step: int) -> float:
+        """Epochs that have passed when `step` steps have."""
+        if self.are_even:
+            return step / self.start(1)
+        epoch, index = self.locate(step)
+        return epoch + index / self.steps(epoch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What follows from the config, the number of training examples and of processes."""
+    """What follows from the config, the rows of each epoch and the number of processes."""
 
-    examples: int
-    """Training examples in one epoch."""
-    steps_per_epoch: int
+    epochs: Epochs
+    global_batch_size: int
+    """Rows of a step, over all processes: examples, or packed rows."""
     total_steps: int
     knots: tuple[int, ...]
     """The step after which each link ends, one per link; the last is total_steps."""
@@ -38,33 +81,63 @@ class StepPlan:
         return bisect.bisect_left(self.knots, step) + 1
 
 
-def resolve(config: RunConfig, examples: int, world_size: int) -> StepPlan:
-    """Derive steps, knots and gradient accumulation.
+def rows_per_step(config: RunConfig) -> int:
+    """Rows of a step, over all processes: optim.global_batch_size, or what optim.global_batch_tokens has room for.
+
+    Raises UserError where that is no row.
+    """
+    optim = config.optim
+    if optim.global_batch_tokens is None:
+        return optim.global_batch_size
+    rows = optim.global_batch_tokens // config.data.max_length
+    if not rows:
+        raise UserError(
+            f"optim.global_batch_tokens {optim.global_batch_tokens} has no room for a row of data.max_length "
+            f"{config.data.max_length}; use at least that many"
+        )
+    return rows
+
+
+def resolve(config: RunConfig, rows: int | Callable[[int], int], world_size: int) -> StepPlan:
+    """Derive steps, knots and gradient accumulation; `rows` are those of an epoch, or what says so of each, from 0.
 
     Raises UserError when the global batch does not divide over micro batches and processes, a knot lies outside the run, or a
     warm-up outlasts its link.
     """
     optim = config.optim
     per_micro_step = optim.micro_batch_size * world_size
-    if optim.global_batch_size % per_micro_step:
-        raise UserError(
-            f"optim.global_batch_size {optim.global_batch_size} does not divide into micro batches of {optim.micro_batch_size} "
-            f"on {world_size} processes; use a multiple of {per_micro_step}, or another optim.micro_batch_size"
-        )
-    steps_per_epoch = -(-examples // optim.global_batch_size)
-    total_steps = optim.max_steps or (optim.epochs or 1) * steps_per_epoch
-    knots = place_knots(config.chain.knots, config.chain.length, total_steps, steps_per_epoch)
+    size = rows_per_step(config)
+    if size % per_micro_step:
+        raise UserError(_does_not_divide(config, size, world_size, per_micro_step))
+    epochs = Epochs(rows, size)
+    total_steps = optim.max_steps or epochs.start(optim.epochs or 1)
+    knots = place_knots(config.chain.knots, config.chain.length, total_steps, epochs)
     step_plan = StepPlan(
-        examples=examples, steps_per_epoch=steps_per_epoch, total_steps=total_steps, knots=knots,
-        micro_steps=optim.global_batch_size // per_micro_step,
-    )  # fmt: skip
+        epochs=epochs, global_batch_size=size, total_steps=total_steps, knots=knots, micro_steps=size // per_micro_step
+    )
     shortest = min(step_plan.link_steps(link) for link in range(1, config.chain.length + 1))
     if optim.warmup_steps >= shortest:
         raise UserError(f"optim.warmup_steps {optim.warmup_steps} never ends: the shortest link has {shortest} steps")
     return step_plan
 
 
-def place_knots(knots: Any, length: int, total_steps: int, steps_per_epoch: int) -> tuple[int, ...]:
+def _does_not_divide(config: RunConfig, size: int, world_size: int, per_micro_step: int) -> str:
+    optim, width = config.optim, config.data.max_length
+    into = f"into micro batches of {optim.micro_batch_size} on {world_size} processes"
+    if optim.global_batch_tokens is None:
+        return (
+            f"optim.global_batch_size {size} does not divide {into}; use a multiple of {per_micro_step}, or another "
+            "optim.micro_batch_size"
+        )
+    below = size // per_micro_step * per_micro_step
+    fitting = " or ".join(str(rows * width) for rows in (below, below + per_micro_step) if rows)
+    return (
+        f"optim.global_batch_tokens {optim.global_batch_tokens} has room for {size} rows of data.max_length {width}, which do "
+        f"not divide {into}; use {fitting}, or another optim.micro_batch_size"
+    )
+
+
+def place_knots(knots: Any, length: int, total_steps: int, epochs: Epochs) -> tuple[int, ...]:
     """The step after which each of `length` links ends; the last is `total_steps`.
 
     `knots` is "even" (links differ by at most one step, the earlier ones longer), {"epochs": [...]} or {"steps": [...]}
@@ -78,7 +151,9 @@ def place_knots(knots: Any, length: int, total_steps: int, steps_per_epoch: int)
         short, longer = divmod(total_steps, length)
         return tuple(link * short + min(link, longer) for link in range(1, length + 1))
     (unit, at), *_ = knots.items()
-    inner = [k * steps_per_epoch if unit == "epochs" else k for k in at]
+    # Uneven epochs are counted one by one. Each has a step: those far behind the end need not be counted to be refused.
+    far = max(at) if epochs.are_even else total_steps
+    inner = [epochs.start(min(k, far)) if unit == "epochs" else k for k in at]
     if inner and inner[-1] >= total_steps:
         where = f"epoch {at[-1]} (step {inner[-1]})" if unit == "epochs" else f"step {at[-1]}"
         raise UserError(f"chain.knots: {where} is at or past the end of the run, which has {total_steps} steps")

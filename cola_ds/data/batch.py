@@ -1,8 +1,8 @@
-"""Batches: the types that training and evaluation take, and those that they are made from. No logic: see batcher.py, collate.py
-and candidates.py.
+"""Batches: the types that training and evaluation take, and those that they are made from. No logic: see batcher.py, collate.py,
+packing.py and candidates.py.
 
-Shapes: B examples of a micro batch, T their padded length, K the positions whose next token the loss counts, C the candidates of
-the example that has most.
+Shapes: B rows of a micro batch, each an example, or a few of them where rows are packed; T their padded length, K the positions
+whose next token the loss counts, C the candidates of the example that has most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -47,10 +48,42 @@ class Batch:
         return (self.labels != IGNORED).sum()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PackedBatch:
-    """A micro batch of packed rows, the candidates of an example in each, padded on the left: where answers
-    have one length, their positions agree in all rows."""
+    """A micro batch of packed rows: whole examples one after the other, padded on the right.
+
+    Position ids restart with each example, and say so where it begins; padding restarts at every place. No example sees another:
+    `evaluation/separation.py` has it proved at the start of a run.
+    """
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T) from 0 in each example; 0 in padding
+    positions: Tensor  # (K,) where some row's next id counts
+    labels: Tensor  # (B, K) the next id of the same example at each position, or IGNORED
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on a device."""
+        return PackedBatch(*(_move(getattr(self, field.name), device) for field in fields(self)))
+
+    def first(self) -> PackedBatch:
+        """Its first row alone."""
+        return PackedBatch(self.input_ids[:1], self.position_ids[:1], self.positions, self.labels[:1])
+
+    def counted(self) -> Tensor:  # ()
+        """How much the loss is a sum over: labelled tokens."""
+        return (self.labels != IGNORED).sum()
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:  # (B, 1, T, T)
+        """What attention scores take as a summand: 0 where a query sees a key, the lowest number elsewhere."""
+        segments = (torch.diff(self.position_ids, prepend=self.position_ids[:, :1] - 1) != 1).cumsum(-1)
+        visible = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateBatch:
+    """A micro batch of a task's examples, the candidates of each in one row, padded on the left: where answers have one length,
+    their positions agree in all rows."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
@@ -60,14 +93,14 @@ class PackedBatch:
     counts: Tensor  # (B, C) ids of each answer; 0 where there is no such candidate
     correct: Tensor  # (B,) the right candidate, or -1
 
-    def to(self, device: torch.device) -> PackedBatch:
+    def to(self, device: torch.device) -> CandidateBatch:
         """The same batch on a device."""
-        return PackedBatch(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
+        return CandidateBatch(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
 
-    def first(self) -> PackedBatch:
+    def first(self) -> CandidateBatch:
         """Its first example alone."""
         rows = {field.name: getattr(self, field.name)[:1] for field in fields(self)}
-        return PackedBatch(**{**rows, "positions": self.positions})
+        return CandidateBatch(**{**rows, "positions": self.positions})
 
     def counted(self) -> Tensor:  # ()
         """How much the loss is a sum over: examples with a right candidate."""
@@ -107,29 +140,39 @@ class Encoded:
     """What the maximum length took from them, as in tokens.py; empty where nothing is lost."""
 
 
+AnyBatch = Batch | PackedBatch | CandidateBatch
+
+
 class Dataset(Protocol):
     """Dataset: examples as token ids, as the Batcher needs them. Indices are 0-based."""
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Sequence[int] | numpy.ndarray:
         """Positions of each example in a batch."""
 
     @property
-    def loss_tokens(self) -> Sequence[int]:
+    def loss_tokens(self) -> Sequence[int] | numpy.ndarray:
         """What the mean of the training loss counts of each example: labelled tokens, or the example once."""
 
     def __len__(self) -> int: ...
 
-    def collate(self, indices: list[int]) -> Batch | PackedBatch:
+    def collate(self, indices: list[int]) -> AnyBatch:
         """A micro batch of these examples; without any, one that counts nothing."""
+
+
+class PackableDataset(Dataset, Protocol):
+    """Dataset whose examples may share rows."""
+
+    def collate_packed(self, rows: list[list[int]]) -> PackedBatch:
+        """A micro batch of rows of these examples; without any, one that counts nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepExamples:
     """The examples of one step, or of one evaluation batch, over all processes."""
 
-    micro_batches: Sequence[Batch | PackedBatch]
-    """This process's share; a process that runs out of examples gets a batch that counts nothing."""
+    micro_batches: Sequence[AnyBatch]
+    """This process's share; a process that runs out of rows gets a batch that counts nothing."""
     examples: int
     tokens: int
     loss_tokens: int

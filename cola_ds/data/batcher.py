@@ -1,52 +1,72 @@
-"""Batcher: which examples a step sees.
+"""Batcher: which examples a step sees, and which process has them.
 
 A step's examples follow from (seed, step) alone: every process knows them all, at every world size, without a message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
-import torch
+import numpy
 
-from cola_ds.data.batch import Dataset, StepExamples
+from cola_ds.config.steps import Epochs
+from cola_ds.data.batch import AnyBatch, Dataset, PackableDataset, StepExamples
+from cola_ds.data.order import Order
 
 
 class Batcher:
-    """Batches of a dataset for one process among `world_size`."""
+    """Batches of a dataset for one process among `world_size`, in the given order of its examples; None: every example is a row,
+    once an epoch."""
 
-    def __init__(self, data: Dataset, rank: int, world_size: int):
+    def __init__(self, data: Dataset, rank: int, world_size: int, order: Order | None = None):
         self.data, self.rank, self.world_size = data, rank, world_size
-        self._order: tuple[tuple[int, int], list[int]] | None = None
+        self.order = order or Order(data.lengths)
+        self._epochs: tuple[tuple[int, int], Epochs] | None = None
 
     def step(self, step: int, seed: int, global_batch_size: int, micro_batch_size: int) -> StepExamples:
-        """The examples of the step with 0-based index `step`: each epoch is a fresh permutation, its last batch may be short."""
-        epoch, index = divmod(step, -(-len(self.data) // global_batch_size))
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            self._order = ((seed, epoch), torch.randperm(len(self.data), generator=generator).tolist())
-        chosen = self._order[1][index * global_batch_size : (index + 1) * global_batch_size]
-        return self._share(
-            chosen, micro_batch_size, micro_steps=global_batch_size // (micro_batch_size * self.world_size)
-        )
+        """The examples of the step with 0-based index `step`: `global_batch_size` rows, or what is left of its epoch."""
+        epoch, index = self._epochs_of(seed, global_batch_size).locate(step)
+        rows = self.order.rows(seed, epoch).between(index * global_batch_size, (index + 1) * global_batch_size)
+        micro_steps = global_batch_size // (micro_batch_size * self.world_size)
+        return self._share(rows, micro_batch_size, micro_steps, is_packed=self.order.capacity is not None)
 
     def evaluation(self, batch_size: int) -> Iterator[StepExamples]:
-        """Every example once, in batches of `batch_size` per process."""
-        order = sorted(range(len(self.data)), key=lambda i: self.data.lengths[i])
+        """Every example once, a row each, in batches of `batch_size` per process."""
+        order = numpy.argsort(self.data.lengths, kind="stable")
         width = batch_size * self.world_size
         for start in range(0, len(order), width):
-            yield self._share(order[start : start + width], batch_size, micro_steps=1)
+            rows = [[index] for index in order[start : start + width].tolist()]
+            yield self._share(rows, batch_size, micro_steps=1, is_packed=False)
 
-    def _share(self, chosen: list[int], micro_batch_size: int, micro_steps: int) -> StepExamples:
-        # Examples of like length run together: less padding, and processes that wait less for each other. The order inside a
-        # step changes nothing in its sum.
-        chosen = sorted(chosen, key=lambda i: self.data.lengths[i])
+    def _epochs_of(self, seed: int, global_batch_size: int) -> Epochs:
+        if self._epochs is None or self._epochs[0] != (seed, global_batch_size):
+            order = self.order
+            rows = order.count(seed, 0) if order.is_even else lambda epoch: order.count(seed, epoch)
+            self._epochs = ((seed, global_batch_size), Epochs(rows, global_batch_size))
+        return self._epochs[1]
+
+    def _share(self, rows: list[list[int]], micro_batch_size: int, micro_steps: int, is_packed: bool) -> StepExamples:
+        # Rows of like work run together: less padding, and processes that wait less for each other. The order inside a step
+        # changes nothing in its sum.
+        rows = sorted(rows, key=self._work)
         width = micro_batch_size * self.world_size
-        mine = [chosen[m * width : (m + 1) * width][self.rank :: self.world_size] for m in range(micro_steps)]
+        mine = [rows[m * width : (m + 1) * width][self.rank :: self.world_size] for m in range(micro_steps)]
+        chosen = [index for row in rows for index in row]
         return StepExamples(
-            micro_batches=[self.data.collate(indices) for indices in mine],
+            micro_batches=[self._collate(each, is_packed) for each in mine],
             examples=len(chosen),
-            tokens=sum(self.data.lengths[i] for i in chosen),
-            loss_tokens=sum(self.data.loss_tokens[i] for i in chosen),
+            tokens=sum(int(self.data.lengths[i]) for i in chosen),
+            loss_tokens=sum(int(self.data.loss_tokens[i]) for i in chosen),
             indices=chosen,
         )
+
+    def _work(self, row: Sequence[int]) -> tuple[int, int]:
+        """The work of a row: its tokens and, since packed rows have nearly one number of these, what attention makes of them."""
+        lengths = [int(self.data.lengths[i]) for i in row]
+        return sum(lengths), sum(length * length for length in lengths)
+
+    def _collate(self, rows: list[list[int]], is_packed: bool) -> AnyBatch:
+        if is_packed:
+            return cast(PackableDataset, self.data).collate_packed(rows)
+        return self.data.collate([index for row in rows for index in row])

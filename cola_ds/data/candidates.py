@@ -1,4 +1,4 @@
-"""Packing: the candidates of an example in one row, so that the prompt they share is computed once.
+"""Candidates: those of an example in one row, so that the prompt they share is computed once.
 
     padding | the shared prompt  0 .. p-1 | branch of candidate 0  p .. | branch of candidate 1  p .. | ...
 
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from cola_ds.data.batch import IGNORED, OUTSIDE, PADDING, SHARED, Encoded, PackedBatch
+from cola_ds.data.batch import IGNORED, OUTSIDE, PADDING, SHARED, CandidateBatch, Encoded
 from cola_ds.errors import UserError
 
 
-def pack(examples: Sequence[Encoded], correct: Sequence[int] | None = None) -> PackedBatch:
-    """Pack examples, one row each; `correct` names the right candidate of each. Without examples, one row that counts nothing."""
+def join_candidates(examples: Sequence[Encoded], correct: Sequence[int] | None = None) -> CandidateBatch:
+    """Join the candidates of each example to one row; `correct` names the right candidate of each. Without examples, one row
+    that counts nothing."""
     rows = [_row(example) for example in examples] or [[(PADDING, 0, SHARED, IGNORED)]]
     table = torch.tensor([PADDING, 0, OUTSIDE, IGNORED]).repeat(len(rows), max(map(len, rows)), 1)  # (B, T, 4)
     for place, row in enumerate(rows):
@@ -36,7 +37,7 @@ def pack(examples: Sequence[Encoded], correct: Sequence[int] | None = None) -> P
     for place, example in enumerate(examples):
         counts[place, : len(example.answer_lengths)] = torch.tensor(example.answer_lengths)
     right = torch.full((len(rows),), -1) if correct is None or not examples else torch.tensor(correct)
-    return PackedBatch(
+    return CandidateBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         branches=branches,
@@ -72,13 +73,13 @@ def common_prefix(encoded: Encoded) -> int:
     return max(0, min(own, shared))
 
 
-def packed_length(example: Encoded) -> int:
+def joined_length(example: Encoded) -> int:
     """Positions of the example's row."""
     shared = common_prefix(example)
     return shared + sum(len(ids) - 1 - shared for ids in example.candidate_ids)
 
 
-def check_packable(model: Any, max_length: int | None = None) -> None:
+def check_joinable(model: Any, max_length: int | None = None) -> None:
     """Refuse (UserError) a causal LM in which a row of candidates would not be what each candidate is alone.
 
     It must take an attention mask and position ids of ours, and let them decide. A sliding window that no text of at most

@@ -11,7 +11,7 @@ from cola_ds.errors import UserError, quoted
 Texts = Iterator[tuple[str, list[str]]]
 """The place to name in an error, and the text of each column."""
 
-CONVERSATIONS = "conversations are not read yet: turn each into a prompt and a completion that are text"
+CONVERSATIONS = "conversations are read with data.format=chat"
 
 
 def check_columns(place: str, names: list[str], columns: Sequence[str]) -> None:

@@ -18,18 +18,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from cola_ds.config.inputs import cut_name, kind_of, shown
-from cola_ds.data.arrow import arrow_rows, parquet_rows
+from cola_ds.data.arrow import arrow_file_objects, arrow_rows, columns_and_row, parquet_objects, parquet_rows
 from cola_ds.data.columns import Texts, check_columns, no_column, text_of
 from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 _USABLE = (
     "use .jsonl, .ndjson, .json, .csv, .tsv (also .gz or .zst of these), .parquet, .arrow, or .txt with data.text=text"
 )
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes: names lie
 _LONGEST_NUMBER = 4300  # digits, as Python itself limits them: longer ones take time that grows with their square
 
@@ -43,13 +45,54 @@ def text_rows(path: Path, columns: Sequence[str]) -> Texts:
     if kind in (".jsonl", ".ndjson", ".json"):
         return _picked(json_rows(path), columns)
     if kind in (".csv", ".tsv"):
-        return _table_rows(path, columns, "," if kind == ".csv" else "\t")
+        return _table_rows(path, columns, _DELIMITERS[kind])
     if kind == ".parquet":
         return _typed_rows(path, parquet_rows(path, columns))
     if kind == ".arrow":
         return _typed_rows(path, arrow_rows(path, columns))
     if kind == ".txt" and list(columns) == ["text"]:
         return _document(path)
+    raise UserError(f"{path}: {_USABLE}")
+
+
+def object_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """The rows of a file with the columns that each needs, and those that it may have, whatever their values are. Raises
+    UserError for a column that is missing."""
+    kind = kind_of(path)
+    if kind in (".jsonl", ".ndjson", ".json"):
+        for place, row in json_rows(path):
+            for column in needed:
+                if column not in row:
+                    raise no_column(place, column, list(row), row)
+            yield place, {name: row[name] for name in (*needed, *optional) if name in row}
+    elif kind in (".csv", ".tsv"):
+        names = first_row(path)[1] or []
+        columns = [*needed, *(name for name in optional if name in names)]
+        for place, texts in _table_rows(path, columns, _DELIMITERS[kind]):
+            yield place, dict(zip(columns, texts, strict=True))
+    elif kind in (".parquet", ".arrow"):
+        read = parquet_objects if kind == ".parquet" else arrow_file_objects
+        yield from _typed_rows(path, read(path, needed, optional))
+    else:
+        raise UserError(f"{path}: {_USABLE}")
+
+
+def first_row(path: Path) -> tuple[str, list[str] | None, Row | None]:
+    """The place of a file's first row, the names of its columns and, of JSON, the row; without any row no names."""
+    kind = kind_of(path)
+    if kind in (".jsonl", ".ndjson", ".json"):
+        for place, row in json_rows(path):
+            return place, list(row), row
+        return str(path), None, None
+    if kind in (".csv", ".tsv"):
+        for place, header in _fields(path, _DELIMITERS[kind]):
+            return place, header, None
+        return str(path), None, None
+    if kind in (".parquet", ".arrow"):
+        ((names, first),) = _typed_rows(path, (columns_and_row(path, each) for each in [kind]))
+        return f"{path} row 1", names, first
+    if kind == ".txt":
+        return str(path), ["text"], None
     raise UserError(f"{path}: {_USABLE}")
 
 
@@ -141,12 +184,11 @@ def _picked(rows: Iterable[tuple[str, Row]], columns: Sequence[str]) -> Texts:
         yield place, [text_of(place, column, row[column]) for column in columns]
 
 
-def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
-    """Comma or tab separated values: the first row names the columns, and a row is named by the line on which it begins."""
+def _fields(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """The fields of each line of separated values, the names of the columns first; a row is named by the line on which it
+    begins."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    wanted: list[int] = []
     while True:
         place = f"{path}:{reader.line_num + 1}"
         try:
@@ -155,8 +197,15 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
             raise UserError(f"{place}: not valid {kind_of(path)[1:]}: {first_line(error)}") from None
         if fields is None:
             return
-        if not fields:  # a blank line
-            continue
+        if fields:  # no blank line
+            yield place, fields
+
+
+def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
+    """Comma or tab separated values: the first row names the columns."""
+    header: list[str] | None = None
+    wanted: list[int] = []
+    for place, fields in _fields(path, delimiter):
         if header is None:
             header = fields
             check_columns(place, header, columns)
@@ -167,7 +216,7 @@ def _table_rows(path: Path, columns: Sequence[str], delimiter: str) -> Texts:
             yield place, [fields[index] for index in wanted]
 
 
-def _typed_rows(path: Path, rows: Texts) -> Texts:
+def _typed_rows(path: Path, rows: Iterator[T]) -> Iterator[T]:
     """The rows that pyarrow reads of a file. What it raises becomes one line."""
     import pyarrow
 

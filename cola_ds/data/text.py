@@ -1,165 +1,209 @@
-"""Datasets of text: rows from files or the hub, as token ids."""
+"""Datasets of text: pairs, conversations and plain text from files or the hub, as token ids that are memory-mapped."""
 
 from __future__ import annotations
 
-import array
-import collections
 import hashlib
-from collections.abc import Iterator
+import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
-from cola_ds.config.inputs import find_files
-from cola_ds.config.schema import DataConfig
-from cola_ds.data.arrow import arrow_texts, check_arrow
-from cola_ds.data.batch import PADDING, Batch
+from cola_ds.config.schema import DataConfig, ModelConfig
+from cola_ds.data.batch import Batch, PackedBatch
+from cola_ds.data.cache import Tokens, digests_of, flat, rows_of
 from cola_ds.data.collate import collate
-from cola_ds.data.columns import Texts
-from cola_ds.data.files import text_rows
-from cola_ds.data.hub import load_hub
-from cola_ds.data.tokens import closed_ids_of, cut_pair, pairs_of
-from cola_ds.errors import UserError, some_of
-
-_BATCH_ROWS, _BATCH_LETTERS = 1000, 2_000_000  # of what is tokenized at once
-_Encoded = tuple[list[int], int, list[str]]  # ids, those of the prompt, what was lost
+from cola_ds.data.encode import loss_tokens_of
+from cola_ds.data.packing import collate_packed
+from cola_ds.data.sources import sources_of
+from cola_ds.data.tokenize import Found, tokenize
+from cola_ds.errors import UserError
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """What became of a source's rows."""
+
+    name: str
+    tokens: Tokens
+    examples: int
+    """Of this split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """What a split is made of."""
+
+    sources: list[SourceFacts]
+    duplicates: int
+    """Rows whose content an earlier row of the split's sources has; with data.duplicates=drop they are left out."""
+    held_out: int
+    """Examples of these sources on the other side, with data.eval_fraction and data.eval_examples."""
+    warnings: list[str]
+
+
 class TokenizedData:
-    """Dataset of text: prompts with their completions, or windows of plain text."""
+    """Dataset of text: pairs, conversations, or windows of plain text. It holds places of examples; their ids are mapped."""
 
-    ids: numpy.ndarray  # (all ids,) int32
-    """Those of all examples, one after the other."""
-    starts: numpy.ndarray  # (examples + 1,) int64
-    """Where each example begins in `ids`, and at last their number."""
-    prompt_lengths: list[int]
-    """Ids of each example before the loss begins."""
-    lengths: list[int]
-    """Token ids of each example."""
-    loss_tokens: list[int]
-    """Predicted ids of each example that the loss counts."""
-    lost: collections.Counter[str]
-    """Examples that lost something to max_length, by what they lost."""
-    largest_id: int
+    def __init__(self, config: DataConfig, split: str, tokens: list[Tokens], chosen: list[numpy.ndarray]):
+        """`chosen` has the examples of each source that are in the split, by their number in the source, in order."""
+        weights = [each.weight for each in sources_of(config, split)]
+        self.source_sizes = [len(each) for each in chosen]
+        """Examples of each source; one after the other."""
+        self.source_weights = [float(each) for each in weights if each is not None] or None
+        """The shares of an epoch; None: every example once."""
+        self.packing, self.max_length = config.packing, config.max_length
+        self._contents = [each.content for each in tokens]
+        self._whole = self.source_sizes == [each.counts.examples for each in tokens]
+        batches = [batch for each in tokens for batch in each.batches]
+        self._ids = [flat(batch.column(0)) for batch in batches]
+        self._spans = [flat(batch.column(1)) for batch in batches]
+        self._starts = numpy.cumsum([0, *(batch.num_rows for batch in batches)])  # of each batch, among all examples
+        self._chosen = numpy.concatenate([first + own for first, own in zip(_firsts(tokens), chosen, strict=True)])
+        self.lengths = _joined([numpy.diff(offsets) for _, offsets in self._ids])[self._chosen]
+        """Token ids of each example: (examples,) int32."""
+        self.loss_tokens = _joined([loss_tokens_of(*each) for each in self._spans])[self._chosen]
+        """Predicted ids of each example that the loss counts: (examples,) int32."""
+        self.largest_id = max(each.counts.largest_id for each in tokens)
+        self.lost: Counter[str] = sum((each.counts.lost for each in tokens), Counter())
+        """Examples that lost something to max_length, by what they lost."""
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._chosen)
 
-    def example(self, index: int) -> list[int]:
-        """The ids of one."""
-        return self.ids[self.starts[index] : self.starts[index + 1]].tolist()
+    def example(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The ids of one, (length,) int32, and the spans of those that are trained, (k, 2) int32: [start, end), in order."""
+        place = self._chosen[index]
+        batch = int(numpy.searchsorted(self._starts, place, side="right")) - 1
+        at = place - self._starts[batch]
+        (ids, begins), (spans, firsts) = self._ids[batch], self._spans[batch]
+        return ids[begins[at] : begins[at + 1]], spans[firsts[at] : firsts[at + 1]].reshape(-1, 2)
 
     def collate(self, indices: list[int]) -> Batch:
         """A micro batch of these examples; without any, one that counts nothing."""
-        return collate([(self.example(i), self.prompt_lengths[i]) for i in indices] or [([PADDING], 1)])
+        return collate([self.example(i) for i in indices])
+
+    def collate_packed(self, rows: list[list[int]]) -> PackedBatch:
+        """A micro batch of rows of these examples; without any, one that counts nothing."""
+        return collate_packed([[self.example(i) for i in row] for row in rows])
 
     def fingerprint(self) -> str:
-        """SHA-256 of all token ids and of where each example's loss begins, in order."""
-        digest = hashlib.sha256(numpy.array(self.lengths, dtype=numpy.int64).tobytes())
-        for first in range(0, len(self), 1000):
-            last = min(first + 1000, len(self))
-            digest.update(self.ids[self.starts[first] : self.starts[last]].tobytes())
-            digest.update(numpy.array(self.prompt_lengths[first:last], dtype=numpy.int32).tobytes())
+        """SHA-256 that follows from all token ids, from which are trained, and from what makes the rows of an epoch of them."""
+        if self._whole and len(self._contents) == 1 and self.packing == "none":
+            return self._contents[0]
+        digest = hashlib.sha256(json.dumps([self._contents, self.source_weights, self.packing]).encode())
+        if self.packing != "none":
+            digest.update(str(self.max_length).encode())
+        if not self._whole:
+            digest.update(self._chosen.astype(numpy.int64).tobytes())
         return digest.hexdigest()
 
 
-def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
-    """Read and tokenize `split`, "train" or "eval".
+def load_splits(
+    config: DataConfig, tokenizer: Any, model: ModelConfig | None = None
+) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training and the held-out examples, tokenized by this process or found in the cache; `model` says where others that
+    help it find the tokenizer.
 
-    Raises UserError for a file that is missing, empty or cannot be parsed, and, with file and line, for a row without a column,
-    with a value that is not text, or without a completion.
+    Raises UserError for a file that is missing, empty or cannot be parsed and, with file and row, for a row that is no example.
     """
-    names = getattr(config, split)
-    assert names is not None
-    try:
-        rows = _local_rows(config, names) if config.hub is None else _hub_rows(config, names)
-        return _encoded(rows, config, tokenizer, names)
-    except UserError as error:
-        raise UserError(f"data.{split} {error}") from None
+    return datasets_of(config, tokenize(config, tokenizer, model))
 
 
-def columns_of(config: DataConfig) -> list[str]:
-    """The columns that are read."""
-    return [config.text] if config.text is not None else [config.prompt, config.completion]
+def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
+    """One of them alone, whatever the other is: "train" or "eval"."""
+    tokens = tokenize(config, tokenizer, splits=[split]).splits[split]
+    return TokenizedData(config, split, tokens, _sides(config, tokens, split)[0])
 
 
-def _local_rows(config: DataConfig, names: str | list[str]) -> Texts:
-    for name in [names] if isinstance(names, str) else names:
-        for path in find_files(name):
-            yield from text_rows(path, columns_of(config))
+def datasets_of(config: DataConfig, found: Found) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training and the held-out examples of what has been tokenized. Raises UserError where nothing is left of one."""
+    tokens = found.splits["train"]
+    trained, held = _sides(config, tokens, "train")
+    train = TokenizedData(config, "train", tokens, trained)
+    if config.holds_out:
+        return train, TokenizedData(config, "train", tokens, held)
+    if config.eval is None:
+        return train, None
+    tokens = found.splits["eval"]
+    return train, TokenizedData(config, "eval", tokens, _sides(config, tokens, "eval")[0])
 
 
-def _hub_rows(config: DataConfig, split: str) -> Texts:
-    assert config.hub is not None
-    try:
-        rows = load_hub(config.hub, config.hub_config, split, config.revision)
-    except UserError as error:
-        raise UserError(f"split {split} of data.hub {config.hub} cannot be loaded: {error}") from None
-    columns = columns_of(config)
-    source = f"split {split} of data.hub {config.hub}"
-    check_arrow(source, rows.features.arrow_schema, columns)
-    tables = rows.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_ROWS)
-    yield from arrow_texts(source, tables, columns)
+def _sides(config: DataConfig, tokens: list[Tokens], split: str) -> tuple[list[numpy.ndarray], list[numpy.ndarray]]:
+    """The examples of each source that stay in a split, and those that are held out of it, by their numbers in the source.
+
+    Which are held out follows from what the rows say alone: the digests of their contents are as good as drawn, and the least of
+    them are taken. Of a content that is there twice, the first row is evaluated.
+    """
+    holds_out = split == "train" and config.holds_out
+    if not holds_out and config.duplicates == "keep":
+        return [numpy.arange(each.counts.examples) for each in tokens], []
+    digests, rows = _contents(tokens)
+    found, firsts, which = numpy.unique(digests, return_index=True, return_inverse=True)
+    is_first = rows == rows[firsts][which]
+    held = numpy.zeros(len(rows), dtype=bool)
+    if holds_out:
+        count = config.eval_examples or max(1, round((config.eval_fraction or 0) * len(found)))
+        if count >= len(found):
+            raise UserError(
+                f"data.eval_examples {count} leaves nothing to train on: data.train has {len(found)} examples that differ"
+            )
+        held = which < count
+    stays = ~held & (is_first if config.duplicates == "drop" else True)
+    firsts_of = _firsts(tokens)
+    return [
+        [
+            numpy.flatnonzero(side[first : first + each.counts.examples])
+            for first, each in zip(firsts_of, tokens, strict=True)
+        ]
+        for side in (stays, held & is_first)
+    ]  # type: ignore[return-value]
 
 
-def _encoded(rows: Texts, config: DataConfig, tokenizer: Any, names: str | list[str]) -> TokenizedData:
-    named = names if isinstance(names, str) else some_of(names)
-    ids, lengths, prompt_lengths = array.array("i"), array.array("q"), array.array("i")
-    lost: collections.Counter[str] = collections.Counter()
-    empty = True
-    for texts in _batches(rows, config):
-        empty = False
-        encode = _pairs if config.text is None else _windows
-        for example, prompt_length, what in encode(texts, tokenizer, config.max_length):
-            ids.extend(example)
-            lengths.append(len(example))
-            prompt_lengths.append(prompt_length)
-            lost.update(what)
-    if empty:
-        raise UserError(f"{named} is empty: it needs at least one row")
-    # The first id of an example has nothing before it to be predicted from.
-    loss_tokens = [length - max(start, 1) for length, start in zip(lengths, prompt_lengths, strict=True)]
-    if not any(n > 0 for n in loss_tokens):
-        raise UserError(f"{named} leaves nothing to predict: it has no text of two tokens or more")
-    flat = numpy.frombuffer(ids, dtype=numpy.int32)
-    starts = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
-    return TokenizedData(
-        ids=flat,
-        starts=starts,
-        prompt_lengths=prompt_lengths.tolist(),
-        lengths=lengths.tolist(),
-        loss_tokens=loss_tokens,
-        lost=lost,
-        largest_id=int(flat.max(initial=0)),
+def _contents(tokens: list[Tokens]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Of each example of all sources, what its row says, as a digest, and the number of that row among those of all."""
+    first, digests, rows = 0, [], []
+    for each in tokens:
+        for batch in each.batches:
+            digests.append(digests_of(batch))
+            rows.append(rows_of(batch) + first)
+        first += each.counts.rows
+    return numpy.concatenate(digests), numpy.concatenate(rows)
+
+
+def _firsts(tokens: list[Tokens]) -> list[int]:
+    """The number of each source's first example among all."""
+    return numpy.cumsum([0, *(each.counts.examples for each in tokens)])[:-1].tolist()
+
+
+def _joined(parts: list[numpy.ndarray]) -> numpy.ndarray:
+    return numpy.concatenate([*parts, numpy.empty(0, dtype=numpy.int32)]).astype(numpy.int32)
+
+
+def facts_of(config: DataConfig, split: str, data: TokenizedData, found: Found) -> SplitFacts:
+    """What a split is made of, for people; `split` is "train" or "eval"."""
+    own = "eval" if split == "eval" and config.eval is not None else "train"
+    tokens = found.splits[own]
+    duplicates = tokens[0].duplicates
+    if len(tokens) > 1:
+        digests, rows = _contents(tokens)
+        first = numpy.append(True, rows[1:] != rows[:-1])
+        duplicates = int(first.sum()) - len(numpy.unique(digests))
+    named = zip(sources_of(config, own), tokens, data.source_sizes, strict=True)
+    return SplitFacts(
+        sources=[SourceFacts(name=source.name, tokens=each, examples=size) for source, each, size in named],
+        duplicates=duplicates,
+        held_out=sum(each.counts.examples for each in tokens) - len(data) if config.holds_out else 0,
+        warnings=found.warnings,
     )
 
 
-def _batches(rows: Texts, config: DataConfig) -> Iterator[list[list[str]]]:
-    """Rows to tokenize together: as many as hold a few million letters, so that little memory is needed at a time."""
-    batch, letters = [], 0
-    for place, row in rows:
-        if config.text is None and not row[1]:
-            raise UserError(f"{place} has '' in column {config.completion}; it must be text")
-        batch.append(row)
-        letters += sum(map(len, row))
-        if len(batch) == _BATCH_ROWS or letters > _BATCH_LETTERS:
-            yield batch
-            batch, letters = [], 0
-    if batch:
-        yield batch
-
-
-def _pairs(rows: list[list[str]], tokenizer: Any, max_length: int) -> Iterator[_Encoded]:
-    for ids, prompt_length in pairs_of([(prompt, completion) for prompt, completion in rows], tokenizer):
-        yield cut_pair(ids, prompt_length, max_length, tokenizer.bos_token_id)
-
-
-def _windows(rows: list[list[str]], tokenizer: Any, width: int) -> Iterator[_Encoded]:
-    """Plain text, cut into windows of at most `width` ids."""
-    texts = [text for (text,) in rows if text.strip()]  # empty lines between paragraphs are common
-    for ids in closed_ids_of(texts, tokenizer) if texts else ():
-        # Each window begins with the last id of the one before, so that every id is predicted once.
-        for at in range(0, max(len(ids) - 1, 1), width - 1):
-            yield ids[at : at + width], 1, []
+def overlap(found: Found) -> int:
+    """Rows of data.eval whose content is in data.train too."""
+    if "eval" not in found.splits:
+        return 0
+    train, _ = _contents(found.splits["train"])
+    held, rows = _contents(found.splits["eval"])
+    first = numpy.append(True, rows[1:] != rows[:-1])
+    return int(numpy.isin(held[first], train).sum())

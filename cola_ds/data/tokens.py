@@ -16,7 +16,8 @@ PROMPT_BEGIN = "the beginning of their prompt"
 WHOLE_PROMPT = "their whole prompt"
 COMPLETION_END = "the end of their completion"
 ANSWER_BEGIN = "their whole prompt and the beginning of their answer"
-LOSSES = (PROMPT_BEGIN, WHOLE_PROMPT, COMPLETION_END, ANSWER_BEGIN)
+CONVERSATION_END = "the end of their conversation"
+LOSSES = (PROMPT_BEGIN, WHOLE_PROMPT, COMPLETION_END, ANSWER_BEGIN, CONVERSATION_END)
 
 
 def ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

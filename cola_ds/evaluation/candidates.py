@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.data.batch import IGNORED, Encoded, PackedBatch
-from cola_ds.data.candidates import pack, packed_length
+from cola_ds.data.batch import IGNORED, CandidateBatch, Encoded
+from cola_ds.data.candidates import join_candidates, joined_length
 from cola_ds.distributed import accelerator
 from cola_ds.distributed.engine import Engine
 from cola_ds.evaluation.logits import labelled_logits
 from cola_ds.evaluation.shares import over_shares
 
 
-def candidate_scores(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, C), fp32
+def candidate_scores(model: nn.Module, batch: CandidateBatch) -> Tensor:  # -> (B, C), fp32
     """The mean log-probability (nats) of the ids of each candidate's answer; -inf where there is no such candidate.
 
     `model` is the engine, or the causal LM itself.
@@ -35,7 +35,7 @@ def candidate_scores(model: nn.Module, batch: PackedBatch) -> Tensor:  # -> (B, 
     return torch.where(batch.counts > 0, sums / batch.counts.clamp(min=1), -math.inf)
 
 
-def classification_loss(model: nn.Module, batch: PackedBatch) -> Tensor:
+def classification_loss(model: nn.Module, batch: CandidateBatch) -> Tensor:
     """Sum over the examples of the cross-entropy (nats) of the right candidate among the scores; 0 if there are none. -> ()"""
     return F.cross_entropy(candidate_scores(model, batch), batch.correct, ignore_index=-1, reduction="sum")
 
@@ -49,8 +49,8 @@ def score_candidates(
     """
 
     def score(indices: list[int]) -> list[list[float]]:
-        batch = pack([examples[i] for i in indices])
+        batch = join_candidates([examples[i] for i in indices])
         scores = candidate_scores(engine, batch.to(accelerator.device())).tolist()
         return [row[: len(examples[i].candidate_ids)] for i, row in zip(indices, scores, strict=False)]
 
-    return over_shares(engine, [packed_length(example) for example in examples], batch_size, stop, score)
+    return over_shares(engine, [joined_length(example) for example in examples], batch_size, stop, score)

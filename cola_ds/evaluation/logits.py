@@ -7,18 +7,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cola_ds.data.batch import Batch, PackedBatch
+from cola_ds.data.batch import AnyBatch, CandidateBatch, PackedBatch
+
+_MASKS_WITHOUT_POSITIONS = ("opt",)
+"""Models whose code makes its mask without the position ids (read in Transformers 5.24): they are given the whole mask."""
 
 
-def labelled_logits(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:  # -> (B, K, V)
+def labelled_logits(model: nn.Module, batch: AnyBatch) -> Tensor:  # -> (B, K, V)
     """The logits at the batch's `positions`; computed there only, where the architecture offers that.
 
     `model` is the engine, or the causal LM itself.
     """
     inner: Any = getattr(model, "module", model)
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
-    if isinstance(batch, PackedBatch):
+    if isinstance(batch, CandidateBatch):
         inputs |= {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask(inner.dtype)}
+    elif isinstance(batch, PackedBatch):
+        inputs["position_ids"] = batch.position_ids  # from these Transformers makes the mask, where it gets none
+        if inner.config.model_type in _MASKS_WITHOUT_POSITIONS:
+            inputs["attention_mask"] = batch.attention_mask(inner.dtype)
     else:
         inputs |= {"attention_mask": batch.attention_mask}
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cola_ds.config.schema import RunConfig
+from cola_ds.config.steps import rows_per_step
 from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
 from cola_ds.sweep.selection import Choice, choose
@@ -61,5 +62,5 @@ def budget(config: RunConfig) -> tuple[Any, ...]:
     runs."""
     optim = config.optim
     return (
-        config.model.path, config.data.num_train, optim.name, optim.epochs, optim.max_steps, optim.global_batch_size,
+        config.model.path, config.data.num_train, optim.name, optim.epochs, optim.max_steps, rows_per_step(config),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -80,12 +79,3 @@ def scratch_beside(path: Path, owner: str = "") -> Path:
 def file_name(text: str) -> str:
     """The text as the name of a file or folder."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "-"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as held:
-        while block := held.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

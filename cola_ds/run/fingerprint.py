@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
+from cola_ds.config.inputs import sha256_of
 from cola_ds.config.schema import ModelConfig
 from cola_ds.errors import UserError
-from cola_ds.run.atomic import sha256_of
 from cola_ds.run.model_files import weight_files
 from cola_ds.run.model_folder import model_folder
 

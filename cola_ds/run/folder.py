@@ -32,10 +32,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cola_ds.config.inputs import sha256_of
 from cola_ds.config.loading import dump_config
 from cola_ds.config.schema import TRAINING, RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.atomic import publish, sha256_of, sync_folder, write_atomically, write_folder
+from cola_ds.run.atomic import publish, sync_folder, write_atomically, write_folder
 from cola_ds.run.marker import Marker
 from cola_ds.run.peft_files import adapter_files, read_link
 from cola_ds.run.rows import read_row

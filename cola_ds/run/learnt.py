@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.inputs import sha256_of
 from cola_ds.config.keys import flat_keys, is_free, is_place
 from cola_ds.config.loading import load_config
 from cola_ds.config.schema import RunConfig, is_task_file
 from cola_ds.errors import UserError, some_of
-from cola_ds.run.atomic import sha256_of
 from cola_ds.run.marker import NAME, Marker
 
 

@@ -16,7 +16,7 @@ from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.session import joined
 from cola_ds.errors import UserError, quoted
 from cola_ds.run.folder import RunDir
-from cola_ds.training.prepare import prepare, summarize
+from cola_ds.training.prepare import check, prepare, summarize, with_data
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ def run_config(
     """Run a config to its end, or what is left of it. Collective. `end` ends this process, where another one died or hangs;
     with `frees`, engine and model are gone afterwards."""
     quiet_libraries(process)
-    prepared = prepare(config, process.world_size)
-    if process.rank == 0:
-        print(summarize(prepared, process.world_size), flush=True)
+    checked = check(config)
     from cola_ds.distributed import (  # deepspeed takes seconds more: not for a mistake in the config
         accelerator,
         collectives,
     )
     from cola_ds.training.run import run_prepared
+    from cola_ds.training.tokenizing import tokenize_together
 
     if process.rank == 0:  # before the others wait for it
         check_folder(config)
@@ -79,6 +78,12 @@ def run_config(
         process,
         begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, end, share),
     )
+    model = checked.config.model
+    prepared = with_data(
+        checked, process.world_size, lambda: tokenize_together(config.data, checked.tokenizer, model, process)
+    )
+    if process.rank == 0:
+        print(summarize(prepared, process.world_size), flush=True)
     ran = run_prepared(prepared, process, options, frees)
     folder = Path(config.run.dir)
     result = collectives.broadcast_object(

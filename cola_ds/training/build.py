@@ -57,15 +57,13 @@ def build_chain(
     engine = build_engine(model, prepared.engine_config, partial(make_optimizer, config.optim))
     engine.train(config.trains)
 
-    batchers = [
-        None if data is None else Batcher(data, process.rank, process.world_size)
-        for data in (prepared.train, prepared.held_out)
-    ]
-    assert batchers[0] is not None
+    train = Batcher(prepared.train, process.rank, process.world_size, prepared.order)
+    data = prepared.held_out
+    held_out = None if data is None else Batcher(data, process.rank, process.world_size)
     steps = step_plan.total_steps if config.trains else 0
     return Chain(
         config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
-        world_size=process.world_size, train=batchers[0], held_out=batchers[1], test=prepared.test,
+        world_size=process.world_size, train=train, held_out=held_out, test=prepared.test,
         tokenizer=prepared.tokenizer, folder=folder, state=state,
         logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),
     )  # fmt: skip

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from cola_ds.data.batch import AnyBatch
+from cola_ds.data.text import TokenizedData
 from cola_ds.distributed.profiler import forward_flops
 from cola_ds.errors import first_line
 from cola_ds.lora.layers import inject, start_link
@@ -69,10 +71,18 @@ def _within(limit_s: float, count: Callable[[], int]) -> int:
     return found[0]
 
 
+def _first_micro_batch(prepared: Prepared) -> tuple[AnyBatch, int]:
+    """As many examples as a micro batch has, or packed rows, and their tokens."""
+    size, data = prepared.config.optim.micro_batch_size, prepared.train
+    if prepared.order.capacity is not None and isinstance(data, TokenizedData):
+        rows = prepared.order.rows(prepared.config.run.seed, 0).between(0, size)
+        return data.collate_packed(rows), sum(int(data.lengths[i]) for row in rows for i in row)
+    size = min(size, len(data))
+    return data.collate(list(range(size))), sum(map(int, data.lengths[:size]))
+
+
 def _profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
-    size = min(prepared.config.optim.micro_batch_size, len(prepared.train))
-    batch = prepared.train.collate(list(range(size)))
-    forward_tokens = sum(prepared.train.lengths[:size])
+    batch, forward_tokens = _first_micro_batch(prepared)
     total, model = 0.0, copy.deepcopy(prepared.skeleton)
     if prepared.config.trains_lora:
         inject(model, prepared.targets, dropout=0.0, train_bias=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_ds.data.batch import Batch, PackedBatch
+from cola_ds.data.batch import AnyBatch
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.engine import evaluating, rebuild_engine, restart_optimizer
 from cola_ds.errors import TrainingFailedError
@@ -33,7 +33,7 @@ def pass_knot(chain: Chain) -> None:
     chain.logger.knot({**knot, **losses, "rebuild_s": rebuild_s})
 
 
-def last_batch(chain: Chain) -> Batch | PackedBatch:
+def last_batch(chain: Chain) -> AnyBatch:
     """The first micro batch of the last step, on this process's device: where examples ran out, the later ones count nothing."""
     return step_examples(chain, chain.state.step - 1).micro_batches[0].to(accelerator.device())
 
@@ -147,8 +147,8 @@ def extend_chain(chain: Chain) -> float:
     return time.perf_counter() - begin
 
 
-def batch_loss(chain: Chain, batch: Batch | PackedBatch) -> float:
-    """Mean loss on one example of each process, without dropout: enough to see a knot go wrong, at a fraction of a step."""
+def batch_loss(chain: Chain, batch: AnyBatch) -> float:
+    """Mean loss on one row of each process, without dropout: enough to see a knot go wrong, at a fraction of a step."""
     batch = batch.first()
     with evaluating(chain.engine):
         loss, counted = loss_sum(chain.engine, batch), batch.counted()

@@ -6,7 +6,9 @@ import collections
 import functools
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from cola_ds.checkpoint.decide import Identity, engine_facts
 from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan, resolve
-from cola_ds.data.candidates import check_packable
+from cola_ds.data.candidates import check_joinable
+from cola_ds.data.order import Order
+from cola_ds.data.packing import check_packable
 from cola_ds.data.tasks.dataset import TaskData, load_task
-from cola_ds.data.text import TokenizedData, load_split
+from cola_ds.data.text import TokenizedData, datasets_of, overlap
+from cola_ds.data.tokenize import Found, check_sources, tokenize
+from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.data.tokens import LOSSES
 from cola_ds.errors import UserError, cut, first_line
 from cola_ds.lora.layers import find_targets
@@ -26,6 +32,20 @@ from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A config whose DeepSpeed JSON, model and targets fit each other, and whose files are there. No data has been read but a
+    task's."""
+
+    config: RunConfig
+    engine_json: dict[str, Any]
+    tokenizer: Any
+    skeleton: Any
+    targets: list[str]
+    task: tuple[TaskData, TaskData, TaskData, str] | None
+    """Its train, dev and test examples, and their sizes in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +63,15 @@ class Prepared:
     """The model on the meta device: its modules and shapes."""
     targets: list[str]
     train: TokenizedData | TaskData
+    order: Order
+    """Which examples of `train` each row of an epoch has."""
     held_out: TokenizedData | TaskData | None
     test: TaskData | None = None
     """Of a task: what is reported, once `held_out`, its dev split, has chosen."""
     sizes: str = ""
     """Of a task: how many examples each split has, and what was left out."""
+    found: Found | None = None
+    """Of text: what has been tokenized."""
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
@@ -66,7 +90,14 @@ class Prepared:
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
-    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan. Raises UserError. No weight is read."""
+    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan; all by this process. Raises UserError. No
+    weight is read."""
+    checked = check(config)
+    return with_data(checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model))
+
+
+def check(config: RunConfig) -> Checked:
+    """Every check of a config that needs neither weights nor the rows of its data. Raises UserError."""
     engine_json = read_engine_config(config)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"path": _model_path(config.model.path)})}
@@ -80,28 +111,54 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
     if limit and max_length > limit:
         raise UserError(f"data.max_length {max_length} is more than the model's {limit} positions")
+    task = None
+    if config.data.task is not None:
+        task = load_task(config, tokenizer, max_length)
+        if task[0].task.objective == "classification" or any(example.candidates for example in task[2].examples):
+            check_joinable(skeleton, max_length)
+    else:
+        if config.data.packing != "none" and config.trains:
+            check_packable(skeleton)
+        check_sources(config.data)
+    return Checked(
+        config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task
+    )
+
+
+def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) -> Prepared:
+    """What runs: the checked config with its examples, which `tokenize` gives unless they are a task's. Raises UserError."""
+    config, engine_json = checked.config, checked.engine_json
     train: TokenizedData | TaskData
     held_out: TokenizedData | TaskData | None
-    test, sizes = None, ""
-    if config.data.task is not None:
-        train, held_out, test, sizes = load_task(config, tokenizer, max_length)
-        if train.task.objective == "classification" or any(example.candidates for example in test.examples):
-            check_packable(skeleton, max_length)
+    test, sizes, found = None, "", None
+    if checked.task is not None:
+        train, held_out, test, sizes = checked.task
     else:
-        train = load_split(config.data, "train", tokenizer)
-        held_out = load_split(config.data, "eval", tokenizer) if config.data.eval is not None else None
-    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+        found = tokenize()
+        train, held_out = datasets_of(config.data, found)
+    vocabulary = checked.skeleton.get_input_embeddings().weight.shape[0]
     splits: tuple[TokenizedData | TaskData | None, ...] = (train, held_out, test)
     for data in splits:
         if data is not None and data.largest_id >= vocabulary:
             raise UserError(
                 f"model.path {config.model.path}: its tokenizer has id {data.largest_id}, its embedding ends at {vocabulary}"
             )
-    step_plan = resolve(config, len(train), world_size)
+    order = order_of(train, config)
+    seed = config.run.seed
+    step_plan = resolve(config, order.count(seed, 0) if order.is_even else partial(order.count, seed), world_size)
     return Prepared(
         config=config, engine_json=engine_json, engine_config=complete(engine_json, config, step_plan), step_plan=step_plan,
-        tokenizer=tokenizer, skeleton=skeleton, targets=targets, train=train, held_out=held_out, test=test, sizes=sizes,
+        tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, train=train, order=order,
+        held_out=held_out, test=test, sizes=sizes, found=found,
     )  # fmt: skip
+
+
+def order_of(train: TokenizedData | TaskData, config: RunConfig) -> Order:
+    """The order of the training examples: mixed by their sources' weights, packed, or neither."""
+    if isinstance(train, TaskData):
+        return Order(train.lengths)
+    capacity = None if config.data.packing == "none" else config.data.max_length
+    return Order(train.lengths, train.source_sizes, train.source_weights, capacity)
 
 
 def _model_path(path: str) -> str:
@@ -120,7 +177,7 @@ def _model_path(path: str) -> str:
 
 
 def _describe_model(config: RunConfig) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -128,7 +185,6 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
     local = os.path.isdir(model.path)
     try:
         model_config = AutoConfig.from_pretrained(model.path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model.path, **options)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever a folder's files or a missing package make transformers raise
@@ -137,7 +193,7 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
         raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
     if getattr(model_config, "quantization_config", None):
         raise UserError(f"model.path {model.path} is quantised, which is not supported; use the model it was made from")
-    return tokenizer, skeleton
+    return load_tokenizer(model), skeleton
 
 
 def summarize(prepared: Prepared, world_size: int) -> str:
@@ -157,7 +213,9 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     if lost:
         counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
         data += f"; {counts}, too long for data.max_length"
-    batch = f"{optim.micro_batch_size} examples x {step_plan.micro_steps} micro steps x {world_size} processes"
+    data += "".join(f"; {what}" for what in _what_became_of(prepared))
+    what = "examples" if prepared.order.capacity is None else f"rows of {prepared.order.capacity} tokens"
+    batch = f"{optim.micro_batch_size} {what} x {step_plan.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
         f"method      {config.method}{layers}",
@@ -166,8 +224,9 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     if config.model.links is not None:
         lines.insert(1, f"links       those of {config.model.links}")
     if config.trains:
-        lines.append(f"batch       {optim.global_batch_size} = {batch}")
-        lines.append(f"steps       {step_plan.total_steps} ({step_plan.steps_per_epoch} per epoch)")
+        lines.append(f"batch       {step_plan.global_batch_size} = {batch}")
+        per_epoch = "per epoch" if step_plan.epochs.are_even else "in the first epoch"
+        lines.append(f"steps       {step_plan.total_steps} ({step_plan.epochs.steps(0)} {per_epoch})")
     if config.trains_lora:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
@@ -179,6 +238,26 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
     lines.append(f"run folder  {config.run.dir}")
     return "\n".join(lines)
+
+
+def _what_became_of(prepared: Prepared) -> Iterator[str]:
+    """What else is to be known of the rows of text: left out, there twice, on both sides; and of the chat template."""
+    if prepared.found is None:
+        return
+    counts = [tokens.counts for each in prepared.found.splits.values() for tokens in each]
+    dropped = sum((each.dropped for each in counts), collections.Counter())
+    yield from (f"{number} left out: {why}" for why, number in dropped.items())
+    duplicates = sum(tokens.duplicates for each in prepared.found.splits.values() for tokens in each)
+    if duplicates:
+        yield f"{duplicates} rows are there twice" + (
+            ", and left out" if prepared.config.data.duplicates == "drop" else ""
+        )
+    if both := overlap(prepared.found):
+        yield f"{both} rows of data.eval are in data.train too"
+    yield from (
+        f"{number} {what}" for what, number in sum((each.notes for each in counts), collections.Counter()).items()
+    )
+    yield from prepared.found.warnings
 
 
 def count_trainable(prepared: Prepared, link: int) -> int:

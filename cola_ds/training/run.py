@@ -9,6 +9,7 @@ from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.distributed import signals
 from cola_ds.distributed.engine import free_engine
 from cola_ds.distributed.launcher import Process
+from cola_ds.evaluation.separation import check_separation
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.loop import run_chain
@@ -37,6 +38,8 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, f
             return False
         chain = begin(prepared, process, folder, start, since)
         loading_s = time.perf_counter() - since
+        if prepared.config.trains and prepared.order.capacity is not None:
+            check_separation(chain.engine, prepared.train.largest_id)
         signals.steps_begin()
         if prepared.config.trains:
             run_chain(chain)

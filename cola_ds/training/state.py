@@ -110,14 +110,14 @@ class Chain:
 
 def step_examples(chain: Chain, step: int) -> StepExamples:
     """This process's share of the examples of a step, counted from 0."""
-    optim = chain.config.optim
-    return chain.train.step(step, chain.config.run.seed, optim.global_batch_size, optim.micro_batch_size)
+    size = chain.step_plan.global_batch_size
+    return chain.train.step(step, chain.config.run.seed, size, chain.config.optim.micro_batch_size)
 
 
 def position(chain: Chain) -> dict[str, Any]:
     """Where the chain is, for a row: the link is that of the last step."""
     step = chain.state.step
-    return {"step": step, "link": chain.step_plan.link_of(step), "epoch": step / chain.step_plan.steps_per_epoch}
+    return {"step": step, "link": chain.step_plan.link_of(step), "epoch": chain.step_plan.epochs.passed(step)}
 
 
 def counters(state: ChainState) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def evaluation_is_due(chain: Chain) -> bool:
         return at_knot
     if every == "end":
         return False
-    return step % (chain.step_plan.steps_per_epoch if every == "epoch" else int(every)) == 0
+    if every == "epoch":
+        return chain.step_plan.epochs.locate(step)[1] == 0
+    return step % int(every) == 0
 
 
 def evaluate_if_due(chain: Chain) -> None:

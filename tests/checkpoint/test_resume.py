@@ -207,7 +207,7 @@ def test_patience_counts_from_the_last_best(monkeypatch):
     """Losses 3, 4, 2, 5, 6: two in a row without a best are the last two, not the second and the fourth."""
     from types import SimpleNamespace as Part
 
-    from cola_ds.config.steps import StepPlan
+    from cola_ds.config.steps import Epochs, StepPlan
     from cola_ds.training import state, validation
 
     losses = iter([3.0, 4.0, 2.0, 5.0, 6.0])
@@ -216,7 +216,7 @@ def test_patience_counts_from_the_last_best(monkeypatch):
     chain = Part(
         config=Part(eval=Part(patience=2, every=1), checkpoint=Part(best=False)),
         state=state.ChainState(), links=1, held_out=True, folder=None,
-        step_plan=StepPlan(examples=9, steps_per_epoch=1, total_steps=9, knots=(9,), micro_steps=1),
+        step_plan=StepPlan(epochs=Epochs(9, 9), global_batch_size=9, total_steps=9, knots=(9,), micro_steps=1),
         logger=Part(say=lambda message: None, event=lambda what, **facts: None),
     )  # fmt: skip
     for step in range(1, 6):

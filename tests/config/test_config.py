@@ -12,7 +12,7 @@ import yaml
 from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.loading import dump_config, load_config
 from cola_ds.config.parsing import parse_yaml
-from cola_ds.config.steps import place_knots, resolve
+from cola_ds.config.steps import Epochs, place_knots, resolve
 from cola_ds.data.tasks.dataset import find_task
 from cola_ds.errors import UserError
 from cola_ds.sweep.plan import read_yaml
@@ -325,7 +325,7 @@ def test_dumped_config_loads_equal(load, tmp_path):
     ],
 )
 def test_knots(knots, length, total, placed):
-    assert place_knots(knots, length, total, steps_per_epoch=125) == placed
+    assert place_knots(knots, length, total, Epochs(125, 1)) == placed
 
 
 @pytest.mark.parametrize(
@@ -338,13 +338,13 @@ def test_knots(knots, length, total, placed):
 )
 def test_knots_outside_the_run(knots, length, message):
     with pytest.raises(UserError, match=message):
-        place_knots(knots, length, 10, steps_per_epoch=2)
+        place_knots(knots, length, 10, Epochs(2, 1))
 
 
 def test_step_plan(load):
     config = load(MINIMAL, "chain.length=3", "optim.global_batch_size=8", "optim.micro_batch_size=2")
-    step_plan = resolve(config, examples=1001, world_size=2)
-    assert (step_plan.steps_per_epoch, step_plan.total_steps, step_plan.micro_steps) == (126, 630, 2)
+    step_plan = resolve(config, rows=1001, world_size=2)
+    assert (step_plan.epochs.steps(0), step_plan.total_steps, step_plan.micro_steps) == (126, 630, 2)
     assert [step_plan.link_steps(link) for link in (1, 2, 3)] == [210, 210, 210]
     assert resolve(load(MINIMAL, "optim.max_steps=7"), 1001, 1).total_steps == 7
 
@@ -353,7 +353,7 @@ def test_batch_that_does_not_divide(load):
     with pytest.raises(
         UserError, match=r"optim.global_batch_size 8 does not divide .* 3 processes; use a multiple of 12"
     ):
-        resolve(load(), examples=10, world_size=3)
+        resolve(load(), rows=10, world_size=3)
 
 
 def test_warm_up_that_outlasts_its_link(load):

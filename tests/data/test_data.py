@@ -39,8 +39,19 @@ def load(tokenizer, path, **options):
     return load_split(DataConfig(train=str(path), **options), "train", tokenizer)
 
 
+def ids_at(data, index):
+    return data.example(index)[0].tolist()
+
+
+def prompt_lengths(data):
+    """Ids of each example before its loss begins, which goes on to its end."""
+    spans = [data.example(index)[1].tolist() for index in range(len(data))]
+    assert all(len(own) == 1 and own[0][1] == length for own, length in zip(spans, data.lengths, strict=True))
+    return [own[0][0] for own in spans]
+
+
 def examples(data):
-    return [(data.example(index), data.prompt_lengths[index]) for index in range(len(data))]
+    return list(zip([ids_at(data, index) for index in range(len(data))], prompt_lengths(data), strict=True))
 
 
 def texts(tokenizer, data):
@@ -54,8 +65,8 @@ def test_prompt_and_completion(tokenizer, tmp_path):
     path = write(tmp_path / "t.jsonl", [{"prompt": "ab", "completion": "cd"}, {"prompt": "", "completion": "x"}])
     data = load(tokenizer, path)
     assert texts(tokenizer, data) == ["<s>abcd</s>", "<s>x</s>"]  # BOS as the tokenizer puts it, EOS after the answer
-    assert data.prompt_lengths == [3, 1]
-    assert (data.lengths, data.loss_tokens, data.lost) == ([6, 3], [3, 2], {})
+    assert prompt_lengths(data) == [3, 1]
+    assert (data.lengths.tolist(), data.loss_tokens.tolist(), data.lost) == ([6, 3], [3, 2], {})
 
 
 def pieces(tokenizer, prompt, completion):
@@ -76,9 +87,9 @@ def metaspace(tmp_path_factory):
 
 def test_the_ids_are_those_of_the_whole_text(metaspace, tmp_path):
     data = load(metaspace, write(tmp_path / "t.jsonl", [{"prompt": "12+30=", "completion": "42"}]))
-    assert data.example(0) == [*metaspace("12+30=42").input_ids, metaspace.eos_token_id]
-    assert data.prompt_lengths == [8]
-    assert metaspace.decode(data.example(0), skip_special_tokens=True) == "12+30=42"
+    assert ids_at(data, 0) == [*metaspace("12+30=42").input_ids, metaspace.eos_token_id]
+    assert prompt_lengths(data) == [8]
+    assert metaspace.decode(ids_at(data, 0), skip_special_tokens=True) == "12+30=42"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +142,7 @@ def test_a_piece_of_both_is_the_completions(tmp_path):
     tokenizer = make_tokenizer(merges=[("b", "c"), ("a", "bc")])
     assert pieces(tokenizer, "xab", "cd") == "<s> x | abc d </s>"
     data = load(tokenizer, write(tmp_path / "t.jsonl", [{"prompt": "xab", "completion": "cd"}]))
-    assert (data.prompt_lengths, data.loss_tokens) == ([2], [3])
+    assert (prompt_lengths(data), data.loss_tokens.tolist()) == ([2], [3])
 
 
 class WithoutSpans:
@@ -243,7 +254,7 @@ def test_three_losses_are_told_apart(toy, tmp_path):
     line = next(line for line in summarize(prepared, 1).splitlines() if line.startswith("data "))
     assert line.endswith(
         "5 training examples, 5 held out; 2 lost the beginning of their prompt, 6 lost their whole prompt, "
-        "4 lost the end of their completion, too long for data.max_length"
+        "4 lost the end of their completion, too long for data.max_length; 5 rows of data.eval are in data.train too"
     )
 
 
@@ -278,7 +289,7 @@ def test_what_a_run_is_known_by(tokenizer, tmp_path):
     digest = hashlib.sha256(np.array(data.lengths, dtype=np.int64).tobytes())
     for part in (slice(0, 1000), slice(1000, 1001)):
         ids = [token for example, _ in examples(data)[part] for token in example]
-        for column in (ids, data.prompt_lengths[part]):
+        for column in (ids, prompt_lengths(data)[part]):
             digest.update(np.array(column, dtype=np.int32).tobytes())
     assert data.fingerprint() == digest.hexdigest()
 
@@ -287,7 +298,7 @@ def test_what_a_run_is_known_by(tokenizer, tmp_path):
 
 
 def test_collate_counts_completions_alone():
-    batch = collate([([1, 5, 6, 7], 2), ([1, 8], 1)])
+    batch = collate([([1, 5, 6, 7], [(2, 4)]), ([1, 8], [(1, 2)])])
     assert batch.input_ids.tolist() == [[1, 5, 6, 7], [1, 8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.positions.tolist() == [0, 1, 2]

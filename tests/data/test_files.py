@@ -208,7 +208,7 @@ def test_a_folder_a_glob_and_a_list(shards, tmp_path):
     config = DataConfig(train=[str(more), str(shards), f"{shards}/*0-of*"])
     data = load_split(config, "train", tokenizer)
     texts = ["".join(pair) for pair in [*PAIRS[:1], *PAIRS, *PAIRS[:5]]]
-    assert ["".join(tokenizer.convert_ids_to_tokens(data.example(i)[1:-1])) for i in range(len(data))] == texts
+    assert ["".join(tokenizer.convert_ids_to_tokens(data.example(i)[0][1:-1])) for i in range(len(data))] == texts
 
 
 def test_a_sweep_looks_at_every_file(shards, tmp_path):
@@ -282,10 +282,13 @@ BAD_LINES = {
     "latin-1": ('{"prompt": "caf\xe9", "completion": "x"}\n'.encode("latin1"), ": not UTF-8"),
     "gbk": ('{"prompt": "\u4f60\u597d", "completion": "x"}\n'.encode("gbk"), ": not UTF-8"),
     "a surrogate in bytes": (b'{"prompt": "\xed\xa0\xbd", "completion": "x"}\n', ": not UTF-8"),
-    "messages": (json.dumps({"messages": TALK}) + "\n", "it has messages: conversations are not read yet: turn each"),
+    "messages": (
+        json.dumps({"messages": TALK}) + "\n",
+        "it has messages: conversations are read with data.format=chat",
+    ),
     "messages as columns": (
         json.dumps({"prompt": TALK[:1], "completion": TALK[1:]}) + "\n",
-        "in column prompt; it must be text; conversations are not read yet",
+        "in column prompt; it must be text; conversations are read with data.format=chat",
     ),
 }
 
@@ -380,7 +383,7 @@ def test_bad_columns(tmp_path, form):
     assert refused(twice) == " has column completion twice"
     assert refused(holes, ["text"]).startswith(" has no column text; it has prompt, completion: name its own")
     talk = pa.table({"prompt": [TALK], "completion": ["x"]})
-    assert "in column prompt; it must be text; conversations are not read yet" in refused(talk)
+    assert "in column prompt; it must be text; conversations are read with data.format=chat" in refused(talk)
     latin = pa.array([b"a"] * 7 + [b"caf\xe9"], pa.binary())
     assert " row 8: column completion is not UTF-8" in refused(pa.table({"prompt": ["p"] * 8, "completion": latin}))
     latin = pa.Array.from_buffers(pa.string(), 8, latin.buffers())  # what claims to be UTF-8
@@ -487,7 +490,7 @@ def test_a_row_is_trained_to_the_letter_or_named(tmp_path, rows, raw, listed):
     for index, row in enumerate(rows):
         text = row["prompt"] + row["completion"]
         expected = "<s>" + text.removeprefix("<s>") + ("" if text.endswith("</s>") else "</s>")
-        assert _spelled(data.example(index)) == expected
+        assert _spelled(data.example(index)[0]) == expected
 
 
 def _is_text(value):
@@ -584,7 +587,7 @@ def test_the_hub(tmp_path):
     def load(split, **options):
         return load_split(DataConfig(train=split, hub=str(tmp_path), **options), "train", tokenizer)
 
-    assert tokenizer.convert_ids_to_tokens(load("train[:1]").example(0)) == ["<s>", *"3+5=8", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(load("train[:1]").example(0)[0]) == ["<s>", *"3+5=8", "</s>"]
     name = f"data.train split {{}} of data.hub {tmp_path}"
     for split, options, message in (
         ("nope", {}, " cannot be loaded: "),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cola_ds.data.batch import IGNORED, Encoded
-from cola_ds.data.candidates import pack, packed_length
+from cola_ds.data.candidates import join_candidates, joined_length
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import find_targets, inject, lora_layers, start_link
 from tests.support.distributed import process_group, run_distributed
@@ -138,7 +138,7 @@ def models(tmp_path_factory):
 
 
 def test_a_row_holds_the_prompt_once():
-    batch = pack([example([1, 5, 6], [7, 8], [9], [7, 3, 4]), example([1], [2])], [2, 0])
+    batch = join_candidates([example([1, 5, 6], [7, 8], [9], [7, 3, 4]), example([1], [2])], [2, 0])
     assert batch.input_ids.tolist() == [[1, 5, 6, 7, 6, 6, 7, 3], [0] * 7 + [1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 2, 3, 4], [0] * 8]
     assert batch.positions.tolist() == [2, 3, 4, 5, 6, 7]
@@ -158,12 +158,12 @@ def test_a_row_holds_the_prompt_once():
 
 
 def test_rows_align_where_answers_have_one_length():
-    batch = pack([example([1] * length, [7], [8]) for length in (3, 9, 4)])
+    batch = join_candidates([example([1] * length, [7], [8]) for length in (3, 9, 4)])
     assert batch.positions.tolist() == [8, 9]  # of a row of 10: logits are computed at two positions only
 
 
 def test_without_examples_a_batch_counts_nothing():
-    batch = pack([], [])
+    batch = join_candidates([], [])
     assert batch.real.tolist() == [False]
     assert batch.correct.tolist() == [-1]
     assert (batch.labels == IGNORED).all()
@@ -174,24 +174,24 @@ def test_without_examples_a_batch_counts_nothing():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_and_gradients_are_those_of_whole_texts(models, architecture):
-    from cola_ds.data.candidates import check_packable
+    from cola_ds.data.candidates import check_joinable
     from cola_ds.evaluation.candidates import candidate_scores, classification_loss
 
     model = plain_model(models[architecture])
-    check_packable(model)
+    check_joinable(model)
     expected = [plain_scores(model, e) for e in EXAMPLES]
     for size in (1, 2, 3, len(EXAMPLES)):  # with other mates, and other padding
         for start in range(0, len(EXAMPLES), size):
-            found = candidate_scores(model, pack(EXAMPLES[start : start + size]))
+            found = candidate_scores(model, join_candidates(EXAMPLES[start : start + size]))
             for row, scores in zip(found, expected[start : start + size], strict=True):
                 torch.testing.assert_close(row[: len(scores)], scores, rtol=1e-5, atol=1e-5)
                 assert (row[len(scores) :] == -math.inf).all()
 
     loss = plain_loss(model, EXAMPLES, CORRECT)
     gradients = torch.autograd.grad(loss, list(trained(model).values()))
-    packed = classification_loss(model, pack(EXAMPLES, CORRECT))
-    torch.testing.assert_close(packed, loss, rtol=1e-5, atol=1e-5)
-    packed.backward()
+    joined = classification_loss(model, join_candidates(EXAMPLES, CORRECT))
+    torch.testing.assert_close(joined, loss, rtol=1e-5, atol=1e-5)
+    joined.backward()
     for (name, param), gradient in zip(trained(model).items(), gradients, strict=True):
         torch.testing.assert_close(param.grad, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item(), msg=name)
 
@@ -211,7 +211,7 @@ class OlderModel(torch.nn.Module):
 def test_models_of_other_kinds_score_alike(models):
     from cola_ds.evaluation.candidates import candidate_scores
 
-    model, batch = plain_model(models["llama"]), pack(EXAMPLES)
+    model, batch = plain_model(models["llama"]), join_candidates(EXAMPLES)
     scores = candidate_scores(model, batch)
     torch.testing.assert_close(candidate_scores(OlderModel(model), batch), scores, rtol=1e-5, atol=1e-5)
     rounded = candidate_scores(OlderModel(model.bfloat16()), batch)
@@ -223,7 +223,7 @@ def test_a_batch_without_examples_has_no_loss_and_no_gradient(models):
     from cola_ds.evaluation.candidates import classification_loss
 
     model = plain_model(models["llama"])
-    loss = classification_loss(model, pack([], []))
+    loss = classification_loss(model, join_candidates([], []))
     loss.backward()
     assert loss.item() == 0
     assert all((param.grad == 0).all() for param in trained(model).values())
@@ -233,7 +233,9 @@ def test_an_example_that_has_no_right_candidate_counts_nothing(models):
     from cola_ds.evaluation.candidates import classification_loss
 
     model = plain_model(models["llama"])
-    both, first = (classification_loss(model, pack(EXAMPLES[:2], right)).item() for right in ([0, 2], [0, -1]))
+    both, first = (
+        classification_loss(model, join_candidates(EXAMPLES[:2], right)).item() for right in ([0, 2], [0, -1])
+    )
     assert first == pytest.approx(plain_loss(model, EXAMPLES[:1], [0]).item(), rel=1e-5)
     assert both > first
 
@@ -245,10 +247,10 @@ def test_the_shared_prompt_is_computed_once(models):
     ids = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: ids.append(inputs[0].numel()))
     three = EXAMPLES[1]  # 21 ids, and answers of 3, 1 and 7
-    candidate_scores(model, pack([three]))
-    assert ids == [20 + 3 + 1 + 7] == [packed_length(three)]  # the branches begin with the prompt's last id
+    candidate_scores(model, join_candidates([three]))
+    assert ids == [20 + 3 + 1 + 7] == [joined_length(three)]  # the branches begin with the prompt's last id
     assert ids[0] < sum(map(len, three.candidate_ids))
-    assert [pack([e]).input_ids.numel() for e in EXAMPLES] == [packed_length(e) for e in EXAMPLES]
+    assert [join_candidates([e]).input_ids.numel() for e in EXAMPLES] == [joined_length(e) for e in EXAMPLES]
 
 
 # -- which models ------------------------------------------------------------------------------------------------------
@@ -263,8 +265,8 @@ def skeleton(kind, attention="sdpa", **options):
     return model
 
 
-def test_models_that_cannot_take_packed_rows_are_refused():
-    from cola_ds.data.candidates import check_packable
+def test_models_that_cannot_take_joined_rows_are_refused():
+    from cola_ds.data.candidates import check_joinable
 
     sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     for model, reason in [
@@ -281,26 +283,26 @@ def test_models_that_cannot_take_packed_rows_are_refused():
         (skeleton("rwkv"), "recurrent"),
     ]:
         with pytest.raises(UserError, match=reason):
-            check_packable(model)
+            check_joinable(model)
     with pytest.raises(UserError, match="a window of 16 ids"):
-        check_packable(skeleton("mistral", sliding_window=16), max_length=17)
+        check_joinable(skeleton("mistral", sliding_window=16), max_length=17)
 
 
 def test_a_window_that_no_text_fills_changes_nothing(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cola_ds.data.candidates import check_packable
+    from cola_ds.data.candidates import check_joinable
     from cola_ds.evaluation.candidates import candidate_scores
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model("mistral", vocab_size=300, num_hidden_layers=2, sliding_window=35, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    check_packable(model, max_length=35)
-    scores = candidate_scores(model, pack(EXAMPLES))
+    check_joinable(model, max_length=35)
+    scores = candidate_scores(model, join_candidates(EXAMPLES))
     for row, each in zip(scores, EXAMPLES, strict=True):
         torch.testing.assert_close(row[: len(each.candidate_ids)], plain_scores(model, each), rtol=1e-5, atol=1e-5)
-    assert max(map(packed_length, EXAMPLES)) <= 35
+    assert max(map(joined_length, EXAMPLES)) <= 35
 
 
 # -- under ZeRO-3, at every number of processes ------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def gradient_here(engine, process, count):
 
     engine.train()
     mine = slice(process.rank, count, process.world_size)
-    loss = classification_loss(engine, pack(EXAMPLES[:count][mine], CORRECT[:count][mine]))
+    loss = classification_loss(engine, join_candidates(EXAMPLES[:count][mine], CORRECT[:count][mine]))
     engine.backward(loss * process.world_size)
     gradient = {name: safe_get_full_grad(param).clone() for name, param in trained(engine.module).items()}
     engine.step()

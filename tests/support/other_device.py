@@ -14,7 +14,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.data import batch as types
-from cola_ds.data.batch import Batch, PackedBatch
+from cola_ds.data.batch import Batch, CandidateBatch
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora import tie
 from cola_ds.lora.layers import LoRALinear, inject, inner_product, lora_layers, start_link
@@ -53,7 +53,7 @@ def losses() -> None:
 
     batches = (
         Batch(ids(2, 9), ids(2, 9) + 1, ids(4), ids(2, 4)),
-        PackedBatch(
+        CandidateBatch(
             input_ids=ids(2, 9),
             position_ids=ids(2, 9),
             branches=ids(2, 9),

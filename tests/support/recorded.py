@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cola_ds.run.atomic import sha256_of
+from cola_ds.config.inputs import sha256_of
 from cola_ds.run.marker import Marker
 
 _FILES = (

@@ -10,8 +10,8 @@ from typing import Any
 
 from cola_ds.config.parsing import parse_yaml, read_text
 from cola_ds.config.schema import RunConfig, is_task_file
-from cola_ds.data.batch import PADDING, Batch, Encoded, PackedBatch
-from cola_ds.data.candidates import pack, packed_length
+from cola_ds.data.batch import Batch, CandidateBatch, Encoded
+from cola_ds.data.candidates import join_candidates, joined_length
 from cola_ds.data.collate import collate
 from cola_ds.data.tasks.catalog import Example, Task, task_named
 from cola_ds.data.tasks.custom import task_from_yaml
@@ -40,11 +40,12 @@ class TaskData:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def collate(self, indices: list[int]) -> Batch | PackedBatch:
+    def collate(self, indices: list[int]) -> Batch | CandidateBatch:
         """A micro batch of these examples, to train on; without any, one that counts nothing."""
         if self.task.objective == "classification":
-            return pack([self.encoded[i] for i in indices], [self.examples[i].correct[0] for i in indices])
-        return collate([_taught(self.examples[i], self.encoded[i]) for i in indices] or [([PADDING], 1)])
+            return join_candidates([self.encoded[i] for i in indices], [self.examples[i].correct[0] for i in indices])
+        taught = [_taught(self.examples[i], self.encoded[i]) for i in indices]
+        return collate([(ids, [(start, len(ids))]) for ids, start in taught])
 
     def fingerprint(self) -> str:
         """SHA-256 of how the task is trained and scored, and of all token ids, right answers and lengths of answers, in order."""
@@ -102,7 +103,7 @@ def _encode_all(task: Task, examples: list[Example], tokenizer: Any, max_length:
     reserve = NEW_TOKENS if task.generates else 0
     encoded = [encode(example, tokenizer, max_length, reserve) for example in examples]
     if task.objective == "classification":
-        lengths, counted = [packed_length(each) for each in encoded], [1] * len(encoded)
+        lengths, counted = [joined_length(each) for each in encoded], [1] * len(encoded)
     else:
         taught = [_taught(example, each) for example, each in zip(examples, encoded, strict=True)]
         lengths, counted = [len(ids) for ids, _ in taught], [len(ids) - start for ids, start in taught]
