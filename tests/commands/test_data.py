@@ -74,10 +74,13 @@ def test_roles_of_conversations(place, capsys):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]
     write(place / "train.jsonl", [{"messages": turns}] * 2)
     (place / "chat.jinja").write_text(CHATML, encoding="utf-8")
-    text = said(capsys, "data.chat_template=chat.jinja", "--show", "1")
+    cut = said(capsys, "data.chat_template=chat.jinja")
+    assert re.search(r"  role +assistant: \d+ tokens, \d+ of them trained, before they are cut\n", cut)
+    text = said(capsys, "data.chat_template=chat.jinja", "data.max_length=128", "--show", "1")
     roles = dict(re.findall(r"  role +(\w+): \d+ tokens, (\d+) of them trained", text))
-    assert roles["user"] == "0"
+    assert roles["prompt"] == "0"  # all that is not the assistant's
     assert int(roles["assistant"]) >= 2 * len("you<|im_end|>")
+    assert f"{sum(map(int, roles.values()))} of them trained (" in text  # of the examples
     assert "⟦you<|im_end|>" in text
     assert "⟦hi" not in text
 
