@@ -66,7 +66,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, template: str | None, loss_on: Literal["assistant", "last", "all"]):
         """Raises UserError for a tokenizer without a chat template or without offsets, and a template that is no Jinja."""
-        name = os.path.basename(getattr(tokenizer, "name_or_path", "") or "") or type(tokenizer).__name__
+        name = (
+            os.path.basename((getattr(tokenizer, "name_or_path", None) or "").rstrip("/")) or type(tokenizer).__name__
+        )
         self._named = f"the chat template of tokenizer {name}" if template is None else "data.chat_template"
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -111,13 +113,14 @@ class ChatTemplate:
 
         try:
             self._template(None)
+        except ValueError as error:  # several templates, none of them the default
+            raise UserError(f"{self._named} cannot be chosen: {first_line(error)}; {_REMEDY}") from None
+        try:
             self._raw([{"role": "user", "content": "a"}], None, False)
         except TemplateSyntaxError as error:
             raise UserError(f"{self._named} is no Jinja template: line {error.lineno}: {first_line(error)}") from None
-        except ValueError as error:  # several templates, none of them the default
-            raise UserError(f"{self._named} cannot be chosen: {first_line(error)}; {_REMEDY}") from None
-        except Exception:
-            pass  # it may refuse this conversation: others are told apart when they come
+        except Exception:  # it may refuse this conversation, and be right for those that come
+            return
 
     def _template(self, tools: Any) -> str:
         return self._tokenizer.get_chat_template(self._given, tools)
@@ -162,11 +165,13 @@ class ChatTemplate:
             which = [index for index, trained in enumerate(conversation.trained) if trained]
             turns = [self._turn(place, conversation, index, full) for index in which[-(self._loss_on == "last") :]]
             if all(full.startswith(text) for _, text in turns):
-                texts = [self._turns(full, [(start, len(text)) for start, text in turns], marks, notes)]
+                texts = [self._turns(place, full, [(start, len(text)) for start, text in turns], marks, notes)]
             else:
                 notes.add(TURN_BY_TURN)
                 texts = [
-                    self._turns(text, [(start, len(text))], self._render(place, conversation, index + 1)[1], notes)
+                    self._turns(
+                        place, text, [(start, len(text))], self._render(place, conversation, index + 1)[1], notes
+                    )
                     for index, (start, text) in zip(which[-(self._loss_on == "last") :], turns, strict=True)
                 ]
         notes |= self._look(conversation, [full, *(each.text for each in texts if each.text is not full)])
@@ -189,28 +194,30 @@ class ChatTemplate:
             )
         return len(prompt), text
 
-    def _turns(self, text: str, turns: list[_Span], marks: list[_Span] | None, notes: set[str]) -> _Text:
+    def _turns(self, place: str, text: str, turns: list[_Span], marks: list[_Span] | None, notes: set[str]) -> _Text:
         """The text with what is trained of each turn."""
         trained, roles = [], []
         for start, end in turns:
             spans = [(start, end)] if marks is None else [mark for mark in marks if _within(mark, start, end)]
             if spans:
-                spans[-1] = (spans[-1][0], self._end(text, spans[-1], end, marks is not None, notes))
+                spans[-1] = (spans[-1][0], self._end(place, text, spans[-1], end, marks is not None, notes))
             trained += spans
             roles += [("prompt", start), ("assistant", end)]
         return _Text(text, trained, [*roles, ("prompt", len(text))])
 
-    def _end(self, text: str, span: _Span, turn_end: int, marked: bool, notes: set[str]) -> int:
+    def _end(self, place: str, text: str, span: _Span, turn_end: int, marked: bool, notes: set[str]) -> int:
         """Where the last span of a turn ends: with the special token that ends the turn."""
         start, end = span
-        if marked:
-            if found := self._ends.match(text, end, turn_end):
-                return found.end()
-            bare = end
-        else:
-            bare = start + len(text[start:end].rstrip())
+        if marked and (found := self._ends.match(text, end, turn_end)):
+            return found.end()
+        bare = start + len(text[start:end].rstrip())
         if text.endswith(self._endings, start, bare):
-            return bare
+            return end if marked else bare
+        if rest := text[end:turn_end].strip():
+            raise UserError(
+                f"{place}: the generation marks of {self._named} end before {quoted(rest)}, so that the end of the turn would "
+                f"never be trained; {_REMEDY}"
+            )
         notes.add(UNENDED)
         return end
 
