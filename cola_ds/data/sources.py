@@ -47,6 +47,8 @@ class Source:
     limit: int | None = None
     format: str = "auto"
     columns: Columns
+    may_be_path: bool = False
+    """Whether `hub` was given as a plain name, which could be a file's as well."""
 
     def open(self) -> OpenSource:
         """Find its files, or load it from the hub, and see what its rows are. Raises UserError."""
@@ -56,7 +58,8 @@ class Source:
             try:
                 table = load_hub(self.hub, self.hub_config, self.split, self.revision)
             except UserError as error:
-                raise UserError(f"{self.name} cannot be loaded: {error}") from None
+                here = f"; {self.hub} is not here either" if self.may_be_path else ""
+                raise UserError(f"{self.name} cannot be loaded: {error}{here}") from None
         return OpenSource(self, files, table)
 
 
@@ -73,13 +76,14 @@ def sources_of(data: DataConfig, split: str) -> list[Source]:
 
 def _source(data: DataConfig, split: str, given: str | SourceConfig) -> Source:
     own = SourceConfig(path=given) if isinstance(given, str) else given
-    if own.path is not None and is_hub_name(own.path):
+    may_be_path = own.path is not None and is_hub_name(own.path)
+    if may_be_path:
         own = SourceConfig(hub=own.path, **own.model_dump(exclude={"path", "hub"}, exclude_none=True))
     of_split = own.split or ("train" if split == "train" else "validation")
     return Source(
         name=own.path or f"split {of_split} of {own.hub} on the hub", path=own.path, hub=own.hub,
         hub_config=own.hub_config, revision=own.revision, split=of_split, weight=own.weight, limit=own.limit,
-        format=own.format or data.format, columns=_columns(data, own),
+        format=own.format or data.format, columns=_columns(data, own), may_be_path=may_be_path,
     )  # fmt: skip
 
 
@@ -95,6 +99,7 @@ class OpenSource:
         self.source, self.files, self._table = source, files, table
         self.needed: list[str] = []
         """The columns that every row must have."""
+        self._is_empty = False
         self.kind = self._kind()
         """texts of columns: pairs, text; objects: messages, conversations, alpaca, chat pairs."""
         columns = source.columns
@@ -112,7 +117,8 @@ class OpenSource:
         if said == "pairs":
             return "pairs"
         place, names, row = self._first()
-        if names is None:  # it is empty, as will be said
+        if names is None:  # as will be said
+            self._is_empty = True
             return "pairs"
         found: str | None = kind_of_row(names, columns)
         if found == "conversations":
@@ -145,6 +151,8 @@ class OpenSource:
 
     def _rows(self) -> Rows:
         optional = _OPTIONAL.get(self.kind)
+        if self._is_empty:  # a table without rows may have any columns
+            return
         if self._table is not None:
             yield from self._hub_rows(optional)
         for path in self.files:
