@@ -97,6 +97,7 @@ class OpenSource:
 
     def __init__(self, source: Source, files: list[Path], table: Any):
         self.source, self.files, self._table = source, files, table
+        self._seen = [_stamp(path) for path in files]
         self.needed: list[str] = []
         """The columns that every row must have."""
         self._is_empty = False
@@ -171,6 +172,12 @@ class OpenSource:
         batches = table.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_ROWS)
         yield from (arrow_texts if optional is None else arrow_objects)(name, batches, columns)
 
+    def check_unchanged(self) -> None:
+        """Raise UserError for a file that is not what it was when the source was opened."""
+        for path, stamp in zip(self.files, self._seen, strict=True):
+            if _stamp(path) != stamp:
+                raise UserError(f"{path} has changed while it was read: start again when it is whole")
+
     def content(self) -> list[str]:
         """What tells the content of this source from any other: SHA-256 of each file, in order; of a hub's set what datasets
         knows it by."""
@@ -178,6 +185,14 @@ class OpenSource:
             files = [each["filename"] for each in self._table.cache_files]
             return [self._table._fingerprint, *(_hash(Path(each)) for each in files)]
         return [f"{kind_of(path)} {_hash(path)}" for path in self.files]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:  # as is said where it is read
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _hash(path: Path) -> str:

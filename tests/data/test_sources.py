@@ -382,12 +382,22 @@ def test_a_folder_without_shards(tokenizer, tmp_path):
     )
 
 
-def test_a_row_of_50_megabytes(tokenizer, tmp_path):
-    """In place: it costs time in proportion to its letters, and what is not trained of it is cut off."""
-    large = {"messages": [*talk(1), {"role": "user", "content": "Hi there " * 100_000}, *talk(2)[1:]]}
-    path = put(tmp_path / "t.jsonl", lines([GOOD[0], large, GOOD[1]]))
-    assert path.stat().st_size > 900_000
-    data = load(tokenizer, path)
+@pytest.mark.parametrize("kind", ["messages", "pairs"])
+def test_a_row_of_50_megabytes(tokenizer, tmp_path, kind):
+    """No tokenizer has the memory that it takes: it is named before it is tried."""
+    large = {
+        "messages": {"messages": [{"role": "user", "content": "Hi there " * 5_600_000}, talk(1)[1]]},
+        "pairs": {"prompt": "Hi there " * 5_600_000, "completion": "Bye"},
+    }[kind]
+    path = put(tmp_path / "t.jsonl.gz", gzip.compress(lines([row_of(kind, 0), large]).encode(), 1))
+    said = refusal(tokenizer, path)
+    assert said.startswith(f"data.train {path}:2 has 50,400,0")
+    assert said.endswith("letters, more than the 10,000,000 of the longest row: split it, or leave it out")
+
+
+def test_a_row_of_a_megabyte(tokenizer, tmp_path):
+    large = {"messages": [*talk(1), {"role": "user", "content": "Hi there " * 120_000}, *talk(2)[1:]]}
+    data = load(tokenizer, put(tmp_path / "t.jsonl", lines([GOOD[0], large, GOOD[1]])))
     assert data.lengths.tolist()[1] == 512
     assert data.lost == {CONVERSATION_END: 1}
     assert texts(tokenizer, data)[2] == TALKS.format(1)
