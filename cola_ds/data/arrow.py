@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config.inputs import shown
-from cola_ds.data.columns import CONVERSATIONS, Texts, check_columns, text_of
+from cola_ds.data.columns import CONVERSATIONS, OTHER_KIND, Texts, check_columns, text_of
 from cola_ds.errors import UserError
 
 Objects = Iterator[tuple[str, dict[str, Any]]]
@@ -94,7 +94,7 @@ def _first(schema: Any, batches: Iterable[Any]) -> tuple[list[str] | None, dict[
 
 
 def _there(path: Path, names: list[str], needed: Sequence[str], optional: Sequence[str]) -> list[str]:
-    check_columns(str(path), names, needed)
+    check_columns(str(path), names, needed, OTHER_KIND)
     return [*needed, *(name for name in optional if names.count(name) == 1)]
 
 

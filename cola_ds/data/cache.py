@@ -1,7 +1,7 @@
 """Cache of tokenized data: a source is tokenized once, and its ids are memory-mapped by every process that reads them.
 
     FOLDER/KEY/tokens.arrow     the record batches of encode.py
-    FOLDER/KEY/facts.json       what became of the rows, and the SHA-256 of tokens.arrow
+    FOLDER/KEY/facts.json       what became of the rows, and the SHA-256 of tokens.arrow and of itself
 
 KEY follows from the content of all that the ids follow from: the source's files, the tokenizer's files, the chat template, the
 options, the code and the libraries that tokenize. What is there under a key is whole, and nobody changes it: it is written
@@ -16,7 +16,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +33,14 @@ from cola_ds.data.encode import DIGEST_BYTES, Counts, Recipe, schema
 from cola_ds.errors import first_line
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-_MARK = "cola-ds-data"  # the beginning of every name here: what --clean may remove
+_MARK = "cola-ds-data"
+HERE = ".cola-ds-here"
+"""The beginning of the names of files by which processes see whether they share a folder: see training/tokenizing.py."""
+# Every name here: what may be removed.
+_NAMES = re.compile(
+    rf"\.{_MARK}-[0-9a-f]{{40}}\.[0-9a-f]{{32}}|{_MARK}-[0-9a-f]{{40}}|{re.escape(HERE)}-[0-9a-f]{{32}}-[0-9]+"
+)
+_LEFT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +99,18 @@ def open_tokens(place: Path, verify: bool) -> Tokens | None:
     import pyarrow
 
     try:
-        facts = json.loads((place / "facts.json").read_bytes())
+        said = json.loads((place / "facts.json").read_bytes())
+        facts = said["facts"]
+        if said["sha256"] != _sha256(facts):
+            return None
         path = place / "tokens.arrow"
         if path.stat().st_size != facts["bytes"] or (verify and sha256_of(path) != facts["sha256"]):
             return None
         file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         batches = [file.get_batch(index) for index in range(file.num_record_batches)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
-    except (ValueError, KeyError, pyarrow.ArrowException):
+    except (ValueError, KeyError, TypeError, RecursionError, pyarrow.ArrowException):
         return None  # damaged
     except OSError as error:
         raise CacheError(error.strerror or first_line(error)) from None
@@ -116,6 +128,7 @@ def keep_tokens(place: Path, made: Iterator[tuple[Any, Counts]], kind: str) -> T
     scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
         scratch.mkdir(parents=True)
+        _sweep(place.parent)
         path = scratch / "tokens.arrow"
         summary = _Summary()
         with open(path, "xb") as out:
@@ -132,7 +145,7 @@ def keep_tokens(place: Path, made: Iterator[tuple[Any, Counts]], kind: str) -> T
             "duplicates": summary.duplicates(), "bytes": path.stat().st_size, "sha256": sha256_of(path),
         }  # fmt: skip
         with open(scratch / "facts.json", "x", encoding="utf-8") as out:
-            json.dump(facts, out)
+            json.dump({"facts": facts, "sha256": _sha256(facts)}, out)
             out.flush()
             os.fsync(out.fileno())
         _publish(scratch, place)
@@ -229,6 +242,10 @@ def _starts(held: list[tuple[int, numpy.ndarray]]) -> bytes:
     return b"spans" + counts.tobytes() + numpy.concatenate([own for _, own in held]).astype(numpy.int32).tobytes()
 
 
+def _sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _publish(scratch: Path, place: Path) -> None:
     """Let a folder appear under its name. Where another process was faster, or what is there is damaged, its own goes away."""
     for _ in range(2):
@@ -236,22 +253,46 @@ def _publish(scratch: Path, place: Path) -> None:
             scratch.rename(place)
             return
         except OSError:
-            if not place.is_dir():
+            if not os.path.lexists(place):
                 raise
             if open_tokens(place, verify=True) is not None:
                 return
             aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
             with contextlib.suppress(OSError):
                 place.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left: what nobody has written to for a day."""
+    for path in _own(folder):
+        with contextlib.suppress(OSError):
+            newest = max(each.lstat().st_mtime for each in (path, *path.glob("*")))
+            if path.name.startswith(".") and time.time() - newest > _LEFT_S:
+                _remove(path)
+
+
+def _own(folder: Path) -> list[Path]:
+    """What is the cache's own in a folder: entries, and what becomes one or has not. Raises OSError."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAMES.fullmatch(path.name) and not path.is_symlink())
 
 
 def clean(folder: Path) -> tuple[int, int]:
     """Remove what is kept in a folder: how many entries, and their bytes. Nothing of anybody else's. Raises OSError."""
     entries = size = 0
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.lstrip(".").startswith(f"{_MARK}-") and path.is_dir() and not path.is_symlink():
-            size += sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    for path in _own(folder):
+        if path.is_dir():
+            size += sum(each.lstat().st_size for each in path.rglob("*"))
             shutil.rmtree(path)
             entries += 1
+        else:
+            path.unlink(missing_ok=True)
     return entries, size

@@ -14,17 +14,24 @@ Texts = Iterator[tuple[str, list[str]]]
 CONVERSATIONS = "conversations are read with data.format=chat"
 
 
-def check_columns(place: str, names: list[str], columns: Sequence[str]) -> None:
+OTHER_KIND = "the rows of one source are of one kind: list these files as a source of their own in data.train"
+
+
+def check_columns(place: str, names: list[str], columns: Sequence[str], remedy: str | None = None) -> None:
     """Raise UserError unless each of the columns is among the names, once."""
     for column in columns:
         if column not in names:
-            raise no_column(place, column, names)
+            raise no_column(place, column, names, remedy=remedy)
         if names.count(column) > 1:
             raise UserError(f"{place} has column {shown(column)} twice")
 
 
-def no_column(place: str, column: str, names: list[str], row: Mapping[str, Any] | None = None) -> UserError:
+def no_column(
+    place: str, column: str, names: list[str], row: Mapping[str, Any] | None = None, remedy: str | None = None
+) -> UserError:
     """What to raise where there is no such column among `names`; of JSON, `row` may show what was meant."""
+    if remedy is not None:
+        return UserError(f"{place} has no column {shown(column)}; it has {shown_names(names)}: {remedy}")
     remedy = "name its own in data.prompt and data.completion, or in data.text"
     if {"messages", "conversation", "conversations"} & set(names):
         remedy = CONVERSATIONS

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from cola_ds.config.inputs import cut_name, kind_of, shown
 from cola_ds.data.arrow import arrow_file_objects, arrow_rows, columns_and_row, parquet_objects, parquet_rows
-from cola_ds.data.columns import Texts, check_columns, no_column, text_of
+from cola_ds.data.columns import OTHER_KIND, Texts, check_columns, no_column, text_of
 from cola_ds.errors import UserError, first_line, quoted
 
 Row = dict[str, Any]
@@ -63,10 +63,13 @@ def object_rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> I
         for place, row in json_rows(path):
             for column in needed:
                 if column not in row:
-                    raise no_column(place, column, list(row), row)
+                    raise no_column(place, column, list(row), remedy=OTHER_KIND)
             yield place, {name: row[name] for name in (*needed, *optional) if name in row}
     elif kind in (".csv", ".tsv"):
-        names = first_row(path)[1] or []
+        place, found, _ = first_row(path)
+        names = found or []
+        if names:
+            check_columns(place, names, needed, OTHER_KIND)
         columns = [*needed, *(name for name in optional if name in names)]
         for place, texts in _table_rows(path, columns, _DELIMITERS[kind]):
             yield place, dict(zip(columns, texts, strict=True))

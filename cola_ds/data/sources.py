@@ -47,6 +47,8 @@ class Source:
     limit: int | None = None
     format: str = "auto"
     columns: Columns
+    may_be_path: bool = False
+    """Whether `hub` was given as a plain name, which could be a file's as well."""
 
     def open(self) -> OpenSource:
         """Find its files, or load it from the hub, and see what its rows are. Raises UserError."""
@@ -56,7 +58,8 @@ class Source:
             try:
                 table = load_hub(self.hub, self.hub_config, self.split, self.revision)
             except UserError as error:
-                raise UserError(f"{self.name} cannot be loaded: {error}") from None
+                here = f"; {self.hub} is not here either" if self.may_be_path else ""
+                raise UserError(f"{self.name} cannot be loaded: {error}{here}") from None
         return OpenSource(self, files, table)
 
 
@@ -73,13 +76,14 @@ def sources_of(data: DataConfig, split: str) -> list[Source]:
 
 def _source(data: DataConfig, split: str, given: str | SourceConfig) -> Source:
     own = SourceConfig(path=given) if isinstance(given, str) else given
-    if own.path is not None and is_hub_name(own.path):
+    may_be_path = own.path is not None and is_hub_name(own.path)
+    if may_be_path:
         own = SourceConfig(hub=own.path, **own.model_dump(exclude={"path", "hub"}, exclude_none=True))
     of_split = own.split or ("train" if split == "train" else "validation")
     return Source(
         name=own.path or f"split {of_split} of {own.hub} on the hub", path=own.path, hub=own.hub,
         hub_config=own.hub_config, revision=own.revision, split=of_split, weight=own.weight, limit=own.limit,
-        format=own.format or data.format, columns=_columns(data, own),
+        format=own.format or data.format, columns=_columns(data, own), may_be_path=may_be_path,
     )  # fmt: skip
 
 
@@ -93,8 +97,10 @@ class OpenSource:
 
     def __init__(self, source: Source, files: list[Path], table: Any):
         self.source, self.files, self._table = source, files, table
+        self._seen = [_stamp(path) for path in files]
         self.needed: list[str] = []
         """The columns that every row must have."""
+        self._is_empty = False
         self.kind = self._kind()
         """texts of columns: pairs, text; objects: messages, conversations, alpaca, chat pairs."""
         columns = source.columns
@@ -112,7 +118,8 @@ class OpenSource:
         if said == "pairs":
             return "pairs"
         place, names, row = self._first()
-        if names is None:  # it is empty, as will be said
+        if names is None:  # as will be said
+            self._is_empty = True
             return "pairs"
         found: str | None = kind_of_row(names, columns)
         if found == "conversations":
@@ -145,6 +152,8 @@ class OpenSource:
 
     def _rows(self) -> Rows:
         optional = _OPTIONAL.get(self.kind)
+        if self._is_empty:  # a table without rows may have any columns
+            return
         if self._table is not None:
             yield from self._hub_rows(optional)
         for path in self.files:
@@ -163,6 +172,12 @@ class OpenSource:
         batches = table.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_ROWS)
         yield from (arrow_texts if optional is None else arrow_objects)(name, batches, columns)
 
+    def check_unchanged(self) -> None:
+        """Raise UserError for a file that is not what it was when the source was opened."""
+        for path, stamp in zip(self.files, self._seen, strict=True):
+            if _stamp(path) != stamp:
+                raise UserError(f"{path} has changed while it was read: start again when it is whole")
+
     def content(self) -> list[str]:
         """What tells the content of this source from any other: SHA-256 of each file, in order; of a hub's set what datasets
         knows it by."""
@@ -170,6 +185,14 @@ class OpenSource:
             files = [each["filename"] for each in self._table.cache_files]
             return [self._table._fingerprint, *(_hash(Path(each)) for each in files)]
         return [f"{kind_of(path)} {_hash(path)}" for path in self.files]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:  # as is said where it is read
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _hash(path: Path) -> str:

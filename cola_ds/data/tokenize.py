@@ -19,6 +19,9 @@ from cola_ds.data.workers import Batch, encode_all
 from cola_ds.errors import UserError
 
 _BATCH_ROWS, _BATCH_LETTERS = 1000, 2_000_000  # of what is tokenized at once
+_ROW_LETTERS = (
+    10_000_000  # of a pair or a conversation: a tokenizer needs some 200 bytes for each, and is killed unnamed
+)
 Progress = Callable[[int], None]
 
 
@@ -150,11 +153,18 @@ class _Work:
         workers = self.config.workers
         done = 0
         for batch, counts in encode_all(
-            _batches(source.rows()), recipe, self.tokenizer, self.model, self.known_as, workers, self.share
+            _batches(source.rows(), None if source.kind == "text" else _ROW_LETTERS),
+            recipe,
+            self.tokenizer,
+            self.model,
+            self.known_as,
+            workers,
+            self.share,
         ):
             done += counts.rows
             self.progress(done)
             yield batch, counts
+        source.check_unchanged()
 
 
 def tools_of(config: DataConfig) -> list[dict[str, Any]] | None:
@@ -167,13 +177,19 @@ def tools_of(config: DataConfig) -> list[dict[str, Any]] | None:
     return said
 
 
-def _batches(rows: Iterator[tuple[str, Any]]) -> Iterator[Batch]:
-    """Rows to tokenize together: as many as hold a few million letters, so that little memory is needed at a time."""
+def _batches(rows: Iterator[tuple[str, Any]], most: int | None) -> Iterator[Batch]:
+    """Rows to tokenize together: as many as hold a few million letters, so that little memory is needed at a time. Raises
+    UserError for a row of more than `most` letters."""
     batch: Batch = []
     letters = 0
     for place, row in rows:
+        own = sum(map(len, row)) if isinstance(row, list) else _letters(row)
+        if most is not None and own > most:
+            raise UserError(
+                f"{place} has {own:,} letters, more than the {most:,} of the longest row: split it, or leave it out"
+            )
         batch.append((place, row))
-        letters += sum(map(len, row)) if isinstance(row, list) else _letters(row)
+        letters += own
         if len(batch) == _BATCH_ROWS or letters > _BATCH_LETTERS:
             yield batch
             batch, letters = [], 0

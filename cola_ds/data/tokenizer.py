@@ -28,6 +28,9 @@ def load_tokenizer(model: ModelConfig) -> Any:
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of all that the tokenizer's ids follow from: the files that it would be saved as, its chat template among them."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    if getattr(tokenizer, "is_fast", False):  # how the last call cut and padded is saved too; each call sets it anew
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory(prefix="cola-ds-") as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):

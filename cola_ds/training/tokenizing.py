@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config.schema import DataConfig, ModelConfig
-from cola_ds.data.cache import cache_folder
+from cola_ds.data.cache import HERE, cache_folder
 from cola_ds.data.tokenize import Found, open_found, tokenize
 from cola_ds.distributed import collectives, watchdog
 from cola_ds.distributed.launcher import Process
@@ -54,7 +54,7 @@ def _leader(folder: Path, rank: int, hosts: list[str]) -> int:
     """
     first = hosts.index(hosts[rank])
     run = collectives.broadcast_object(uuid.uuid4().hex)
-    mine = folder / f".cola-ds-here-{run}-{rank}"
+    mine = folder / f"{HERE}-{run}-{rank}"
     if rank == first:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def _leader(folder: Path, rank: int, hosts: list[str]) -> int:
     seen = rank
     if rank == first:
         with contextlib.suppress(OSError):
-            seen = min([rank, *(int(path.name.rpartition("-")[2]) for path in folder.glob(f".cola-ds-here-{run}-*"))])
+            seen = min([rank, *(int(path.name.rpartition("-")[2]) for path in folder.glob(f"{HERE}-{run}-*"))])
     seers = [int(each) for each in collectives.all_gather_numbers(float(seen))]  # all have looked
     with contextlib.suppress(OSError):
         mine.unlink(missing_ok=True)
