@@ -11,7 +11,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,12 +41,39 @@ class Rendered:
     ids: list[int]
     spans: list[_Span]
     """[start, end) of trained ids, in order, disjoint."""
-    roles: Counter[str]
-    """Ids of each role; with the loss on the assistant, `assistant` are those of the trained turns and `prompt` the others."""
-    trained: Counter[str]
-    """Those of them that are trained."""
+    ends: list[tuple[str, int]]
+    """A role, and where its ids end, one after the other; with the loss on the assistant, `assistant` are the trained turns and
+    `prompt` is the rest."""
     text: str
     """What the ids were made from."""
+
+    @property
+    def roles(self) -> Counter[str]:
+        """Ids of each role."""
+        found: Counter[str] = Counter()
+        for role, first, last in self._parts():
+            found[role] += last - first
+        return +found
+
+    @property
+    def trained(self) -> Counter[str]:
+        """Ids of each role that the loss counts; the first of all has nothing before it to be predicted from."""
+        found: Counter[str] = Counter()
+        for role, first, last in self._parts():
+            found[role] += sum(max(0, min(last, end) - max(first, start, 1)) for start, end in self.spans)
+        return +found
+
+    def _parts(self) -> Iterator[tuple[str, int, int]]:
+        at = 0
+        for role, end in self.ends:
+            end = min(end, len(self.ids))
+            yield role, at, end
+            at = end
+
+    def cut(self, length: int) -> Rendered:
+        """Its first ids alone."""
+        spans = [(start, min(end, length)) for start, end in self.spans if start < length]
+        return Rendered(ids=self.ids[:length], spans=spans, ends=self.ends, text=self.text)
 
 
 @dataclass(frozen=True)
@@ -291,7 +318,7 @@ class ChatTemplate:
                     spans.append((first, last))
             if not spans:
                 raise UserError(f"{place} has no token to train: {self._named} writes nothing for the assistant")
-            made.append(_counted(ids, offsets, spans, each))
+            made.append(Rendered(ids=ids, spans=spans, ends=_ends(ids, offsets, each), text=each.text))
         self.notes.update(notes)
         return made
 
@@ -339,13 +366,10 @@ def _any_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def _counted(ids: list[int], offsets: list[_Span], spans: list[_Span], text: _Text) -> Rendered:
-    roles: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    at = 0
+def _ends(ids: list[int], offsets: list[_Span], text: _Text) -> list[tuple[str, int]]:
+    """Roles, and where their ids end."""
+    found, at = [], 0
     for role, end in [*text.roles, ("template", len(text.text))]:
-        upto = max(at, bisect_left(offsets, end, key=_start_of) if end < len(text.text) else len(ids))
-        roles[role] += upto - at
-        trained[role] += sum(max(0, min(upto, last) - max(at, first)) for first, last in spans)
-        at = upto
-    return Rendered(ids=ids, spans=spans, roles=+roles, trained=+trained, text=text.text)
+        at = max(at, bisect_left(offsets, end, key=_start_of) if end < len(text.text) else len(ids))
+        found.append((role, at))
+    return found
