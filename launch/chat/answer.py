@@ -10,7 +10,9 @@ def answer(path: str, question: str, most_tokens: int = 96) -> str:
     """The assistant's turn after the question, by the model's own chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     asked = tokenizer.apply_chat_template(

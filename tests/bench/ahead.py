@@ -1,6 +1,6 @@
 """What working ahead saves: step time and waiting for data with it and without, in turns.
 
-    python -m tests.bench.ahead [--length 2048] [--steps 30] [--pairs 3]
+    python -m tests.bench.ahead [--length 512] [--steps 12] [--pairs 3]
 
 Trains a toy of one layer on long rows, in a process of its own each time, as cola_ds.train does.
 """
@@ -29,8 +29,8 @@ cola_ds.train(cola_ds.load_config(sys.argv[2]))
 def main() -> None:
     """Train both ways, and print the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
     found: dict[int, list[tuple[float, float]]] = {2: [], 0: []}
