@@ -99,9 +99,8 @@ def _roles(facts: SplitFacts) -> Iterator[str]:
     """Of the sources, whole: the split may leave some of their examples out."""
     tokens: Counter[str] = sum((each.tokens.counts.tokens for each in facts.sources), Counter())
     trained: Counter[str] = sum((each.tokens.counts.trained for each in facts.sources), Counter())
-    cut = ", before they are cut" if any(each.tokens.counts.lost for each in facts.sources) else ""
     for role, number in tokens.most_common():
-        yield _line("role", f"{inline(role, 40)}: {number:,} tokens, {trained[role]:,} of them trained{cut}")
+        yield _line("role", f"{inline(role, 40)}: {number:,} tokens, {trained[role]:,} of them trained")
 
 
 def _histogram(lengths: numpy.ndarray) -> Iterator[str]:

@@ -287,15 +287,20 @@ def test_a_turn_of_weight_0_that_cannot_be_told_apart():
     [
         ("assistant", {"prompt": 18, "assistant": 6}, {"assistant": 4}),  # the line end after a turn is not trained
         ("last", {"prompt": 21, "assistant": 3}, {"assistant": 2}),
-        ("all", {"system": 7, "user": 12, "assistant": 12}, {"system": 7, "user": 12, "assistant": 12}),
+        ("all", {"system": 7, "user": 12, "assistant": 12}, {"system": 6, "user": 12, "assistant": 12}),  # not the first
     ],
 )
 def test_ids_are_counted_by_role(loss_on, roles, trained):
     chosen = ChatTemplate(chat_tokenizer("chatml"), None, loss_on)
     messages = TWO if loss_on != "all" else (KIND, *TWO)
     (one,) = chosen.encode("t.jsonl:1", conversation(*messages))
-    assert (sum(roles.values()), sum(trained.values())) == (len(one.ids), sum(end - start for start, end in one.spans))
+    assert sum(roles.values()) == len(one.ids)
+    assert sum(trained.values()) == sum(end - max(start, 1) for start, end in one.spans)
     assert (one.roles, one.trained) == (roles, trained)
+    shorter = one.cut(len(one.ids) - 4)
+    assert shorter.ids == one.ids[:-4]
+    assert shorter.roles.total() == len(one.ids) - 4
+    assert shorter.trained.total() == sum(min(end, len(shorter.ids)) - max(start, 1) for start, end in shorter.spans)
 
 
 # Marks, and templates that rewrite
@@ -658,7 +663,7 @@ def test_many_at_once_are_as_each_alone(turns, loss_on):
     assert together == [chosen.encode(*each) for each in talks]
     for (one,) in together:
         assert sum(one.roles.values()) == len(one.ids)
-        assert one.trained.total() == sum(last - first for first, last in one.spans)
+        assert one.trained.total() == sum(last - max(first, 1) for first, last in one.spans)
 
 
 def test_no_torch_is_imported():
