@@ -43,6 +43,7 @@ def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, pr
     if any(collectives.all_gather_numbers(float(alone))):
         again, _ = _all_do(work if alone else None, process, hosts.count(hosts[process.rank]))
         mine = mine or again
+    watchdog.rest()  # what comes next, loading, may take longer than any step
     return mine or open_found(theirs["places"], theirs["warnings"])
 
 

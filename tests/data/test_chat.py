@@ -287,7 +287,11 @@ def test_a_turn_of_weight_0_that_cannot_be_told_apart():
     [
         ("assistant", {"prompt": 18, "assistant": 6}, {"assistant": 4}),  # the line end after a turn is not trained
         ("last", {"prompt": 21, "assistant": 3}, {"assistant": 2}),
-        ("all", {"system": 7, "user": 12, "assistant": 12}, {"system": 6, "user": 12, "assistant": 12}),  # not the first
+        (
+            "all",
+            {"system": 7, "user": 12, "assistant": 12},
+            {"system": 6, "user": 12, "assistant": 12},
+        ),  # not the first
     ],
 )
 def test_ids_are_counted_by_role(loss_on, roles, trained):
