@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from cola_ds.errors import UserError
 Objects = Iterator[tuple[str, dict[str, Any]]]
 """The place to name in an error, and the row."""
 _BATCH_ROWS = 1000
+_OF_NO_JSON = re.compile("binary|timestamp|date|time|duration|interval|decimal|map")
+"""Types whose values JSON does not have: a worker would not hear of them, nor a digest be made."""
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Texts:
@@ -135,14 +139,24 @@ def arrow_objects(source: str, batches: Iterable[Any], columns: Sequence[str]) -
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             part = batch.slice(start, _BATCH_ROWS)
-            held = []
+            held, strange = [], []
             for name in columns:
                 column = part.column(name)
                 column.validate(full=True)
                 held.append(column.to_pylist())
+                if _OF_NO_JSON.search(str(column.type)):
+                    strange.append(name)
             for values in zip(*held, strict=True):
                 number += 1
-                yield f"{source} row {number}", dict(zip(columns, values, strict=True))
+                place, row = f"{source} row {number}", dict(zip(columns, values, strict=True))
+                yield place, {**row, **{name: _as_json(place, name, row[name]) for name in strange}}
+
+
+def _as_json(place: str, column: str, value: Any) -> Any:
+    """A value as JSON would hold it: bytes as the text that they are, times and the like as they are written."""
+    return json.loads(
+        json.dumps(value, default=lambda one: text_of(place, column, one) if isinstance(one, bytes) else str(one))
+    )
 
 
 def _values(column: Any) -> list[bytes | None]:

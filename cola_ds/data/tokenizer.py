@@ -26,14 +26,22 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of all that the tokenizer's ids follow from: the files that it would be saved as, its chat template among them."""
+    """SHA-256 of all that the tokenizer's ids follow from: the files that it would be saved as, its chat template among them.
+
+    Raises UserError where it cannot be saved."""
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     if getattr(tokenizer, "is_fast", False):  # how the last call cut and padded is saved too; each call sets it anew
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    with tempfile.TemporaryDirectory(prefix="cola-ds-") as folder:
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+    try:
+        with tempfile.TemporaryDirectory(prefix="cola-ds-") as folder:
+            tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+    except Exception as error:  # tokenizers' own are of no type
+        where = tempfile.gettempdir()
+        raise UserError(
+            f"the tokenizer cannot be written to {where}: {first_line(error)}; set TMPDIR to a folder that can be"
+        ) from None
     return digest.hexdigest()

@@ -63,14 +63,13 @@ def _by_workers(
 ) -> Iterator[tuple[Any, Counts]]:
     local, begun = threading.local(), []
 
-    def begin() -> None:
-        local.worker = _Worker(recipe, known_as, model)
-        begun.append(local.worker)
-
     def work(rows: Batch, first: int) -> tuple[Any, Counts]:
+        if not hasattr(local, "worker"):
+            local.worker = _Worker(recipe, known_as, model)
+            begun.append(local.worker)
         return local.worker.encode(rows, first)
 
-    pool = ThreadPoolExecutor(count, thread_name_prefix="tokenize", initializer=begin)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="tokenize")
     waiting: collections.deque[Future[tuple[Any, Counts]]] = collections.deque()
     try:
         first = 0
@@ -82,9 +81,12 @@ def _by_workers(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        for worker in begun:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in begun:  # what its thread waits for ends with it
             worker.end()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
+        for worker in begun:  # also one that was begun meanwhile
+            worker.end()
 
 
 class _Worker:
@@ -92,13 +94,20 @@ class _Worker:
 
     def __init__(self, recipe: Recipe, known_as: str, model: ModelConfig):
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONSAFEPATH"] = "1"  # a file that happens to lie here is no module of this process's either
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cola_ds.data.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment, start_new_session=True,  # a Ctrl-C is for the run, which ends its workers
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cola_ds.data.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env=environment, start_new_session=True,  # a Ctrl-C is for the run, which ends its workers
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"a process that tokenizes cannot be started: {error.strerror or error}: set data.workers to fewer"
+            ) from None
         said = {"recipe": dataclasses.asdict(recipe), "model": model.model_dump(), "tokenizer": known_as}
-        _send(self._process.stdin, json.dumps(said).encode())
+        with contextlib.suppress(BrokenPipeError):  # as is said when it is asked
+            _send(self._process.stdin, json.dumps(said).encode())
 
     def encode(self, rows: Batch, first: int) -> tuple[Any, Counts]:
         """As Encoder.encode does. Raises UserError for a row that is none, or where the process has died."""

@@ -206,6 +206,15 @@ def test_the_tokenizers_files(path, folder, tmp_path):
     assert keys(changed, path, folder) != keys(loaded[0], path, folder)
 
 
+def test_a_tokenizer_that_cannot_be_written(tokenizer, path, folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"^the tokenizer cannot be written to .*/file: .*; set TMPDIR to a folder that can"
+    ):
+        tokens_of(tokenizer, path, folder)
+
+
 def test_a_tokenizer_is_known_by_the_same_hash_once_it_was_used(tokenizer):
     before = tokenizer_hash(tokenizer)
     tokenizer(["a", "bc"], padding=False, truncation=True, max_length=2)
@@ -321,6 +330,9 @@ if what == "together":
     sys.stdin.readline()
 if what == "size":
     import resource
+    import cola_ds.data.tokenize
+    known = cola_ds.data.tokenize.tokenizer_hash(tokenizer)
+    cola_ds.data.tokenize.tokenizer_hash = lambda tokenizer: known
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
 if what == "kill":
