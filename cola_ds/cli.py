@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import os
 import signal
 import socket
 import sys
@@ -38,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         streams.harden()
     args = parse(argv)
     args.run = {
-        "train": _train, "evaluate": _evaluate, "export": _export, "doctor": _doctor, "inspect": _inspect, "sweep": _sweep,
-        "report": _report,
+        "train": _train, "evaluate": _evaluate, "export": _export, "doctor": _doctor, "data": _data, "inspect": _inspect,
+        "sweep": _sweep, "report": _report,
     }[args.command]  # fmt: skip
     process = None
     try:
@@ -186,6 +187,30 @@ def _doctor(args: argparse.Namespace, process: Process) -> None:
 
     works = examine(args.config, args.overrides, args.dir, args.wait, process, _exit_now, _say)
     _exit_now(0 if works else 1)
+
+
+def _data(args: argparse.Namespace, process: Process) -> None:
+    if args.show < 0 or (args.clean and (args.show or args.plot)):
+        raise UserError("--show takes a number of examples, and --clean stands alone: it only removes")
+    from cola_ds.config.loading import load_config
+
+    config = load_config(args.config, args.overrides)
+    from cola_ds.commands.data import clean_cache, look
+
+    if args.clean:
+        _print(clean_cache(config))
+        return
+    from cola_ds.training.api import quiet_libraries
+
+    quiet_libraries(process)
+    with _reachable(args.config):
+        seen = look(config, args.show, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    if args.plot is not None:
+        from cola_ds.report.figures import draw_lengths
+
+        with _reachable(args.plot):
+            draw_lengths(seen.lengths, Path(args.plot))
+    _print(seen.text)
 
 
 def _inspect(args: argparse.Namespace, process: Process) -> None:

@@ -69,6 +69,8 @@ class Unlogged(_Saved):
     steps: int
     tokens: int
     seconds: float
+    waited_s: float = 0.0
+    """Not in checkpoints of before it was measured."""
 
 
 class Rows(_Saved):

@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cola-ds", description="Chain of LoRA under DeepSpeed ZeRO-3.")
     parser.add_argument("--version", action=_Version, nargs=0, help="say which version this is, and stop")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_train, _add_evaluate, _add_export, _add_doctor, _add_inspect, _add_sweep, _add_report):
+    for add in (_add_train, _add_evaluate, _add_export, _add_doctor, _add_data, _add_inspect, _add_sweep, _add_report):
         add(commands)
     return parser
 
@@ -142,6 +142,30 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument(
         "--wait", type=float, default=60, metavar="SECONDS", help="how long to wait for all processes to arrive (60)"
     )
+
+
+def _add_data(commands: Any) -> None:
+    data = _add_command(
+        commands,
+        "data",
+        "show what a run would be trained on: counts, lengths, examples",
+        [
+            "cola-ds data run.yaml --show 3",
+            "cola-ds data run.yaml --plot lengths.png data.max_length=1024",
+            "cola-ds data run.yaml --clean",
+        ],
+    )
+    data.add_argument("config", metavar="RUN.yaml")
+    data.add_argument("overrides", nargs="*", metavar="section.key=value")
+    data.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also the first N examples, with what is trained of them marked",
+    )
+    data.add_argument("--plot", metavar="FILE.png", help="also draw their lengths")
+    data.add_argument("--clean", action="store_true", help="remove what is kept in data.cache's folder, and stop")
 
 
 def _add_inspect(commands: Any) -> None:

@@ -111,13 +111,17 @@ def _derived(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _size_key(config: RunConfig) -> str:
+    return "optim.global_batch_size" if config.optim.global_batch_tokens is None else "optim.global_batch_tokens"
+
+
 def _check_keys(engine: dict[str, Any], config: RunConfig, path: str) -> None:
     derived = _derived(config)
     for key, value in engine.items():
         if key in _SAID_BY_THE_YAML:
             raise UserError(f"{path}: remove {key}; the run's YAML says it ({_SAID_BY_THE_YAML[key]})")
         if key in derived and not _is(value, derived[key]):
-            yaml_key = {"gradient_clipping": "optim.max_grad_norm", "train_batch_size": "optim.global_batch_size"}.get(
+            yaml_key = {"gradient_clipping": "optim.max_grad_norm", "train_batch_size": _size_key(config)}.get(
                 key, "optim.micro_batch_size"
             )
             raise UserError(
@@ -176,7 +180,7 @@ def complete(engine: dict[str, Any], config: RunConfig, step_plan: StepPlan) -> 
     if not _is(said, step_plan.micro_steps):
         raise UserError(
             f"{cut(config.deepspeed)}: gradient_accumulation_steps {_shown(said)} contradicts the {step_plan.micro_steps} "
-            "that follow from optim.global_batch_size, optim.micro_batch_size and the number of processes; remove it"
+            f"that follow from {_size_key(config)}, optim.micro_batch_size and the number of processes; remove it"
         )
     complete = {key: value for key, value in engine.items() if key not in (*MONITORS, *_SET_ANYWAY)}
     complete |= _derived(config) | {"gradient_accumulation_steps": step_plan.micro_steps}

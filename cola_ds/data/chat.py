@@ -11,7 +11,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,12 +41,39 @@ class Rendered:
     ids: list[int]
     spans: list[_Span]
     """[start, end) of trained ids, in order, disjoint."""
-    roles: Counter[str]
-    """Ids of each role; with the loss on the assistant, `assistant` are those of the trained turns and `prompt` the others."""
-    trained: Counter[str]
-    """Those of them that are trained."""
+    ends: list[tuple[str, int]]
+    """A role, and where its ids end, one after the other; with the loss on the assistant, `assistant` are the trained turns and
+    `prompt` is the rest."""
     text: str
     """What the ids were made from."""
+
+    @property
+    def roles(self) -> Counter[str]:
+        """Ids of each role."""
+        found: Counter[str] = Counter()
+        for role, first, last in self._parts():
+            found[role] += last - first
+        return +found
+
+    @property
+    def trained(self) -> Counter[str]:
+        """Ids of each role that the loss counts; the first of all has nothing before it to be predicted from."""
+        found: Counter[str] = Counter()
+        for role, first, last in self._parts():
+            found[role] += sum(max(0, min(last, end) - max(first, start, 1)) for start, end in self.spans)
+        return +found
+
+    def _parts(self) -> Iterator[tuple[str, int, int]]:
+        at = 0
+        for role, end in self.ends:
+            end = min(end, len(self.ids))
+            yield role, at, end
+            at = end
+
+    def cut(self, length: int) -> Rendered:
+        """Its first ids alone."""
+        spans = [(start, min(end, length)) for start, end in self.spans if start < length]
+        return Rendered(ids=self.ids[:length], spans=spans, ends=self.ends, text=self.text)
 
 
 @dataclass(frozen=True)
@@ -66,7 +93,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, template: str | None, loss_on: Literal["assistant", "last", "all"]):
         """Raises UserError for a tokenizer without a chat template or without offsets, and a template that is no Jinja."""
-        name = os.path.basename(getattr(tokenizer, "name_or_path", "") or "") or type(tokenizer).__name__
+        name = (
+            os.path.basename((getattr(tokenizer, "name_or_path", None) or "").rstrip("/")) or type(tokenizer).__name__
+        )
         self._named = f"the chat template of tokenizer {name}" if template is None else "data.chat_template"
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -111,13 +140,14 @@ class ChatTemplate:
 
         try:
             self._template(None)
+        except ValueError as error:  # several templates, none of them the default
+            raise UserError(f"{self._named} cannot be chosen: {first_line(error)}; {_REMEDY}") from None
+        try:
             self._raw([{"role": "user", "content": "a"}], None, False)
         except TemplateSyntaxError as error:
             raise UserError(f"{self._named} is no Jinja template: line {error.lineno}: {first_line(error)}") from None
-        except ValueError as error:  # several templates, none of them the default
-            raise UserError(f"{self._named} cannot be chosen: {first_line(error)}; {_REMEDY}") from None
-        except Exception:
-            pass  # it may refuse this conversation: others are told apart when they come
+        except Exception:  # it may refuse this conversation, and be right for those that come
+            return
 
     def _template(self, tools: Any) -> str:
         return self._tokenizer.get_chat_template(self._given, tools)
@@ -162,11 +192,13 @@ class ChatTemplate:
             which = [index for index, trained in enumerate(conversation.trained) if trained]
             turns = [self._turn(place, conversation, index, full) for index in which[-(self._loss_on == "last") :]]
             if all(full.startswith(text) for _, text in turns):
-                texts = [self._turns(full, [(start, len(text)) for start, text in turns], marks, notes)]
+                texts = [self._turns(place, full, [(start, len(text)) for start, text in turns], marks, notes)]
             else:
                 notes.add(TURN_BY_TURN)
                 texts = [
-                    self._turns(text, [(start, len(text))], self._render(place, conversation, index + 1)[1], notes)
+                    self._turns(
+                        place, text, [(start, len(text))], self._render(place, conversation, index + 1)[1], notes
+                    )
                     for index, (start, text) in zip(which[-(self._loss_on == "last") :], turns, strict=True)
                 ]
         notes |= self._look(conversation, [full, *(each.text for each in texts if each.text is not full)])
@@ -189,28 +221,30 @@ class ChatTemplate:
             )
         return len(prompt), text
 
-    def _turns(self, text: str, turns: list[_Span], marks: list[_Span] | None, notes: set[str]) -> _Text:
+    def _turns(self, place: str, text: str, turns: list[_Span], marks: list[_Span] | None, notes: set[str]) -> _Text:
         """The text with what is trained of each turn."""
         trained, roles = [], []
         for start, end in turns:
             spans = [(start, end)] if marks is None else [mark for mark in marks if _within(mark, start, end)]
             if spans:
-                spans[-1] = (spans[-1][0], self._end(text, spans[-1], end, marks is not None, notes))
+                spans[-1] = (spans[-1][0], self._end(place, text, spans[-1], end, marks is not None, notes))
             trained += spans
             roles += [("prompt", start), ("assistant", end)]
         return _Text(text, trained, [*roles, ("prompt", len(text))])
 
-    def _end(self, text: str, span: _Span, turn_end: int, marked: bool, notes: set[str]) -> int:
+    def _end(self, place: str, text: str, span: _Span, turn_end: int, marked: bool, notes: set[str]) -> int:
         """Where the last span of a turn ends: with the special token that ends the turn."""
         start, end = span
-        if marked:
-            if found := self._ends.match(text, end, turn_end):
-                return found.end()
-            bare = end
-        else:
-            bare = start + len(text[start:end].rstrip())
+        if marked and (found := self._ends.match(text, end, turn_end)):
+            return found.end()
+        bare = start + len(text[start:end].rstrip())
         if text.endswith(self._endings, start, bare):
-            return bare
+            return end if marked else bare
+        if rest := text[end:turn_end].strip():
+            raise UserError(
+                f"{place}: the generation marks of {self._named} end before {quoted(rest)}, so that the end of the turn would "
+                f"never be trained; {_REMEDY}"
+            )
         notes.add(UNENDED)
         return end
 
@@ -284,7 +318,7 @@ class ChatTemplate:
                     spans.append((first, last))
             if not spans:
                 raise UserError(f"{place} has no token to train: {self._named} writes nothing for the assistant")
-            made.append(_counted(ids, offsets, spans, each))
+            made.append(Rendered(ids=ids, spans=spans, ends=_ends(ids, offsets, each), text=each.text))
         self.notes.update(notes)
         return made
 
@@ -332,13 +366,10 @@ def _any_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def _counted(ids: list[int], offsets: list[_Span], spans: list[_Span], text: _Text) -> Rendered:
-    roles: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    at = 0
+def _ends(ids: list[int], offsets: list[_Span], text: _Text) -> list[tuple[str, int]]:
+    """Roles, and where their ids end."""
+    found, at = [], 0
     for role, end in [*text.roles, ("template", len(text.text))]:
-        upto = max(at, bisect_left(offsets, end, key=_start_of) if end < len(text.text) else len(ids))
-        roles[role] += upto - at
-        trained[role] += sum(max(0, min(upto, last) - max(at, first)) for first, last in spans)
-        at = upto
-    return Rendered(ids=ids, spans=spans, roles=+roles, trained=+trained, text=text.text)
+        at = max(at, bisect_left(offsets, end, key=_start_of) if end < len(text.text) else len(ids))
+        found.append((role, at))
+    return found

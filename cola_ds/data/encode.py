@@ -140,21 +140,19 @@ class Encoder:
         for number, ((place, talk), found) in enumerate(zip(given, chat.encode_all(given), strict=True), first):
             digest = _digest([talk.messages, talk.tools])
             for rendered in found:
-                ids, spans = rendered.ids, rendered.spans
-                if not any(end > max(start, 1) for start, end in spans):
+                if not rendered.trained:
                     raise UserError(
                         f"{place} has no trained token: data.loss_on {recipe.loss_on} finds nothing to learn in it"
                     )
-                if len(ids) > recipe.max_length:
-                    if made.is_left_out(place, len(ids)):
+                if len(rendered.ids) > recipe.max_length:
+                    if made.is_left_out(place, len(rendered.ids)):
                         continue
-                    ids = ids[: recipe.max_length]
-                    spans = [(start, min(end, len(ids))) for start, end in spans if start < len(ids)]
-                    if not any(end > max(start, 1) for start, end in spans):
+                    rendered = rendered.cut(recipe.max_length)
+                    if not rendered.trained:
                         made.counts.dropped[NOTHING_LEFT] += 1
                         continue
                     made.counts.lost[CONVERSATION_END] += 1
-                made.add(number, digest, ids, spans)
+                made.add(number, digest, rendered.ids, rendered.spans)
                 made.counts.tokens.update(rendered.roles)
                 made.counts.trained.update(rendered.trained)
         made.counts.notes.update(chat.notes)

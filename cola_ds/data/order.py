@@ -35,7 +35,7 @@ class Rows:
 
 
 class Order:
-    """The rows of each epoch of a dataset.
+    """The rows of each epoch of a dataset. Threads may share it.
 
     Without weights an epoch is every example once. With weights it has as many examples, and of each source a part in proportion
     to its weight; a source's examples come pass after pass, each pass in an order of its own, and an epoch goes on where the one
@@ -66,22 +66,29 @@ class Order:
 
     def count(self, seed: int, epoch: int) -> int:
         """How many rows an epoch (from 0) has."""
-        key = None if self.is_even else (seed, epoch)
-        if self._count is None or self._count[0] != key:
+        key, kept = None if self.is_even else (seed, epoch), self._count
+        if kept is None or kept[0] != key:
             if self.capacity is None:
                 found = len(self.lengths)
             else:
                 lengths = self.lengths if key is None else self.lengths[self._drawn(seed, epoch)]
                 found = sum(each.rows for each in plan_rows(numpy.bincount(lengths), self.capacity) if each.is_new)
-            self._count = (key, found)
-        return self._count[1]
+            self._count = kept = (key, found)
+        return kept[1]
 
     def rows(self, seed: int, epoch: int) -> Rows:
         """The rows of an epoch (from 0). The last epoch that was asked for is kept."""
-        if self._rows is None or self._rows[0] != (seed, epoch):
-            self._rows = None  # not two of them at a time
-            self._rows = ((seed, epoch), self._made(seed, epoch))
-        return self._rows[1]
+        kept = self._rows
+        if kept is None or kept[0] != (seed, epoch):
+            self._rows = kept = None  # not two of them at a time
+            self._rows = kept = ((seed, epoch), self._made(seed, epoch))
+        return kept[1]
+
+    def filled(self, seed: int) -> float:
+        """Packing efficiency: the part of the first epoch's packed rows that is not padding."""
+        assert self.capacity is not None
+        rows = self.rows(seed, 0)
+        return float(self.lengths[rows.examples].sum(dtype=numpy.int64)) / (len(rows) * self.capacity)
 
     def _made(self, seed: int, epoch: int) -> Rows:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

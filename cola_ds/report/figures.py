@@ -70,6 +70,18 @@ def draw_losses(runs: Mapping[str, Path], path: Path) -> None:
     _save(pyplot, figure, "--plot", path)
 
 
+def draw_lengths(lengths: Mapping[str, Any], path: Path) -> None:
+    """Plot the tokens of each split's examples, an array of ints, as histograms in a PNG. Raises UserError without matplotlib."""
+    pyplot = _pyplot("--plot")
+    figure, all_axes = pyplot.subplots(
+        1, len(lengths), figsize=(5.5 * len(lengths), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, (split, of_each) in zip(all_axes[0], lengths.items(), strict=True):
+        axes.hist(of_each, bins=50)
+        _finish(axes, title=f"{split}: {len(of_each):,} examples", xlabel="tokens", ylabel="examples")
+    _save(pyplot, figure, "--plot", path)
+
+
 def _loss(row: Mapping[str, Any]) -> float:
     return math.nan if row.get("loss") is None else row["loss"]
 

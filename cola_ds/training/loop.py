@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cola_ds.data.ahead import Ahead
 from cola_ds.data.batch import StepExamples
 from cola_ds.distributed import accelerator, collectives, signals, watchdog
 from cola_ds.distributed.engine import Engine, set_learning_rate
@@ -46,28 +47,31 @@ def run_chain(chain: Chain) -> None:
 def tune_lora(chain: Chain) -> None:
     """Train the current link up to its knot."""
     state, optim = chain.state, chain.config.optim
-    while state.step < chain.step_plan.knots[state.link - 1]:
-        watchdog.heartbeat("examples", step=state.step + 1)
-        examples = step_examples(chain, state.step)
-        lr = learning_rate(optim, chain.step_plan, state.link, state.step_in_link)
-        loss = train_step(chain.engine, examples, lr, chain.world_size)
-        # One answer for all: a signal or a bad loss of any process is one of the run, and the device is waited for once.
-        stop, loss_is_bad = collectives.all_reduce_max([signals.requested(), ~torch.isfinite(loss)])
-        state.step += 1
-        state.step_in_link += 1
-        state.examples_seen += examples.examples
-        state.link_tokens[-1] += examples.tokens
-        record_skipped_step(chain, examples, bool(loss_is_bad))
-        chain.logger.step(
-            position(chain), None if loss_is_bad else loss, examples, now=state.step in chain.step_plan.knots,
-            lr=lr, grad_norm=chain.engine.get_global_grad_norm(), skipped_steps=state.skipped_steps,
-        )  # fmt: skip
-        check_skips(chain)  # after the row, which shows what it gives up over
-        if stop:
-            stop_here(chain, int(stop))
-        if checkpoint_is_due(chain):
-            save_checkpoint(chain)
-        evaluate_if_due(chain)
+    to_come = range(state.step, chain.step_plan.knots[state.link - 1])  # eval.patience may end it earlier
+    with Ahead(lambda step: step_examples(chain, step), to_come, accelerator.device()) as ahead:
+        while state.step < chain.step_plan.knots[state.link - 1]:
+            watchdog.heartbeat("examples", step=state.step + 1)
+            examples, waited_s = ahead.take(state.step)
+            lr = learning_rate(optim, chain.step_plan, state.link, state.step_in_link)
+            loss = train_step(chain.engine, examples, lr, chain.world_size)
+            # One answer for all: a signal or a bad loss of any process is one of the run, and the device is waited for once.
+            stop, loss_is_bad = collectives.all_reduce_max([signals.requested(), ~torch.isfinite(loss)])
+            state.step += 1
+            state.step_in_link += 1
+            state.examples_seen += examples.examples
+            state.link_tokens[-1] += examples.tokens
+            record_skipped_step(chain, examples, bool(loss_is_bad))
+            chain.logger.step(
+                position(chain), None if loss_is_bad else loss, examples, waited_s,
+                now=state.step in chain.step_plan.knots, lr=lr, grad_norm=chain.engine.get_global_grad_norm(),
+                skipped_steps=state.skipped_steps,
+            )  # fmt: skip
+            check_skips(chain)  # after the row, which shows what it gives up over
+            if stop:
+                stop_here(chain, int(stop))
+            if checkpoint_is_due(chain):
+                save_checkpoint(chain)
+            evaluate_if_due(chain)
 
 
 def train_step(engine: Engine, examples: StepExamples, lr: float, world_size: int) -> Tensor:

@@ -35,7 +35,7 @@ class MetricLogger:
         self.bar = tqdm(total=total_steps, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every_s)
         self._loss = torch.zeros((), device=accelerator.device())
         self._steps = self._losses = self._tokens = 0
-        self._carried_s = 0.0
+        self._carried_s = self._waited_s = 0.0
         self._since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
@@ -48,6 +48,7 @@ class MetricLogger:
             "steps": self._steps,
             "tokens": self._tokens,
             "seconds": seconds,
+            "waited_s": collectives.all_reduce_max([self._waited_s])[0],
         }
 
     def go_on(self, state: dict[str, Any], rank: int, world_size: int, step: int) -> None:
@@ -55,7 +56,7 @@ class MetricLogger:
         loss = state["loss"] if len(state["loss"]) == world_size else [sum(state["loss"]), *[0.0] * (world_size - 1)]
         self._loss.fill_(loss[rank])
         self._losses, self._steps, self._tokens = state["losses"], state["steps"], state["tokens"]
-        self._carried_s = state["seconds"]
+        self._carried_s, self._waited_s = state["seconds"], state["waited_s"]
         self._move(step)
 
     def say(self, message: str) -> None:
@@ -90,9 +91,18 @@ class MetricLogger:
         """Leave out of step_s what happened since the last row: an evaluation, a knot, loading."""
         self._since = time.perf_counter() - self._carried_s
 
-    def step(self, where: dict[str, Any], loss: Tensor | None, examples: StepExamples, now: bool, **facts: Any) -> None:
-        """Take a step's share of the loss (on this process's device), or None if it is not finite. Writes a row every
-        log_every_steps, or if `now`: its loss is the mean over the steps that have one.
+    def step(
+        self,
+        where: dict[str, Any],
+        loss: Tensor | None,
+        examples: StepExamples,
+        waited_s: float,
+        now: bool,
+        **facts: Any,
+    ) -> None:
+        """Take a step's share of the loss (on this process's device), or None if it is not finite, and the seconds that this
+        process waited for its examples. Writes a row every log_every_steps, or if `now`: its loss is the mean over the steps
+        that have one.
 
         Between rows nothing is copied from the device.
         """
@@ -101,12 +111,14 @@ class MetricLogger:
             self._losses += 1
         self._steps += 1
         self._tokens += examples.tokens
+        self._waited_s += waited_s
         self._move(1)
         if where["step"] % self.log_every_steps and not now:
             return
         total = collectives.all_reduce_sum(self._loss).item()
         mean_loss = total / self._losses if self._losses else math.nan
         seconds = time.perf_counter() - self._since
+        waited_s = collectives.all_reduce_max([self._waited_s])[0]  # the others wait for the one that waits longest
         tokens_per_s = self._tokens / seconds if seconds > 0 else math.nan  # a clock may be coarse
         if self.folder:
             row = {
@@ -116,6 +128,7 @@ class MetricLogger:
                 "tokens": self._tokens,
                 "tokens_per_s": tokens_per_s,
                 "step_s": seconds / self._steps,
+                "data_wait_s": waited_s / self._steps,
             }
             self.folder.append("metrics.jsonl", row)
         self.bar.set_postfix(
@@ -126,7 +139,7 @@ class MetricLogger:
         )
         self._loss.zero_()
         self._steps = self._losses = self._tokens = 0
-        self._carried_s = 0.0
+        self._carried_s = self._waited_s = 0.0
         self.restart_clock()
 
     def knot(self, row: dict[str, Any]) -> None:

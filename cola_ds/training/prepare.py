@@ -207,6 +207,9 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     else:
         data = f"{len(prepared.train)} training examples"
         data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+    order, seed = prepared.order, config.run.seed
+    if config.trains and order.capacity is not None:
+        data += f", packed in {order.count(seed, 0)} rows, {order.filled(seed):.1%} full"
     lost: collections.Counter[str] = collections.Counter()
     for split in (prepared.train, prepared.held_out, prepared.test):
         lost.update(split.lost if split is not None else {})
@@ -214,7 +217,7 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
         data += f"; {counts}, too long for data.max_length"
     data += "".join(f"; {what}" for what in _what_became_of(prepared))
-    what = "examples" if prepared.order.capacity is None else f"rows of {prepared.order.capacity} tokens"
+    what = "examples" if order.capacity is None else f"rows of {order.capacity} tokens"
     batch = f"{optim.micro_batch_size} {what} x {step_plan.micro_steps} micro steps x {world_size} processes"
     lines = [
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",

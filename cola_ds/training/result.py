@@ -64,12 +64,20 @@ def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
         "tokens": sum(chain.state.link_tokens),
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
+        "data_wait_s": chain.logger.figure("data_wait_s", lambda: _waited_s(folder)),
         "training_flops": chain.logger.figure(
             "training_flops", lambda: training_flops(prepared, chain.state.link_tokens)
         ),
         "profiled_flops": None,  # it follows
         "link_sha256": chain.state.link_hashes,
     }
+
+
+def _waited_s(folder: RunDir) -> float:
+    """Seconds that the steps waited for their examples, all starts of the run together."""
+    metrics = folder.rows("metrics.jsonl", skip_damaged=True)
+    firsts = [0, *(row["step"] for row in metrics)]
+    return sum(row.get("data_wait_s", 0.0) * (row["step"] - first) for first, row in zip(firsts, metrics, strict=False))
 
 
 def _scores(folder: RunDir) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, pr
     if any(collectives.all_gather_numbers(float(mine is None))):
         again, _ = _all_do(work if mine is None else None, process, hosts.count(hosts[process.rank]))
         mine = mine or again
+    watchdog.rest()  # what comes next, loading, may take longer than any step
     assert mine is not None
     return mine
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cola_ds.data.batch import IGNORED, PackedBatch
+from cola_ds.data.batch import IGNORED, Batch, PackedBatch
 from cola_ds.data.batcher import Batcher
 from cola_ds.data.collate import collate
 from cola_ds.data.order import Order
@@ -127,6 +127,7 @@ def test_evaluation_is_not_packed():
     data = Data(LENGTHS)
     for batcher in (Batcher(data, 0, 1), Batcher(data, 0, 1, Order(data.lengths, capacity=24))):
         shares = list(batcher.evaluation(4))
+        assert all(isinstance(share.micro_batches[0], Batch) for share in shares)
         assert [len(share.micro_batches[0].input_ids) for share in shares] == [4, 4, 4, 4, 4, 1]
         assert sorted(index for share in shares for index in share.indices) == list(range(len(LENGTHS)))
         lengths = [LENGTHS[index] for share in shares for index in share.indices]

@@ -125,7 +125,8 @@ def test_weights_are_the_base_plus_the_links(ran, toy):
         differ, apart = differ + int((steps > 0).sum()), max(apart, int(steps.max()))
         would_differ, elements = would_differ + int((found != other).sum()), elements + found.numel()
     if elements:
-        assert apart <= 1  # where a sum in fp32 is halfway between two neighbours
+        # Where a sum in fp32 is halfway between two neighbours; a plain merge rounds at each knot.
+        assert apart <= (1 if ran["merge"] == "exact" else len(RANKS))
         assert differ <= 2e-3 * elements
         assert would_differ > 5e-3 * elements  # the other kind of merge would be seen
 

@@ -22,6 +22,7 @@ README, LAUNCH, SWEEPS, ENGINE, SLURM = (
 # What cannot run in the copy, and the test that runs it instead.
 ELSEWHERE = {
     "./launch/quickstart.sh": "tests/launch/test_launch.py",
+    "./launch/chat.sh": "tests/launch/test_launch.py",
     "./slurm/submit.sh": "tests/launch/test_slurm.py",
     "./slurm/sweep.sh": "tests/launch/test_slurm_sweep.py",
     "srun ": "tests/commands/test_doctor.py",

@@ -81,7 +81,7 @@ def test_wrong_calls_of_the_scripts(tmp_path, words, env, message):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-RUNS = sorted([*(REPOSITORY / "launch/runs").glob("*.yaml"), REPOSITORY / "launch/quickstart/run.yaml"])
+RUNS = sorted([*(REPOSITORY / "launch/runs").glob("*.yaml"), *REPOSITORY.glob("launch/*/run.yaml")])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
@@ -147,6 +147,40 @@ def test_quickstart_runs(copy):
     # The copy was not installed in the place of this repository, whose environment it shares.
     assert in_copy(copy, "cd / && python -c 'import cola_ds; print(cola_ds.__file__)'").startswith(str(REPOSITORY))
     assert (copy / "build/SmolLM2-135M-Instruct/model.safetensors").stat().st_mtime_ns == model
+
+
+def test_chat_example(tmp_path):
+    """Its run and its answers with a toy in the model's place, and as many links as it says; the real model: ./launch/chat.sh."""
+    for name in ("launch", "cola_ds", "ds_configs", "tests"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    model = save_model(tmp_path / "build/SmolLM2-135M-Instruct", max_position_embeddings=512)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+        encoding="utf-8",
+    )
+    env = {**clean_environment(), "PYTHONPATH": str(REPOSITORY)}
+
+    def python(*words):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    python("launch/chat/data.py", "build/chat", "40", "8")
+    rows = [json.loads(line) for line in (tmp_path / "build/chat/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"] * 2
+    question = (tmp_path / "build/chat/question.txt").read_text(encoding="utf-8").strip()
+    held_out = json.loads((tmp_path / "build/chat/dev.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert question == held_out["messages"][0]["content"]
+    assert all(question != row["messages"][0]["content"] for row in rows)
+    python("-m", "cola_ds", "train", "launch/chat/run.yaml", "optim.max_steps=4")
+    result = json.loads((tmp_path / "runs/chat/result.json").read_text(encoding="utf-8"))
+    assert (result["links"], result["steps"]) == (2, 4)
+    python("-m", "cola_ds", "export", "runs/chat", "--to", "hf", "--out", "build/chat/model")
+    answers = [python("launch/chat/answer.py", "build/chat/model", question, "8") for _ in range(2)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.quickstart

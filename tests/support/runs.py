@@ -9,7 +9,9 @@ from cola_ds.config.loading import load_config
 from tests.support.distributed import process_group, run_distributed
 from tests.support.toys import rows, run_config, save_run
 
-TIMES = {"tokens_per_s", "step_s", "seconds", "tie_s", "rebuild_s", "peak_memory_bytes", "bytes_moved", "loading_s"}
+TIMES = {
+    "tokens_per_s", "step_s", "data_wait_s", "seconds", "tie_s", "rebuild_s", "peak_memory_bytes", "bytes_moved", "loading_s",
+}  # fmt: skip
 
 
 def three_links(toy, **sections):

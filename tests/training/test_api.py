@@ -15,7 +15,8 @@ def left():
     import torch.distributed
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)]
     launchers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    threads = sorted(thread.name for thread in threading.enumerate() if thread.name in ("signals", "watch", "rendezvous", "lock"))
+    ours = ("signals", "watch", "rendezvous", "lock", "ahead")
+    threads = sorted(thread.name for thread in threading.enumerate() if thread.name in ours)
     return handlers, launchers, threads, torch.distributed.is_initialized()
 def held():
     import gc

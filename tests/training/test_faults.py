@@ -375,8 +375,10 @@ def two_nodes(toy, tmp_path):
 
 
 def test_other_data_on_one_node(two_nodes, tmp_path):
+    """Where each tokenizes its own; with a cache that both see, it is process 0's that both train on."""
     save_sums(tmp_path / "node-1/train.jsonl", 40, seed=9)
-    statuses, said = run_job(tmp_path, two_nodes, sabotage=work_elsewhere, arguments=(tmp_path,))
+    without_cache = [*two_nodes, "data.cache=none"]
+    statuses, said = run_job(tmp_path, without_cache, sabotage=work_elsewhere, arguments=(tmp_path,))
     assert statuses == [2, 2], said
     node = os.uname().nodename
     assert f"process 1 on {node} differs from process 0 on {node}: training data 40 examples (" in said
