@@ -13,6 +13,7 @@ from cola_ds.data.tokens import COMPLETION_END, CONVERSATION_END, WHOLE_PROMPT
 from cola_ds.errors import UserError
 from tests.data.test_tasks import make_tokenizer
 from tests.support.chat import chat_tokenizer
+from tests.support.toys import run_config
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,14 @@ def test_a_batch_of_which_nothing_is_left(tokenizer, tmp_path, monkeypatch):
         config = DataConfig(train=str(path), cache=cache, max_length=12, too_long="drop", duplicates="drop")
         data, _ = load_splits(config, tokenizer)
         assert texts(tokenizer, data) == ["1+1=2", "2+1=3"]
+
+
+def test_what_was_lost_is_counted_once(toy, tmp_path):
+    from cola_ds.config.schema import RunConfig
+    from cola_ds.training.prepare import prepare, summarize
+
+    path = write(tmp_path / "t.jsonl", [*pairs(*range(20)), {"prompt": "x" * 90, "completion": "y"}])
+    config = run_config(toy[0], path, tmp_path / "run", data={"eval_examples": 5})
+    assert "; 1 lost the beginning of their prompt, too long" in summarize(
+        prepare(RunConfig.model_validate(config), 1), 1
+    )
