@@ -146,8 +146,9 @@ def _sides(config: DataConfig, tokens: list[Tokens], split: str) -> tuple[list[n
     if holds_out:
         count = config.eval_examples or max(1, round((config.eval_fraction or 0) * len(found)))
         if count >= len(found):
+            key = "eval_examples" if config.eval_examples else "eval_fraction"
             raise UserError(
-                f"data.eval_examples {count} leaves nothing to train on: data.train has {len(found)} examples that differ"
+                f"data.{key} {getattr(config, key)} leaves nothing to train on: data.train has {len(found)} examples that differ"
             )
         held = which < count
     stays = ~held & (is_first if config.duplicates == "drop" else True)

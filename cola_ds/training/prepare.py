@@ -211,7 +211,10 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     if config.trains and order.capacity is not None:
         data += f", packed in {order.count(seed, 0)} rows, {order.filled(seed):.1%} full"
     lost: collections.Counter[str] = collections.Counter()
-    for split in (prepared.train, prepared.held_out, prepared.test):
+    held_out = (
+        None if config.data.holds_out else prepared.held_out
+    )  # of the same rows as `train`, which counts them all
+    for split in (prepared.train, held_out, prepared.test):
         lost.update(split.lost if split is not None else {})
     if lost:
         counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])

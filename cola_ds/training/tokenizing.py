@@ -38,13 +38,24 @@ def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, pr
     mine, answers = _all_do(
         work if leader == process.rank else None, process, 1 if folder else hosts.count(hosts[process.rank])
     )
-    theirs = answers[leader]
-    alone = mine is None and theirs["places"] is None  # nothing was kept: the leader has it in its memory
-    if any(collectives.all_gather_numbers(float(alone))):
-        again, _ = _all_do(work if alone else None, process, hosts.count(hosts[process.rank]))
+    if mine is None:
+        mine = _opened(answers[leader])
+    if any(collectives.all_gather_numbers(float(mine is None))):
+        again, _ = _all_do(work if mine is None else None, process, hosts.count(hosts[process.rank]))
         mine = mine or again
     watchdog.rest()  # what comes next, loading, may take longer than any step
-    return mine or open_found(theirs["places"], theirs["warnings"])
+    assert mine is not None
+    return mine
+
+
+def _opened(answer: dict[str, Any]) -> Found | None:
+    """What the leader has kept; None where that is nothing, or not to be seen here: hosts of one name may have a folder each, and
+    somebody may have removed it. Then this process does it for itself."""
+    places = answer.get("places")
+    try:
+        return None if places is None else open_found(places, answer["warnings"])
+    except UserError:
+        return None
 
 
 def _leader(folder: Path, rank: int, hosts: list[str]) -> int:
