@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cola_ds.config.schema import SECTIONS, Mark, RunConfig
+from cola_ds.config.fields import Mark
+from cola_ds.config.schema import SECTIONS, RunConfig
 
 
 def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.data_section import DataConfig, SourceConfig
 from cola_ds.config.inputs import find_files, is_hub_name, kind_of, sha256_of, shown_names
-from cola_ds.config.schema import DataConfig, SourceConfig
 from cola_ds.data.arrow import arrow_objects, arrow_texts, check_arrow
 from cola_ds.data.columns import check_columns
 from cola_ds.data.conversations import Columns, is_talk, kind_of_row

@@ -2,7 +2,7 @@
 
     python -m tests.bench.data MODEL [--rows 20000 100000] [--workers N] [--chat]
 
-Makes rows of about 60 + 120 tokens, and loads them with MODEL's tokenizer as a run does: tokenized into a cache of its own, then from
+Makes rows of 60 + 120 words, and loads them with MODEL's tokenizer as a run does: tokenized into a cache of its own, then from
 it, each in a process of its own. Memory is what the process has for itself (anonymous: what is mapped of the cache is shared by
 all), beyond what it had before, with the rows of the first epoch planned, unpacked and packed. A million rows take 2 GB of room.
 """
