@@ -29,8 +29,8 @@ _OF_BASE = ("model.path=", "model.revision=")
 def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Write what a finished run has learnt as the new folder `out`, which appears whole or not at all:
 
-    hf: the merged model, and all else as the base has it. The base is loaded into this process's memory, and each link is tied to
-    it as the run did: in order, in the run's dtype.
+    hf: the merged model, and all else as the base has it, but for a chat template that the run was given (data.chat_template).
+    The base is loaded into this process's memory, and each link is tied to it as the run did: in order, in the run's dtype.
     peft: the whole chain as one PEFT adapter, whose LoRA rank is the sum of the links' ranks.
     links: each link as a PEFT adapter of its own, to be merged in order.
 
@@ -76,6 +76,8 @@ def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str])
                 shutil.copyfile(learnt.folder / name, there)
         else:
             _merge(config, learnt, scratch)
+        if to == "hf" and learnt.facts["chat_template"] is not None:  # instead of the base's
+            (scratch / "chat_template.jinja").write_text(learnt.facts["chat_template"], encoding="utf-8")
         scratch.rename(target)
         sync_folder(target.parent)
     except OSError as error:

@@ -47,8 +47,7 @@ def splits_of(config: DataConfig) -> list[str]:
 def check_sources(config: DataConfig) -> None:
     """Raise UserError for a local file that is not there; no row is read."""
     tools_of(config)
-    if config.chat_template is not None:
-        read_text(config.chat_template, "data.chat_template")
+    chat_template_of(config)
     for split in splits_of(config):
         try:
             for source in sources_of(config, split):
@@ -106,9 +105,7 @@ class _Work:
         self.known_as = tokenizer_hash(tokenizer)
         self.folder = cache_folder(config)
         self.warnings: list[str] = []
-        self._template = None
-        if config.chat_template is not None:
-            self._template = read_text(config.chat_template, "data.chat_template")
+        self._template = chat_template_of(config)
 
     def tokens_of(self, source: OpenSource) -> Tokens:
         recipe = self._recipe(source)
@@ -165,6 +162,11 @@ class _Work:
             self.progress(done)
             yield batch, counts
         source.check_unchanged()
+
+
+def chat_template_of(config: DataConfig) -> str | None:
+    """The text of data.chat_template; None for the tokenizer's own. Raises UserError."""
+    return None if config.chat_template is None else read_text(config.chat_template, "data.chat_template")
 
 
 def tools_of(config: DataConfig) -> list[dict[str, Any]] | None:

@@ -74,6 +74,8 @@ class _Facts(BaseModel):
     identity: _Identity = _Identity()
     links: list[_Link] = []
     model: dict[str, str] = {}
+    chat_template: str | None = None
+    """What conversations were rendered by, where it was not the tokenizer's own."""
     result: list[str] = []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, engine_facts, links_of
 from cola_ds.checkpoint.format import Checkpoint, SavedState
 from cola_ds.checkpoint.restore import restore_engine, restore_folder
+from cola_ds.data.tokenize import chat_template_of
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process
@@ -86,6 +87,7 @@ def _write_down(
     config = prepared.config
     facts = {
         "identity": dataclasses.asdict(prepared.identity), "base": chain.base, "base_links": links_of(config),
+        "chat_template": chat_template_of(config.data),
     }  # fmt: skip
     if found:
         if not folder.holds_a_run():
