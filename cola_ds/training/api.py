@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,13 @@ from typing import Any
 
 from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.config.schema import RunConfig
+from cola_ds.data.tokenize import TELLS_EVERY_S, Found, tokenize
 from cola_ds.distributed import signals, watchdog
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.session import joined
 from cola_ds.errors import UserError, quoted
 from cola_ds.run.folder import RunDir
-from cola_ds.training.prepare import check, prepare, summarize, with_data
+from cola_ds.training.prepare import Checked, check, prepare, summarize, with_data
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ def run_config(
     with `frees`, engine and model are gone afterwards."""
     quiet_libraries(process)
     checked = check(config)
+    model = checked.config.model
+    prepared = None
+    if process.world_size == 1:  # nobody waits for it: a mistake in the data is said at once
+        prepared = with_data(checked, 1, lambda: _tokenize(checked))
     from cola_ds.distributed import (  # deepspeed takes seconds more: not for a mistake in the config
         accelerator,
         collectives,
@@ -78,8 +85,7 @@ def run_config(
         process,
         begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, end, share),
     )
-    model = checked.config.model
-    prepared = with_data(
+    prepared = prepared or with_data(
         checked, process.world_size, lambda: tokenize_together(config.data, checked.tokenizer, model, process)
     )
     if process.rank == 0:
@@ -95,6 +101,19 @@ def run_config(
     if process.rank == 0:
         print(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}", flush=True)
     return RunResult(folder, ran, result)
+
+
+def _tokenize(checked: Checked) -> Found:
+    """By this process alone, which says every half minute how far it is."""
+    begun = said = time.monotonic()
+
+    def progress(rows: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > TELLS_EVERY_S:
+            said = time.monotonic()
+            print(f"cola-ds: tokenizing: {rows:,} rows after {said - begun:.0f} s", file=sys.stderr, flush=True)
+
+    return tokenize(checked.config.data, checked.tokenizer, checked.config.model, progress=progress)
 
 
 def describe(config: RunConfig, process: Process, world_size: int) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 
 from cola_ds.config.schema import DataConfig, ModelConfig
 from cola_ds.data.cache import HERE, cache_folder
-from cola_ds.data.tokenize import Found, open_found, tokenize
+from cola_ds.data.tokenize import TELLS_EVERY_S, Found, open_found, tokenize
 from cola_ds.distributed import collectives, watchdog
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import UserError
 
-_LOOKS_EVERY_S, _SAYS_EVERY_S = 0.5, 30.0
+_LOOKS_EVERY_S = 0.5
 
 
 def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, process: Process) -> Found:
@@ -102,7 +102,7 @@ def _all_do(
                 wait_for([future], timeout=_LOOKS_EVERY_S)
             if all(collectives.all_gather_numbers(float(future is None or future.done()))):
                 break
-            if process.rank == 0 and time.monotonic() - said > _SAYS_EVERY_S:
+            if process.rank == 0 and time.monotonic() - said > TELLS_EVERY_S:
                 said = time.monotonic()
                 print(f"cola-ds: tokenizing: {rows:,} rows after {said - begun:.0f} s", file=sys.stderr, flush=True)
     finally:
