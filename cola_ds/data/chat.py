@@ -26,7 +26,7 @@ CHANGED_TEXT = "the chat template changes or leaves out text of a message"
 TOOLS_LEFT_OUT = "the chat template leaves out the tools"
 DOUBLED_BOS = "BOS stood twice at the beginning, and is there once"
 NO_BOS = "the chat template writes no BOS, though the tokenizer puts one in front of texts"
-DATED = "the chat template writes the date of the day"
+DATED = "the chat template writes the date of the day: without data.cache, a run that goes on another day has other ids"
 
 _REMEDY = "name another in data.chat_template=FILE.jinja"
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -78,7 +78,18 @@ def tokenize(
             found[split] = [work.tokens_of(source.open()) for source in sources_of(config, split)]
         except UserError as error:
             raise UserError(f"data.{split} {error}") from None
+    _check_options(config, {tokens.kind for each in found.values() for tokens in each})
     return Found(splits=found, warnings=work.warnings)
+
+
+def _check_options(config: DataConfig, kinds: set[str]) -> None:
+    """Raise UserError for an option of conversations where there are none."""
+    if kinds <= {"pairs", "text"}:
+        for name in ("chat_template", "loss_on", "system", "tools"):
+            if getattr(config, name) != type(config).model_fields[name].default:
+                raise UserError(
+                    f"data.{name} is for conversations, and there are none: set data.format=chat, or leave it out"
+                )
 
 
 def open_found(places: dict[str, list[str]], warnings: list[str]) -> Found:

@@ -10,7 +10,7 @@ import pytest
 
 from cola_ds.config.schema import DataConfig
 from cola_ds.data.encode import NOTHING_LEFT, TOO_LONG
-from cola_ds.data.text import datasets_of, facts_of, load_splits
+from cola_ds.data.text import datasets_of, facts_of, load_split, load_splits
 from cola_ds.data.tokenize import check_sources, tokenize
 from cola_ds.data.tokens import CONVERSATION_END
 from cola_ds.errors import UserError
@@ -410,3 +410,14 @@ def test_all_examples_too_long(tokenizer, tmp_path):
     talks = put(tmp_path / "talks.jsonl", lines(GOOD))
     assert refusal(tokenizer, talks, max_length=8, too_long="drop").endswith(f"all 3 are {TOO_LONG}; raise it")
     assert refusal(tokenizer, talks, max_length=4).endswith(f"all 3 are {NOTHING_LEFT}; raise it")
+
+
+@pytest.mark.parametrize("option", [{"system": "Be kind"}, {"loss_on": "all"}, {"tools": [{"name": "sun"}]}])
+def test_options_of_conversations_want_some(tmp_path, option):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "1+1=", "completion": "2"}\n', encoding="utf-8")
+    (name,) = option
+    with pytest.raises(UserError, match=rf"^data.{name} is for conversations, and there are none: set data.format=chat"):
+        load_split(DataConfig(train=str(path), cache="none", **option), "train", chat_tokenizer("chatml"))
+    config = DataConfig(train=str(path), cache="none", format="chat", **option)
+    assert len(load_split(config, "train", chat_tokenizer("chatml"))) == 1
