@@ -417,7 +417,9 @@ def test_options_of_conversations_want_some(tmp_path, option):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "1+1=", "completion": "2"}\n', encoding="utf-8")
     (name,) = option
-    with pytest.raises(UserError, match=rf"^data.{name} is for conversations, and there are none: set data.format=chat"):
+    with pytest.raises(
+        UserError, match=rf"^data.{name} is for conversations, and there are none: set data.format=chat"
+    ):
         load_split(DataConfig(train=str(path), cache="none", **option), "train", chat_tokenizer("chatml"))
     config = DataConfig(train=str(path), cache="none", format="chat", **option)
     assert len(load_split(config, "train", chat_tokenizer("chatml"))) == 1
