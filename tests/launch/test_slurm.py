@@ -77,7 +77,7 @@ def test_a_time_limit_that_is_too_short(cluster, toy, whole, tmp_path):
     # Slurm's time limits are minutes; the signal comes some 15 s after the start.
     job, frozen = cluster.submit(clean_environment(), *TWO_NODES, "--time", "1", "--signal", "USR1@45", path)
     path.write_text(path.read_text(encoding="utf-8").replace("lr: 0.005", "lr: 0.1"), encoding="utf-8")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", log(frozen)
+    assert cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=540) == "COMPLETED", log(frozen)
     assert int(cluster.show(job, "Restarts")) >= 1
     happened = events(tmp_path)
     assert happened == ["started", *["stopped", "resumed"] * happened.count("stopped"), "finished"]
