@@ -8,6 +8,8 @@ cd "$(dirname "$0")/.."
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091
 source .venv/bin/activate
+# shellcheck source=launch/common.sh
+source launch/common.sh
 
 model=build/SmolLM2-135M-Instruct
 python launch/quickstart/model.py "$model"
@@ -17,9 +19,7 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
   processes=$1
   shift
 else
-  processes=$(python -c 'from deepspeed.accelerator import get_accelerator
-a = get_accelerator()
-print(2 if a.device_name() == "cpu" else min(2, a.device_count()))' | tail -n 1)
+  processes=$(one_or_two)
 fi
 cola-ds data launch/chat/run.yaml "$@" --show 1
 ./launch/local.sh launch/chat/run.yaml "$processes" --fresh "$@"

@@ -17,6 +17,13 @@ a = get_accelerator()
 print(2 if a.device_name() == "cpu" else a.device_count(), a.visible_devices_envs()[0], a.device_name())' | tail -n 1
 }
 
+# Processes of an example whose batch divides over one or two: as many as there are accelerators, at most two.
+one_or_two() {
+  local found
+  read -r found _ < <(devices)
+  echo $((found < 2 ? found : 2))
+}
+
 # Cores for each of N processes of a machine: processes that each take all cores slow each other down.
 threads() { echo $(((n = $(nproc) / ($1 ? $1 : 1)) > 1 ? n : 1)); }
 

@@ -8,6 +8,8 @@ cd "$(dirname "$0")/.."
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091
 source .venv/bin/activate
+# shellcheck source=launch/common.sh
+source launch/common.sh
 
 python launch/quickstart/model.py build/SmolLM2-135M-Instruct
 [ -f build/quickstart/dev.jsonl ] || python launch/quickstart/data.py build/quickstart 800 64
@@ -17,9 +19,7 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
   processes=$1
   shift
 else
-  processes=$(python -c 'from deepspeed.accelerator import get_accelerator
-a = get_accelerator()
-print(2 if a.device_name() == "cpu" else min(2, a.device_count()))' | tail -n 1)
+  processes=$(one_or_two)
 fi
 for method in zero-shot lora cola; do
   length=1

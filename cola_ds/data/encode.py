@@ -187,6 +187,7 @@ class _Made:
         self._spans.append([place for span in spans for place in span])
 
     def batch(self) -> Any:
+        """What was added, as a record batch of `schema()`; the counts are complete then."""
         import pyarrow
 
         self.counts.examples = len(self._rows)

@@ -6,18 +6,17 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 
-from cola_ds.config.schema import DataConfig, ModelConfig
+from cola_ds.config.schema import DataConfig
 from cola_ds.data.batch import Batch, PackedBatch
 from cola_ds.data.cache import Tokens, digests_of, flat, rows_of
 from cola_ds.data.collate import collate
 from cola_ds.data.encode import loss_tokens_of
 from cola_ds.data.packing import collate_packed
 from cola_ds.data.sources import sources_of
-from cola_ds.data.tokenize import Found, tokenize
+from cola_ds.data.tokenize import Found
 from cola_ds.errors import UserError
 
 
@@ -98,23 +97,6 @@ class TokenizedData:
         if not self._whole:
             digest.update(self._chosen.astype(numpy.int64).tobytes())
         return digest.hexdigest()
-
-
-def load_splits(
-    config: DataConfig, tokenizer: Any, model: ModelConfig | None = None
-) -> tuple[TokenizedData, TokenizedData | None]:
-    """The training and the held-out examples, tokenized by this process or found in the cache; `model` says where others that
-    help it find the tokenizer.
-
-    Raises UserError for a file that is missing, empty or cannot be parsed and, with file and row, for a row that is no example.
-    """
-    return datasets_of(config, tokenize(config, tokenizer, model))
-
-
-def load_split(config: DataConfig, split: str, tokenizer: Any) -> TokenizedData:
-    """One of them alone, whatever the other is: "train" or "eval"."""
-    tokens = tokenize(config, tokenizer, splits=[split]).splits[split]
-    return TokenizedData(config, split, tokens, _sides(config, tokens, split)[0])
 
 
 def datasets_of(config: DataConfig, found: Found) -> tuple[TokenizedData, TokenizedData | None]:

@@ -62,7 +62,6 @@ def tokenize(
     config: DataConfig,
     tokenizer: Any,
     model: ModelConfig | None = None,
-    splits: list[str] | None = None,
     progress: Progress = lambda rows: None,
     share: int = 1,
 ) -> Found:
@@ -73,7 +72,7 @@ def tokenize(
     """
     work = _Work(config, tokenizer, model, progress, share)
     found: dict[str, list[Tokens]] = {}
-    for split in splits or splits_of(config):
+    for split in splits_of(config):
         try:
             found[split] = [work.tokens_of(source.open()) for source in sources_of(config, split)]
         except UserError as error:

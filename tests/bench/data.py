@@ -48,8 +48,8 @@ def load(model: str, path: str, cache: str, workers: int | None) -> dict[str, fl
     """Load the rows in this process, and plan an epoch of them."""
     from cola_ds.config.schema import DataConfig, ModelConfig
     from cola_ds.data.order import Order
-    from cola_ds.data.text import load_splits
     from cola_ds.data.tokenizer import load_tokenizer
+    from tests.support.data import load_splits
 
     chosen = ModelConfig(path=model, dtype="fp32")
     tokenizer = load_tokenizer(chosen)

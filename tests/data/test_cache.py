@@ -14,12 +14,12 @@ from cola_ds.config.schema import DataConfig
 from cola_ds.data import cache, encode
 from cola_ds.data import tokenize as tokenizing
 from cola_ds.data.cache import clean
-from cola_ds.data.text import load_splits
 from cola_ds.data.tokenize import tokenize
 from cola_ds.data.tokenizer import tokenizer_hash
 from cola_ds.errors import UserError
 from tests.data.test_tasks import make_tokenizer
 from tests.support.chat import chat_tokenizer, template_text
+from tests.support.data import load_splits
 from tests.support.toys import REPOSITORY, run_config, save_sums
 
 

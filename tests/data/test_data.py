@@ -15,9 +15,9 @@ from cola_ds.config.schema import DataConfig
 from cola_ds.data.batch import IGNORED
 from cola_ds.data.batcher import Batcher
 from cola_ds.data.collate import collate
-from cola_ds.data.text import load_split
 from cola_ds.data.tokens import COMPLETION_END, PROMPT_BEGIN, WHOLE_PROMPT, cut_pair, pairs_of
 from tests.data.test_tasks import make_tokenizer
+from tests.support.data import load_split
 from tests.support.toys import REPOSITORY, run_config, save_metaspace_tokenizer, save_run, save_sums, save_tokenizer
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from cola_ds.config.inputs import files_of, find_files
 from cola_ds.config.schema import DataConfig, RunConfig
 from cola_ds.data.files import text_rows
-from cola_ds.data.text import load_split
 from cola_ds.errors import UserError
 from tests.data.test_tasks import make_tokenizer
+from tests.support.data import load_split
 from tests.support.toys import REPOSITORY, run_config, save_run, save_sums
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(3, 7) for b in range(5, 8)]

@@ -7,12 +7,13 @@ import pytest
 
 from cola_ds.config.schema import DataConfig
 from cola_ds.data.encode import TOO_LONG
-from cola_ds.data.text import datasets_of, facts_of, load_splits
+from cola_ds.data.text import datasets_of, facts_of
 from cola_ds.data.tokenize import tokenize
 from cola_ds.data.tokens import COMPLETION_END, CONVERSATION_END, WHOLE_PROMPT
 from cola_ds.errors import UserError
 from tests.data.test_tasks import make_tokenizer
 from tests.support.chat import chat_tokenizer
+from tests.support.data import load_splits
 from tests.support.toys import run_config
 
 

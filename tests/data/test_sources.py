@@ -10,11 +10,12 @@ import pytest
 
 from cola_ds.config.schema import DataConfig
 from cola_ds.data.encode import NOTHING_LEFT, TOO_LONG
-from cola_ds.data.text import datasets_of, facts_of, load_split, load_splits
+from cola_ds.data.text import datasets_of, facts_of
 from cola_ds.data.tokenize import check_sources, tokenize
 from cola_ds.data.tokens import CONVERSATION_END
 from cola_ds.errors import UserError
 from tests.support.chat import chat_tokenizer
+from tests.support.data import load_split, load_splits
 
 
 @pytest.fixture(scope="module")

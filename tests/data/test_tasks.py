@@ -19,9 +19,9 @@ from cola_ds.data.tasks.encoding import encode, with_demonstrations
 from cola_ds.data.tasks.files import Rows, examples_of, read_rows
 from cola_ds.data.tasks.metrics import accuracy, score, squad_f1
 from cola_ds.data.tasks.sampling import sample
-from cola_ds.data.text import load_split
 from cola_ds.data.tokens import ANSWER_BEGIN, PROMPT_BEGIN, WHOLE_PROMPT
 from cola_ds.errors import UserError
+from tests.support.data import load_split
 from tests.support.toys import REAL_TASKS
 
 

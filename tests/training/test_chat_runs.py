@@ -62,7 +62,7 @@ def test_a_chat_model_is_trained_and_taken_away(toy, tmp_path):
 def _held_out(config, tokenizer):
     """The conversations that the run has held out, read back from their ids."""
     from cola_ds.config.schema import DataConfig
-    from cola_ds.data.text import load_splits
+    from tests.support.data import load_splits
 
     train, held_out = load_splits(DataConfig(**config["data"]), tokenizer)
     texts = [tokenizer.decode(held_out.example(index)[0]) for index in range(len(held_out))]
