@@ -22,6 +22,8 @@ from cola_ds.data.tokenizer import load_tokenizer, tokenizer_hash
 from cola_ds.errors import UserError
 
 Batch = list[tuple[str, Any]]
+_BEGIN = "import sys; sys.path.pop(0); from cola_ds.data.workers import main; main()"
+"""A file that happens to lie in the working folder is no module of a worker's."""
 _ALONE = 8  # batches that are done before a worker has begun
 _AHEAD = 3  # batches for each worker that are read before they are needed
 
@@ -94,11 +96,13 @@ class _Worker:
 
     def __init__(self, recipe: Recipe, known_as: str, model: ModelConfig):
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONSAFEPATH"] = "1"  # a file that happens to lie here is no module of this process's either
+        environment.pop(
+            "PYTHONSAFEPATH", None
+        )  # the first of its path is to be the working folder, which it leaves out
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cola_ds.data.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-c", _BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 env=environment, start_new_session=True,  # a Ctrl-C is for the run, which ends its workers
             )  # fmt: skip
         except OSError as error:
@@ -155,8 +159,13 @@ def _receive(stream: IO[bytes] | None) -> bytes:
     return content
 
 
-def _main() -> None:
-    """A worker: setup, then batches, until its input ends."""
+def main() -> None:
+    """A worker: setup, then batches, until its input ends, or nobody hears it."""
+    with contextlib.suppress(BrokenPipeError):
+        _work()
+
+
+def _work() -> None:
     import pyarrow
 
     heard, said = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -187,8 +196,3 @@ def _main() -> None:
             stream.write_batch(batch)
         _send(said, json.dumps({"counts": counts.said()}).encode())
         _send(said, sink.getvalue().to_pybytes())
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        _main()
