@@ -61,6 +61,9 @@ class ModelConfig(Section):
     """Run code that the model's repository brings with it."""
     links: Annotated[Path | None, Mark.PLACE] = None
     """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex", "varlen", "eager"] = "auto"
+    """The attention kernel. varlen: the examples of a micro batch one after the other in a row, nothing padded, by torch's own
+    varlen on CUDA. auto: varlen where model, device and data can have it, else what Transformers chooses."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 

@@ -60,14 +60,23 @@ class PackedBatch:
     position_ids: Tensor  # (B, T) from 0 in each example; 0 in padding
     positions: Tensor  # (K,) where some row's next id counts
     labels: Tensor  # (B, K) the next id of the same example at each position, or IGNORED
+    cu_seq_lens: Tensor  # (examples + paddings + 1,) int32: where each begins, the rows laid end to end; and B T
+    longest: int
+    """Positions of the longest of these."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
-        return PackedBatch(*(_move(getattr(self, field.name), device) for field in fields(self)))
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self) if f.name != "longest"}
+        return PackedBatch(**moved, longest=self.longest)
 
     def first(self) -> PackedBatch:
-        """Its first row alone."""
-        return PackedBatch(self.input_ids[:1], self.position_ids[:1], self.positions, self.labels[:1])
+        """Its first example alone."""
+        length = int(self.cu_seq_lens[1])
+        within = self.positions < length
+        ids, position_ids = self.input_ids[:1, :length], self.position_ids[:1, :length]
+        return PackedBatch(
+            ids, position_ids, self.positions[within], self.labels[:1, within], self.cu_seq_lens[:2], length
+        )
 
     def counted(self) -> Tensor:  # ()
         """How much the loss is a sum over: labelled tokens."""

@@ -17,10 +17,13 @@ from cola_ds.data.order import Order
 
 class Batcher:
     """Batches of a dataset for one process among `world_size`, in the given order of its examples; None: every example is a row,
-    once an epoch."""
+    once an epoch.
 
-    def __init__(self, data: Dataset, rank: int, world_size: int, order: Order | None = None):
-        self.data, self.rank, self.world_size = data, rank, world_size
+    Where `joined`, the examples of a micro batch are laid end to end in one row, for attention that takes each by itself.
+    """
+
+    def __init__(self, data: Dataset, rank: int, world_size: int, order: Order | None = None, joined: bool = False):
+        self.data, self.rank, self.world_size, self.joined = data, rank, world_size, joined
         self.order = order or Order(data.lengths)
         self._epochs: tuple[tuple[int, int], Epochs] | None = None
 
@@ -67,6 +70,9 @@ class Batcher:
         return sum(lengths), sum(length * length for length in lengths)
 
     def _collate(self, rows: list[list[int]], is_packed: bool) -> AnyBatch:
+        if self.joined:
+            one_row = [index for row in rows for index in row]
+            return cast(PackableDataset, self.data).collate_packed([one_row] if rows else [])
         if is_packed:
             return cast(PackableDataset, self.data).collate_packed(rows)
         return self.data.collate([index for row in rows for index in row])

@@ -86,18 +86,30 @@ def check_joinable(model: Any, max_length: int | None = None) -> None:
     `max_length` ids fills decides nothing.
     """
     config = model.config.get_text_config()
+    if config._attn_implementation not in ("eager", "sdpa"):
+        why: str | None = (
+            f"its attention is {config._attn_implementation}, which takes no such mask; set model.attention=auto"
+        )
+    else:
+        why = without_full_attention(model, max_length)
+    if why is not None:
+        raise UserError(
+            f"{type(model).__name__} cannot take an example's candidates in one row, as a task needs it: {why}"
+        )
+
+
+def without_full_attention(model: Any, max_length: int | None = None) -> str | None:
+    """Why position ids and a mask of ours do not alone decide what a causal LM's positions see, in a text of at most `max_length`
+    ids; None if they do."""
+    config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     layers = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])) - {"full_attention"}
     if window and max_length and max_length <= window:
         layers.discard("sliding_attention")
-    if config._attn_implementation not in ("eager", "sdpa"):
-        why = f"its attention is {config._attn_implementation}, which takes no such mask; load it with sdpa or eager"
-    elif layers:
-        why = f"it has layers with {', '.join(sorted(layers))}" + (f" (a window of {window} ids)" if window else "")
-    elif getattr(model, "_is_stateful", False):
-        why = "it is recurrent"
-    elif "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
-        why = "it takes no position_ids"
-    else:
-        return
-    raise UserError(f"{type(model).__name__} cannot take an example's candidates in one row, as a task needs it: {why}")
+    if layers:
+        return f"it has layers with {', '.join(sorted(layers))}" + (f" (a window of {window} ids)" if window else "")
+    if getattr(model, "_is_stateful", False):
+        return "it is recurrent"
+    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
+        return "it takes no position_ids"
+    return None

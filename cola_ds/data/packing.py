@@ -10,6 +10,7 @@ mask nor cache.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,15 +32,23 @@ def collate_packed(rows: Sequence[Sequence[Example]]) -> PackedBatch:
     input_ids = numpy.full((len(rows), width), PADDING)  # (B, T)
     position_ids = numpy.zeros_like(input_ids)
     next_ids = numpy.full_like(input_ids, IGNORED)  # (B, T): the label of each position
+    lengths = []
     for place, row in enumerate(rows):
         at = 0
         for ids, spans in row:
             end = at + len(ids)
+            lengths.append(len(ids))
             input_ids[place, at:end] = ids
             position_ids[place, at:end] = numpy.arange(len(ids))
             set_labels(next_ids[place, at:end], input_ids[place, at:end], spans)
             at = end
-    return PackedBatch(torch.from_numpy(input_ids), torch.from_numpy(position_ids), *counted_labels(next_ids))
+        if at < width:
+            lengths.append(width - at)
+    cu_seq_lens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    positions, labels = counted_labels(next_ids)
+    return PackedBatch(
+        torch.from_numpy(input_ids), torch.from_numpy(position_ids), positions, labels, cu_seq_lens, max(lengths)
+    )
 
 
 def check_packable(model: Any) -> None:

@@ -84,6 +84,11 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def kind() -> str:
+    """torch's name of the kind of device, such as cpu or cuda; the device itself is not touched."""
+    return str(get_accelerator().device_name())
+
+
 def accelerator_name() -> str:
     """The device's name as torch gives it, such as cpu or NVIDIA A100."""
     accelerator = get_accelerator()

@@ -40,8 +40,10 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
         raise UserError(f"DeepSpeed refuses the config: {first_line(error)}") from None
 
 
-def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
+def load_model(config: ModelConfig, engine_config: dict[str, Any], attention: str | None = None) -> nn.Module:
     """Load a causal LM; under ZeRO-3 straight into shards, one module at a time. Collective.
+
+    `attention` is Transformers' name of the attention that it gets; None: Transformers chooses.
 
     Under ZeRO-3, process 0 maps the checkpoint (it is never copied as a whole) and each module goes out to the shards of all
     processes before the next one is read. At stage 2 every process holds the model, as that stage does.
@@ -61,6 +63,7 @@ def load_model(config: ModelConfig, engine_config: dict[str, Any]) -> nn.Module:
                 revision=config.revision,
                 dtype=getattr(torch, DTYPES[config.dtype].torch_name),
                 trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
             )

@@ -1,6 +1,6 @@
 """Candidates of an example, scored by a (sharded) model: their log-likelihoods, and the loss over them.
 
-Shapes as in data/batch.py; V is the vocabulary.
+Shapes as in data/batch.py.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.data.batch import IGNORED, CandidateBatch, Encoded
+from cola_ds.data.batch import CandidateBatch, Encoded
 from cola_ds.data.candidates import join_candidates, joined_length
 from cola_ds.distributed import accelerator
 from cola_ds.distributed.engine import Engine
-from cola_ds.evaluation.logits import labelled_logits
+from cola_ds.evaluation.fused_loss import token_losses
 from cola_ds.evaluation.shares import over_shares
 
 
@@ -25,13 +25,10 @@ def candidate_scores(model: nn.Module, batch: CandidateBatch) -> Tensor:  # -> (
 
     `model` is the engine, or the causal LM itself.
     """
-    logits = labelled_logits(model, batch)  # (B, K, V)
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    losses = token_losses(model, batch)  # (B, K)
     # Not a scatter: on a GPU the order of its sum, and so the last bit, would change from run to run.
     others = batch.segments[:, :, None] != torch.arange(batch.counts.shape[1], device=losses.device)  # (B, K, C)
-    sums = -losses.view_as(batch.labels)[:, :, None].masked_fill(others, 0.0).sum(dim=1)  # (B, C)
+    sums = -losses[:, :, None].masked_fill(others, 0.0).sum(dim=1)  # (B, C)
     return torch.where(batch.counts > 0, sums / batch.counts.clamp(min=1), -math.inf)
 
 

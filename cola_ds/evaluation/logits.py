@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cola_ds.data.batch import AnyBatch, CandidateBatch, PackedBatch
+from cola_ds.evaluation.attention import packed_inputs
 
 _MASKS_WITHOUT_POSITIONS = ("opt",)
 """Models whose code makes its mask without the position ids (read in Transformers 5.24): they are given the whole mask."""
@@ -26,6 +27,7 @@ def labelled_logits(model: nn.Module, batch: AnyBatch) -> Tensor:  # -> (B, K, V
         inputs["position_ids"] = batch.position_ids  # from these Transformers makes the mask, where it gets none
         if inner.config.model_type in _MASKS_WITHOUT_POSITIONS:
             inputs["attention_mask"] = batch.attention_mask(inner.dtype)
+        inputs |= packed_inputs(inner, batch)
     else:
         inputs |= {"attention_mask": batch.attention_mask}
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:

@@ -1,13 +1,12 @@
-"""Loss of a batch under a (sharded) model. Shapes as in data/batch.py; V is the vocabulary."""
+"""Loss of a batch under a (sharded) model. Shapes as in data/batch.py."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.data.batch import IGNORED, AnyBatch, CandidateBatch
+from cola_ds.data.batch import AnyBatch, CandidateBatch
 from cola_ds.evaluation.candidates import classification_loss
-from cola_ds.evaluation.logits import labelled_logits
+from cola_ds.evaluation.fused_loss import token_losses
 
 
 def loss_sum(model: nn.Module, batch: AnyBatch) -> Tensor:
@@ -18,5 +17,4 @@ def loss_sum(model: nn.Module, batch: AnyBatch) -> Tensor:
     """
     if isinstance(batch, CandidateBatch):
         return classification_loss(model, batch)
-    logits = labelled_logits(model, batch)  # (B, K, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return token_losses(model, batch).sum()

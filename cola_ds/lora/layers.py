@@ -96,8 +96,41 @@ class LoRALinear(nn.Linear):
         self.scaling = scaling
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        base = F.linear(x, self.weight, self.bias)
-        return base + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scaling
+        if isinstance(self.dropout, nn.Dropout) and self.training:
+            base = F.linear(x, self.weight, self.bias)
+            return base + F.linear(F.linear(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
+        return cast(Tensor, _LoRAProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling))
+
+
+class _LoRAProduct(torch.autograd.Function):
+    """W x + b + scaling * B A x, with as few passes as there are over what is as large as x or the output.
+
+    B A x is added by the product that makes it, forwards to the output and backwards to the gradient of x; the scaling is
+    multiplied into what has r columns. W gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        small = F.linear(x, lora_A)  # (..., r)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, small)
+        ctx.scaling = scaling
+        out = F.linear(x, weight, bias)
+        out.view(-1, out.shape[-1]).addmm_(small.view(-1, small.shape[-1]), lora_B.T, alpha=scaling)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, small = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # (n, out)
+        grad_small = (rows @ lora_B).mul_(ctx.scaling)  # (n, r)
+        wanted = ctx.needs_input_grad
+        grad_x = (rows @ weight).addmm_(grad_small, lora_A).view_as(x) if wanted[0] else None
+        grad_bias = rows.sum(0) if wanted[2] else None
+        grad_A = grad_small.T @ x.reshape(-1, x.shape[-1]) if wanted[3] else None
+        grad_B = (rows.T @ small.view(-1, small.shape[-1])).mul_(ctx.scaling) if wanted[4] else None
+        return grad_x, None, grad_bias, grad_A, grad_B, None
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

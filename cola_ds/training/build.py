@@ -15,6 +15,7 @@ from cola_ds.distributed.engine import build_engine, check_engine_config, load_m
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.monitor import Monitor
 from cola_ds.errors import UserError
+from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.layers import inject, start_link
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
@@ -42,7 +43,7 @@ def build_chain(
     accelerator.make_deterministic(config.run.deterministic)
     # Dropout alone draws from it, and differs by process.
     torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
-    model = load_model(config.model, prepared.engine_config)
+    model = load_model(config.model, prepared.engine_config, prepared.attention)
     base = collectives.on_rank_0(lambda: _checked_model(config, found))
     if config.trains_lora:
         inject(model, prepared.targets, config.lora.dropout, train_bias=config.lora.bias == "lora_only")
@@ -57,9 +58,10 @@ def build_chain(
     engine = build_engine(model, prepared.engine_config, partial(make_optimizer, config.optim))
     engine.train(config.trains)
 
-    train = Batcher(prepared.train, process.rank, process.world_size, prepared.order)
+    joined = prepared.attention == VARLEN
+    train = Batcher(prepared.train, process.rank, process.world_size, prepared.order, joined)
     data = prepared.held_out
-    held_out = None if data is None else Batcher(data, process.rank, process.world_size)
+    held_out = None if data is None else Batcher(data, process.rank, process.world_size, joined=joined)
     steps = step_plan.total_steps if config.trains else 0
     return Chain(
         config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,

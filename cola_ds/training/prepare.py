@@ -27,6 +27,7 @@ from cola_ds.data.tokenize import Found, check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.data.tokens import LOSSES
 from cola_ds.errors import UserError, cut, first_line
+from cola_ds.evaluation.attention import choose_attention, transformers_name
 from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
@@ -44,6 +45,8 @@ class Checked:
     tokenizer: Any
     skeleton: Any
     targets: list[str]
+    attention: str | None
+    """Transformers' name of the attention that the model gets; None: Transformers chooses."""
     task: tuple[TaskData, TaskData, TaskData, str] | None
     """Its train, dev and test examples, and their sizes in one line."""
 
@@ -62,6 +65,7 @@ class Prepared:
     skeleton: Any
     """The model on the meta device: its modules and shapes."""
     targets: list[str]
+    attention: str | None
     train: TokenizedData | TaskData
     order: Order
     """Which examples of `train` each row of an epoch has."""
@@ -121,8 +125,9 @@ def check(config: RunConfig) -> Checked:
             check_packable(skeleton)
         check_sources(config.data)
     return Checked(
-        config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task
-    )
+        config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
+        attention=choose_attention(config.model, skeleton, max_length, is_text=task is None),
+    )  # fmt: skip
 
 
 def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) -> Prepared:
@@ -148,7 +153,8 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
     step_plan = resolve(config, order.count(seed, 0) if order.is_even else partial(order.count, seed), world_size)
     return Prepared(
         config=config, engine_json=engine_json, engine_config=complete(engine_json, config, step_plan), step_plan=step_plan,
-        tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, train=train, order=order,
+        tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, attention=checked.attention,
+        train=train, order=order,
         held_out=held_out, test=test, sizes=sizes, found=found,
     )  # fmt: skip
 
@@ -186,7 +192,11 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
     try:
         model_config = AutoConfig.from_pretrained(model.path, **options)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=model.trust_remote_code)
+            skeleton = AutoModelForCausalLM.from_config(
+                model_config,
+                trust_remote_code=model.trust_remote_code,
+                attn_implementation=transformers_name(model.attention),
+            )
     except Exception as error:  # whatever a folder's files or a missing package make transformers raise
         reason = first_line(error)
         where = "" if local else "is not a folder here, and the hub does not give it: "

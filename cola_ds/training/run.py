@@ -9,12 +9,12 @@ from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.distributed import signals
 from cola_ds.distributed.engine import free_engine
 from cola_ds.distributed.launcher import Process
-from cola_ds.evaluation.separation import check_separation
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.loop import run_chain
 from cola_ds.training.preflight import check_ranks_agree
 from cola_ds.training.prepare import Prepared
+from cola_ds.training.proofs import prove
 from cola_ds.training.result import finish
 from cola_ds.training.start import begin, lock_and_choose
 from cola_ds.training.validation import evaluate
@@ -38,8 +38,7 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, f
             return False
         chain = begin(prepared, process, folder, start, since)
         loading_s = time.perf_counter() - since
-        if prepared.config.trains and prepared.order.capacity is not None:
-            check_separation(chain.engine, prepared.train.largest_id)
+        prove(chain, prepared)
         signals.steps_begin()
         if prepared.config.trains:
             run_chain(chain)

@@ -18,8 +18,12 @@ def test_a_row_by_hand():
     # Nothing predicts the first id of an example: at place 3, where 1 comes next, nothing counts.
     assert batch.labels.tolist() == [[IGNORED, 6, 7, 8], [9, IGNORED, IGNORED, IGNORED]]
     assert batch.counted() == 4
-    assert batch.first().labels.tolist() == batch.labels[:1].tolist()
-    assert (batch.first().counted(), batch.first().input_ids.shape) == (3, (1, 6))
+    assert batch.cu_seq_lens.tolist() == [0, 4, 6, 9, 12]  # the padding of a row stands by itself
+    assert batch.longest == 4
+    first = batch.first()  # an example, as everywhere
+    assert (first.input_ids.tolist(), first.position_ids.tolist()) == ([[1, 5, 6, 7]], [[0, 1, 2, 3]])
+    assert (first.positions.tolist(), first.labels.tolist()) == ([0, 1, 2], [[IGNORED, 6, 7]])
+    assert (first.cu_seq_lens.tolist(), first.longest, first.counted()) == ([0, 4], 4, 2)
     assert torch.equal(batch.to(torch.device("cpu")).position_ids, batch.position_ids)
 
     seen = [["".join("x" if value == 0 else "." for value in query) for query in row[0].tolist()]

@@ -272,7 +272,7 @@ def test_models_that_cannot_take_joined_rows_are_refused():
     for model, reason in [
         (
             skeleton("llama", "flash_attention_2"),
-            "LlamaForCausalLM .* its attention is flash_attention_2, .* sdpa or eager",
+            "LlamaForCausalLM .* its attention is flash_attention_2, .* model.attention=auto",
         ),
         (skeleton("llama", "flex_attention"), "flex_attention"),
         (skeleton("qwen2", **sliding), "sliding_attention .a window of 16 ids"),

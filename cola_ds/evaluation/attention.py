@@ -1,0 +1,144 @@
+"""Attention: which kernel a model runs with, and varlen, which takes the examples of a micro batch end to end in one row.
+
+With varlen nothing is padded and no mask is made: attention gets the places where examples begin (cu_seq_lens, as Transformers'
+flash attention does) and computes each by itself. On CUDA that is torch.nn.attention.varlen, which comes with torch; on the CPU
+a product for each example. A pass that brings a mask and no such places (candidates of one example, generation) goes through
+SDPA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cola_ds.config.dtypes import DTYPES
+from cola_ds.config.schema import ModelConfig
+from cola_ds.data.batch import PackedBatch
+from cola_ds.data.candidates import without_full_attention
+from cola_ds.distributed import accelerator
+from cola_ds.errors import UserError
+
+VARLEN = "cola_ds_varlen"
+"""Its name in Transformers' attention interface."""
+_OTHERWISE = {"auto": None, "varlen": None, "flex": "flex_attention"}
+
+
+def transformers_name(attention: str) -> str | None:
+    """What Transformers calls a model.attention; None where it chooses, or where ours is not registered yet."""
+    return _OTHERWISE.get(attention, attention)
+
+
+def choose_attention(config: ModelConfig, model: Any, max_length: int, is_text: bool) -> str | None:
+    """Transformers' name of the attention that a run gets; None where Transformers chooses. `model` may be on the meta device.
+
+    auto is varlen where the model, the device and the data can have it. Of a task, whose candidates need a mask, varlen is what
+    Transformers chooses. Raises UserError for a varlen that was asked for and cannot be had.
+    """
+    if not is_text or config.attention not in ("auto", "varlen"):
+        return transformers_name(config.attention)
+    why = _why_not_varlen(config, model, max_length)
+    if why is None:
+        _register()
+        return VARLEN
+    if config.attention == "varlen":
+        raise UserError(f"model.attention varlen is not for {type(model).__name__} here: {why}; use auto")
+    return None
+
+
+def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | None:
+    inner = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False) or not getattr(model, "_supports_sdpa", False):
+        return "its code does not take attention from Transformers' interface"
+    if why := without_full_attention(model, max_length):
+        return why
+    for name in ("attention_dropout", "attn_logit_softcapping"):
+        if getattr(inner, name, None):
+            return f"it has {name} {getattr(inner, name)}"
+    if accelerator.kind() != "cuda":
+        return None
+    head = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
+    if DTYPES[config.dtype].torch_name == "float32":
+        return "torch's varlen needs model.dtype bf16 or fp16"
+    if head > 256 or head % 8:
+        return f"torch's varlen has no heads of {head}"
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    return None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+def packed_inputs(model: Any, batch: PackedBatch) -> dict[str, Any]:
+    """What a model with varlen or flash attention is told of where examples begin; nothing for others."""
+    name = model.config.get_text_config()._attn_implementation
+    if name != VARLEN and not name.startswith("flash_attention"):
+        return {}
+    places = {"cu_seq_lens_q": batch.cu_seq_lens, "cu_seq_lens_k": batch.cu_seq_lens}
+    inputs: dict[str, Any] = {**places, "max_length_q": batch.longest, "max_length_k": batch.longest}
+    if name == VARLEN:  # a mask of four dimensions is passed on as it is: none is made, and none is looked at
+        inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=batch.input_ids.device)
+    return inputs
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:  # (B, heads, T, D), (B, key heads, T, D) twice -> (B, T, heads, D)
+    """Causal attention within each of the stretches [cu_seq_lens_q[i], cu_seq_lens_q[i + 1]) of the rows, laid end to end."""
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))  # (B T, heads, D)
+    if query.device.type == "cpu":
+        found = _each_alone(q, k, v, cu_seq_lens_q, scaling)
+    else:
+        assert max_length_q is not None
+        found = _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling)
+    return found.view(len(query), -1, *found.shape[1:]), None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, places: Tensor, longest: int, scaling: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:  # torch 2.10
+        options = {"is_causal": True}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    return cast(Tensor, varlen_attn(query, key, value, places, places, longest, longest, scale=scaling, **options))
+
+
+def _each_alone(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scaling: float | None) -> Tensor:
+    lengths = places.diff().tolist()
+    found = []
+    for parts in zip(*(part.split(lengths) for part in (query, key, value)), strict=True):
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, heads, t, D)
+        one = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        found.append(one[0].transpose(0, 1))
+    return torch.cat(found)
