@@ -288,3 +288,4 @@ def test_a_checkpoint_that_does_not_say_the_work(tmp_path, monkeypatch):
     first, second = rows(tmp_path / "metrics.jsonl")[-2:]
     assert first["tflops"] is None
     assert second["tflops"] * second["step_s"] * 2 * 1e12 == pytest.approx(2 * 5 * 1000)
+    assert logger.bar.postfix.startswith("loss 1.0000, link 1, ") and "TFLOP/s, " in logger.bar.postfix
