@@ -52,6 +52,7 @@ def ran(request, process, toy, tmp_path_factory):
     path, _ = three_links(toy, folder, engine, dtype, model=model, chain={"length": 3, "tie": tie, "merge": merge})
     found = {"engine": engine, "dtype": dtype, "merge": merge, "folder": folder / "run"}
     with pytest.MonkeyPatch.context() as patch, run(process, path, patch) as (chain, _):
+        chain.train.joined = False  # a padded batch, which plain Transformers takes too
         batch = next_batch(chain)
         found["logits"] = outputs(chain, batch)
         found["weights"] = whole_weights(chain)
