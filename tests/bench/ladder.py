@@ -117,7 +117,12 @@ class Ladder:
         """The JSON that the Trainer has, whose sizes it derives itself; and the same with DeepSpeed's own sizes."""
         engine = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text(encoding="utf-8"))
         zero = engine["zero_optimization"]
-        batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        batches = (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        )
         sizes = {
             "reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 100_000,
@@ -185,7 +190,8 @@ class Ladder:
         optim, train = prepared.config.optim, prepared.train
         batcher = Batcher(train, 0, 1, prepared.order)
         found = [
-            batcher.step(step, prepared.config.run.seed, prepared.step_plan.global_batch_size, 1) for step in range(steps)
+            batcher.step(step, prepared.config.run.seed, prepared.step_plan.global_batch_size, 1)
+            for step in range(steps)
         ]
         # Inside a step cola_ds sorts by length; the Trainer takes examples as they come.
         chosen = [sorted(each.indices, key=lambda index: (index * 2_654_435_761) % 2**32) for each in found]
@@ -329,7 +335,9 @@ def report(ladder: Ladder, rungs: list[Rung], rates: list[float]) -> None:
 
     rate = statistics.median(rates)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers", "peft"))
-    print(f"\n{accelerator_name()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}; `{args.command}`")
+    print(
+        f"\n{accelerator_name()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}; `{args.command}`"
+    )
     print(
         f"{args.workload}: steps of {workload.global_batch_size} examples of at most {workload.max_length} tokens in micro batches "
         f"of {workload.micro_batch_size}; {args.processes} processes of {os.environ['OMP_NUM_THREADS']} threads, fp32; matrix "
@@ -340,7 +348,9 @@ def report(ladder: Ladder, rungs: list[Rung], rates: list[float]) -> None:
     print("|" + " --- |" * 13)
     every = [pair for rung in rungs for pair in rung.pairs]
 
-    def line(name: str, adds: str, pairs: list[tuple[Arm, Arm]], which: int, ratios: list[str], difference: str) -> None:
+    def line(
+        name: str, adds: str, pairs: list[tuple[Arm, Arm]], which: int, ratios: list[str], difference: str
+    ) -> None:
         found = {each: median(pairs, which, each) for each in Arm.__annotations__ if each != "losses"}
         cells = [
             name, adds, f"{found['tokens_per_s']:.0f}", ratios[0], ratios[1], f"{found['step_s']:.3f}",
@@ -353,7 +363,12 @@ def report(ladder: Ladder, rungs: list[Rung], rates: list[float]) -> None:
     before = 1.0
     for number, rung in enumerate(rungs, 1):
         speed = ratio(rung, "tokens_per_s")
-        ratios = [f"{speed:.2f}", f"{speed / before:.2f}", f"{ratio(rung, 'peak_bytes'):.2f}", f"{ratio(rung, 'first_step_s'):.2f}"]
+        ratios = [
+            f"{speed:.2f}",
+            f"{speed / before:.2f}",
+            f"{ratio(rung, 'peak_bytes'):.2f}",
+            f"{ratio(rung, 'first_step_s'):.2f}",
+        ]
         line(f"{number} {rung.name}", rung.adds, rung.pairs, 1, ratios, f"{rung.difference:.0e}")
         before = speed
 
@@ -364,16 +379,23 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="a model's folder")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="short")
-    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS), metavar="NAME", help=", ".join(RUNGS))
+    parser.add_argument(
+        "--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS), metavar="NAME", help=", ".join(RUNGS)
+    )
     parser.add_argument("--repeats", type=int, default=3, help="pairs of each rung and rung 0")
     parser.add_argument("--steps", type=int, default=20, help="steps whose losses are compared")
-    parser.add_argument("--timed-steps", type=int, default=6, help=f"steps of a timed run, the first {WARM_UP} left out")
+    parser.add_argument(
+        "--timed-steps", type=int, default=6, help=f"steps of a timed run, the first {WARM_UP} left out"
+    )
     args = parser.parse_args()
     args.command = " ".join(["python -m tests.bench.ladder", *sys.argv[1:]])
     if args.timed_steps <= WARM_UP or args.repeats < 1 or args.steps < 1:
         parser.error(f"--timed-steps must be more than {WARM_UP}, --repeats and --steps at least 1")
     args.rungs = [name for name in RUNGS if name in args.rungs]
-    if args.workload != "short" and args.processes * WORKLOADS[args.workload].micro_batch_size > WORKLOADS[args.workload].global_batch_size:
+    if (
+        args.workload != "short"
+        and args.processes * WORKLOADS[args.workload].micro_batch_size > WORKLOADS[args.workload].global_batch_size
+    ):
         parser.error("too many processes for the workload's batch")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))

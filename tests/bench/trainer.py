@@ -113,7 +113,9 @@ def lora_model(plan: dict[str, Any], arguments: TrainingArguments) -> Any:
     model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=getattr(torch, plan["dtype"]))
     if arguments.gradient_checkpointing:
         model.enable_input_require_grads()
-    peft = LoraConfig(r=plan["lora_rank"], lora_alpha=plan["lora_alpha"], target_modules=plan["targets"], task_type="CAUSAL_LM")
+    peft = LoraConfig(
+        r=plan["lora_rank"], lora_alpha=plan["lora_alpha"], target_modules=plan["targets"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, peft)
     for name, param in model.named_parameters():
         if ".lora_A." in name:
@@ -125,7 +127,10 @@ def lora_model(plan: dict[str, Any], arguments: TrainingArguments) -> Any:
 def check_counts(rows: Rows, steps: list[list[int]], plan: dict[str, Any]) -> None:
     """That a step has as many tokens, and labels, as cola_ds counts in it."""
     for number, (step, tokens, labels) in enumerate(zip(steps, plan["tokens"], plan["labels"], strict=True), 1):
-        found = [sum(len(rows[i]["input_ids"]) for i in step), sum(l != IGNORED for i in step for l in rows[i]["labels"][1:])]
+        found = [
+            sum(len(rows[i]["input_ids"]) for i in step),
+            sum(l != IGNORED for i in step for l in rows[i]["labels"][1:]),
+        ]
         if found != [tokens, labels]:
             sys.exit(f"step {number} has {found} tokens and labels here, and {[tokens, labels]} in cola_ds")
 
