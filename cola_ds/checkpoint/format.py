@@ -70,7 +70,8 @@ class Unlogged(_Saved):
     tokens: int
     seconds: float
     waited_s: float = 0.0
-    """Not in checkpoints of before it was measured."""
+    flops: float | None = None
+    """Needed per device; null where that is not known. Neither is in checkpoints of before it was measured."""
 
 
 class Rows(_Saved):

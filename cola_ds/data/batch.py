@@ -154,6 +154,10 @@ class Dataset(Protocol):
     def loss_tokens(self) -> Sequence[int] | numpy.ndarray:
         """What the mean of the training loss counts of each example: labelled tokens, or the example once."""
 
+    @property
+    def predictions(self) -> Sequence[int] | numpy.ndarray:
+        """Positions of each example whose next id is predicted: where the output head is needed."""
+
     def __len__(self) -> int: ...
 
     def collate(self, indices: list[int]) -> AnyBatch:
@@ -177,5 +181,9 @@ class StepExamples:
     tokens: int
     loss_tokens: int
     """All three over all processes. The loss is the mean over labelled tokens, or over examples where candidates are compared."""
+    predictions: int
+    """Positions whose next id is predicted, of all processes."""
     indices: list[int]
     """The examples' 0-based places in the data, of all processes."""
+    lengths: list[int]
+    """Their tokens, in that order."""

@@ -53,12 +53,15 @@ class Batcher:
         width = micro_batch_size * self.world_size
         mine = [rows[m * width : (m + 1) * width][self.rank :: self.world_size] for m in range(micro_steps)]
         chosen = [index for row in rows for index in row]
+        lengths = [int(self.data.lengths[i]) for i in chosen]
         return StepExamples(
             micro_batches=[self._collate(each, is_packed) for each in mine],
             examples=len(chosen),
-            tokens=sum(int(self.data.lengths[i]) for i in chosen),
+            tokens=sum(lengths),
             loss_tokens=sum(int(self.data.loss_tokens[i]) for i in chosen),
+            predictions=sum(int(self.data.predictions[i]) for i in chosen),
             indices=chosen,
+            lengths=lengths,
         )
 
     def _work(self, row: Sequence[int]) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class TokenizedData:
         """Token ids of each example: (examples,) int32."""
         self.loss_tokens = _joined([loss_tokens_of(*each) for each in self._spans])[self._chosen]
         """Predicted ids of each example that the loss counts: (examples,) int32."""
+        self.predictions = self.loss_tokens
         self.largest_id = max(each.counts.largest_id for each in tokens)
         self.lost: Counter[str] = sum((each.counts.lost for each in tokens), Counter())
         """Examples that lost something to max_length, by what they lost."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from cola_ds.evaluation.evaluators import HeldOut, TaskScore
 from cola_ds.run.folder import RunDir
 
 T = TypeVar("T")
+_WAITING_SHOWN = 0.01  # of the time: less of it is not worth a place on the bar
 
 
 class MetricLogger:
@@ -33,9 +34,13 @@ class MetricLogger:
         every_s = 0.5 if sys.stderr.isatty() else 30  # a job's log is no place for ten lines a second
         shown = folder is not None and total_steps > 0
         self.bar = tqdm(total=total_steps, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every_s)
+        self.work: Callable[[int, StepExamples], float] | None = None
+        """FLOPs that a step of a link needs, per device (work.py); None: not known."""
+        self.peak_tflops: float | None = None
+        """What one device could at most; None: not known."""
         self._loss = torch.zeros((), device=accelerator.device())
         self._steps = self._losses = self._tokens = 0
-        self._carried_s = self._waited_s = 0.0
+        self._carried_s = self._waited_s = self._flops = 0.0
         self._since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
@@ -49,6 +54,7 @@ class MetricLogger:
             "tokens": self._tokens,
             "seconds": seconds,
             "waited_s": collectives.all_reduce_max([self._waited_s])[0],
+            "flops": self._flops if math.isfinite(self._flops) else None,
         }
 
     def go_on(self, state: dict[str, Any], rank: int, world_size: int, step: int) -> None:
@@ -57,6 +63,8 @@ class MetricLogger:
         self._loss.fill_(loss[rank])
         self._losses, self._steps, self._tokens = state["losses"], state["steps"], state["tokens"]
         self._carried_s, self._waited_s = state["seconds"], state["waited_s"]
+        # Of steps that a checkpoint does not say it of, it stays unknown.
+        self._flops = math.nan if state["flops"] is None and state["steps"] else state["flops"] or 0.0
         self._move(step)
 
     def say(self, message: str) -> None:
@@ -112,34 +120,41 @@ class MetricLogger:
         self._steps += 1
         self._tokens += examples.tokens
         self._waited_s += waited_s
+        self._flops += self.work(where["link"], examples) if self.work else math.nan
         self._move(1)
         if where["step"] % self.log_every_steps and not now:
             return
         total = collectives.all_reduce_sum(self._loss).item()
         mean_loss = total / self._losses if self._losses else math.nan
         seconds = time.perf_counter() - self._since
-        waited_s = collectives.all_reduce_max([self._waited_s])[0]  # the others wait for the one that waits longest
+        # The others wait for the one that waits longest; and the device that holds most is the one that may be full.
+        waited_s, memory_bytes = collectives.all_reduce_max([self._waited_s, accelerator.peak_memory_bytes()])
         tokens_per_s = self._tokens / seconds if seconds > 0 else math.nan  # a clock may be coarse
+        tflops = self._flops / seconds / 1e12 if seconds > 0 else math.nan
+        speed = {
+            "tokens_per_s": tokens_per_s,
+            "tflops": tflops,
+            "peak_share": tflops / self.peak_tflops if self.peak_tflops else math.nan,
+            "memory_bytes": int(memory_bytes),
+            "step_s": seconds / self._steps,
+            "data_wait_s": waited_s / self._steps,
+        }
         if self.folder:
             row = {
                 **where,
                 "loss": mean_loss,
                 **{key: float(value) if isinstance(value, Tensor) else value for key, value in facts.items()},
                 "tokens": self._tokens,
-                "tokens_per_s": tokens_per_s,
-                "step_s": seconds / self._steps,
-                "data_wait_s": waited_s / self._steps,
+                **speed,
             }
             self.folder.append("metrics.jsonl", row)
-        self.bar.set_postfix(
-            loss=f"{mean_loss:.4f}", link=where["link"], tokens_per_s=f"{tokens_per_s:.0f}", refresh=False
-        )
+        self.bar.set_postfix_str(f"loss {mean_loss:.4f}, link {where['link']}, {_in_short(speed)}", refresh=False)
         self.monitor.write(
             where["step"], {"Train/loss": mean_loss, "Train/lr": facts["lr"], "Train/link": where["link"]}
         )
         self._loss.zero_()
         self._steps = self._losses = self._tokens = 0
-        self._carried_s = self._waited_s = 0.0
+        self._carried_s = self._waited_s = self._flops = 0.0
         self.restart_clock()
 
     def knot(self, row: dict[str, Any]) -> None:
@@ -173,3 +188,16 @@ class MetricLogger:
         """Take the bar down."""
         with contextlib.suppress(OSError, ValueError):
             self.bar.close()
+
+
+def _in_short(speed: Mapping[str, float]) -> str:
+    """What the bar says of a row's speed: what is not known is left out, and waiting where there is little of it."""
+    parts = [f"{speed['tokens_per_s']:.0f} tokens/s"]
+    if math.isfinite(tflops := speed["tflops"]):
+        share = f" ({speed['peak_share']:.0%})" if math.isfinite(speed["peak_share"]) else ""
+        number = f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.3g}"
+        parts.append(f"{number} TFLOP/s{share}")
+    parts.append(f"{speed['memory_bytes'] / 2**30:.1f} GiB")
+    if speed["step_s"] > 0 and (waiting := speed["data_wait_s"] / speed["step_s"]) > _WAITING_SHOWN:
+        parts.append(f"waiting {waiting:.0%}")
+    return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -65,6 +66,8 @@ def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
         "data_wait_s": chain.logger.figure("data_wait_s", lambda: _waited_s(folder)),
+        "tflops": chain.logger.figure("tflops", lambda: _median(folder, "tflops")),
+        "peak_share": chain.logger.figure("peak_share", lambda: _median(folder, "peak_share")),
         "training_flops": chain.logger.figure(
             "training_flops", lambda: training_flops(prepared, chain.state.link_tokens)
         ),
@@ -78,6 +81,12 @@ def _waited_s(folder: RunDir) -> float:
     metrics = folder.rows("metrics.jsonl", skip_damaged=True)
     firsts = [0, *(row["step"] for row in metrics)]
     return sum(row.get("data_wait_s", 0.0) * (row["step"] - first) for first, row in zip(firsts, metrics, strict=False))
+
+
+def _median(folder: RunDir, figure: str) -> float | None:
+    """The median of a figure over the rows of metrics.jsonl that have it: first steps, which take longer, hardly move it."""
+    found = [row[figure] for row in folder.rows("metrics.jsonl", skip_damaged=True) if row.get(figure) is not None]
+    return statistics.median(found) if found else None
 
 
 def _scores(folder: RunDir) -> dict[str, Any]:

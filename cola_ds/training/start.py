@@ -14,6 +14,7 @@ from cola_ds.checkpoint.restore import restore_engine, restore_folder
 from cola_ds.data.tokenize import chat_template_of
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.deepspeed_internals import end_process
+from cola_ds.distributed.devices import peak_tflops
 from cola_ds.distributed.launcher import Process
 from cola_ds.run.environment import describe_environment
 from cola_ds.run.folder import RunDir
@@ -23,6 +24,7 @@ from cola_ds.training.preflight import check_shared
 from cola_ds.training.prepare import Prepared, count_trainable
 from cola_ds.training.save import space_needed
 from cola_ds.training.state import Chain, RunFacts, from_counters
+from cola_ds.training.work import work_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,23 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
             versions={**environment["packages"], "cola_ds": environment["cola_ds"]},
             elapsed_s=saved.elapsed_s if saved else 0.0, since=since,
         )  # fmt: skip
+    _measure(chain, prepared, process)
     if saved:
         restore_engine(chain.engine, saved, found, process)
         chain.logger.go_on(saved.journal.model_dump(), process.rank, process.world_size, chain.state.step)
         chain.logger.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
     return chain
+
+
+def _measure(chain: Chain, prepared: Prepared, process: Process) -> None:
+    """Find what turns the steps of a run into TFLOP/s and a share of the peak."""
+    logger, dtype = chain.logger, prepared.config.model.dtype
+    if not prepared.config.trains:
+        return
+    works = logger.figure("tflops", lambda: work_of(prepared))
+    if works is not None:
+        logger.work = lambda link, examples: works[link - 1].of(examples) / process.world_size
+    logger.peak_tflops = logger.figure("peak_share", lambda: peak_tflops(accelerator.accelerator_name(), dtype))
 
 
 def _write_down(

@@ -16,7 +16,9 @@ HOST = torch.device("cpu")
 def examples(step):
     ids = torch.full((2, 3), step)
     batch = Batch(ids, torch.ones_like(ids), torch.tensor([1]), ids[:, 1:2])
-    return StepExamples(micro_batches=[batch], examples=2, tokens=6, loss_tokens=2, indices=[step])
+    return StepExamples(
+        micro_batches=[batch], examples=2, tokens=6, loss_tokens=2, predictions=2, indices=[step], lengths=[6]
+    )
 
 
 def workers():

@@ -56,7 +56,7 @@ class Data:
 
     def __init__(self, lengths):
         self.lengths = lengths
-        self.loss_tokens = [max(length - 1, 0) for length in lengths]
+        self.loss_tokens = self.predictions = [max(length - 1, 0) for length in lengths]
 
     def __len__(self):
         return len(self.lengths)

@@ -28,7 +28,7 @@ class Vocabulary(Data):
 
     def __init__(self, lengths):
         super().__init__(lengths)
-        self.loss_tokens = [length - max(length // 3, 1) for length in lengths]
+        self.loss_tokens = self.predictions = [length - max(length // 3, 1) for length in lengths]
 
 
 @pytest.fixture(scope="module")

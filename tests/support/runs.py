@@ -10,7 +10,8 @@ from tests.support.distributed import process_group, run_distributed
 from tests.support.toys import rows, run_config, save_run
 
 TIMES = {
-    "tokens_per_s", "step_s", "data_wait_s", "seconds", "tie_s", "rebuild_s", "peak_memory_bytes", "bytes_moved", "loading_s",
+    "tokens_per_s", "step_s", "data_wait_s", "tflops", "peak_share", "memory_bytes", "seconds", "tie_s", "rebuild_s",
+    "peak_memory_bytes", "bytes_moved", "loading_s",
 }  # fmt: skip
 
 

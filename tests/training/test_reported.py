@@ -40,10 +40,10 @@ def no_space(*args, **options):
 
 def spoil(rank):
     """Everything that is only reported goes wrong: both outputs are full, a monitor fails, the first link is gone when the second
-    is tied, git hangs, and a package's metadata are missing."""
+    is tied, git hangs, a package's metadata are missing, and nobody knows what a step needs or the device can."""
     from cola_ds.distributed.monitor import Monitor
     from cola_ds.run import environment
-    from cola_ds.training import knot
+    from cola_ds.training import knot, start
 
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, 1)
@@ -61,6 +61,7 @@ def spoil(rank):
         return tied
 
     Monitor.write, knot.tie_link = failing, tie_without_the_first
+    start.work_of = start.peak_tflops = no_space
     environment._PACKAGES = ("torch", "no-such-package")
     environment._GIT_WITHIN_S = 0.01
     os.environ["PATH"] = f"{spoil.run.parent}/bin:{os.environ['PATH']}"
@@ -94,6 +95,9 @@ def test_a_run_whose_every_figure_fails(toy, tmp_path):
     lost = {row["figure"]: row["reason"] for row in events if row["event"] == "no figure"}
     assert lost["profiled_flops"].startswith("the forward pass on the meta device: Tensor.item() cannot be called")
     assert "link-0001" in lost["rounding_error"]
+    assert "No space" in lost["tflops"] and "No space" in lost["peak_share"]
+    speeds = {(row["tflops"], row["peak_share"]) for row in rows(tmp_path / "run/metrics.jsonl")}
+    assert speeds == {(None, None)} == {(result["tflops"], result["peak_share"])}
     assert [row["rounding_error"] is None for row in rows(tmp_path / "run/knots.jsonl")] == [False, True, True]
     environment = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))
     assert environment["git_revision"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class TaskData:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @functools.cached_property
+    def predictions(self) -> list[int]:
+        """Positions of each example whose next id is predicted: all of its candidates' where they are compared."""
+        if self.task.objective == "classification":
+            return [sum(each.answer_lengths) for each in self.encoded]
+        return self.loss_tokens
 
     def collate(self, indices: list[int]) -> Batch | CandidateBatch:
         """A micro batch of these examples, to train on; without any, one that counts nothing."""
