@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node N -m tests.bench.trainer PLAN.json
 
-It is what a user would write without cola_ds, with four things taken from the plan so that the losses can be compared: the ids, the
-examples of each step, A's first values, and the bits of fp32 products. tests/bench/ladder.py writes the plan and reads what is left: a
-row a step in metrics.jsonl, then result.json.
+It is what a user would write without cola_ds. The plan gives, so that losses can be compared, the ids and the examples of each
+step; A begins as cola_ds draws it. tests/bench/arms.py writes the plan, and reads what is left: metrics.jsonl, with a row a step,
+and result.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cola_ds.distributed  # noqa: F401  first: it chooses where DeepSpeed compiles what it needs
 import torch
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
@@ -45,8 +44,8 @@ def pad(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def deal(examples: list[int], micro_steps: int, world_size: int) -> list[list[list[int]]]:
-    """A step's examples, in their order, as the micro batches of each process: the Trainer deals batch after batch to process after
-    process. Where they do not come out even, as those of packed rows, the first batches have one more."""
+    """A step's examples, in their order, as the micro batches of each process: the Trainer deals batch after batch to process
+    after process. Where they do not come out even, as those of packed rows, the first batches have one more."""
     count = micro_steps * world_size
     sizes = [len(examples) // count + (number < len(examples) % count) for number in range(count)]
     starts = [sum(sizes[:number]) for number in range(count)]
@@ -109,10 +108,8 @@ class Clock(TrainerCallback):
 
 
 def lora_model(plan: dict[str, Any], arguments: TrainingArguments) -> Any:
-    """The model with PEFT's LoRA, its A drawn as cola_ds draws them. With `arguments` made before it, it is loaded into shards."""
+    """The model with PEFT's LoRA, its A drawn as cola_ds draws them. `arguments` exist: so it is loaded into shards."""
     model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=getattr(torch, plan["dtype"]))
-    if arguments.gradient_checkpointing:
-        model.enable_input_require_grads()
     peft = LoraConfig(
         r=plan["lora_rank"], lora_alpha=plan["lora_alpha"], target_modules=plan["targets"], task_type="CAUSAL_LM"
     )
@@ -120,17 +117,15 @@ def lora_model(plan: dict[str, Any], arguments: TrainingArguments) -> Any:
     for name, param in model.named_parameters():
         if ".lora_A." in name:
             layer = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
-            param.data.copy_(draw_lora_A(plan["seed"], 1, layer, tuple(param.shape)))
+            param.data.copy_(draw_lora_A(plan["seed"], 1, layer, (param.shape[0], param.shape[1])))
     return model
 
 
 def check_counts(rows: Rows, steps: list[list[int]], plan: dict[str, Any]) -> None:
     """That a step has as many tokens, and labels, as cola_ds counts in it."""
     for number, (step, tokens, labels) in enumerate(zip(steps, plan["tokens"], plan["labels"], strict=True), 1):
-        found = [
-            sum(len(rows[i]["input_ids"]) for i in step),
-            sum(l != IGNORED for i in step for l in rows[i]["labels"][1:]),
-        ]
+        labels_here = sum(label != IGNORED for i in step for label in rows[i]["labels"][1:])
+        found = [sum(len(rows[i]["input_ids"]) for i in step), labels_here]
         if found != [tokens, labels]:
             sys.exit(f"step {number} has {found} tokens and labels here, and {[tokens, labels]} in cola_ds")
 
@@ -146,7 +141,7 @@ def main() -> None:
         per_device_train_batch_size=plan["micro_batch_size"], gradient_accumulation_steps=plan["micro_steps"],
         max_steps=len(steps), learning_rate=plan["lr"], lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0,
         max_grad_norm=plan["max_grad_norm"], bf16=plan["dtype"] == "bfloat16", fp16=plan["dtype"] == "float16",
-        gradient_checkpointing=plan["activation_checkpointing"], logging_steps=1, save_strategy="no", report_to=[],
+        logging_steps=1, save_strategy="no", report_to=[],
         seed=plan["seed"], disable_tqdm=True,
     )  # fmt: skip
     rows = Rows(plan["rows"])
@@ -161,9 +156,11 @@ def main() -> None:
     trainer.train()
     losses = trainer.losses(plan["micro_steps"])
     peak = torch.tensor([float(peak_memory_bytes())], dtype=torch.float64, device=arguments.device)
-    peak = int(trainer.accelerator.gather(peak).max())
+    highest = int(trainer.accelerator.gather(peak).max())
     if rank == 0:
-        (folder / "result.json").write_text(json.dumps({"losses": losses, "peak_memory_bytes": peak}), encoding="utf-8")
+        (folder / "result.json").write_text(
+            json.dumps({"losses": losses, "peak_memory_bytes": highest}), encoding="utf-8"
+        )
     sys.stdout.flush()
     os._exit(0)  # as cola_ds does: gloo's threads could abort an interpreter that shuts down
 
