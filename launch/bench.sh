@@ -6,6 +6,11 @@
 # What a step takes on one GPU, padded and packed, on a model of random weights. A minute or two; nothing is downloaded.
 #   ./launch/bench.sh gpu [section.key=value ...] [--model llama-1b] [--steps S] [--examples E] [--max-length T]
 # Where there is no .venv, it takes the interpreter that is there (PYTHON, or python3) if that has what is needed.
+#
+# LoRA by cola_ds beside LoRA by PEFT, Hugging Face's Trainer and DeepSpeed: rung by rung, each adding one thing, and where the time
+# of a step goes at the top. About a quarter of an hour on two cores for short rows, and longer for the others.
+#   ./launch/bench.sh ladder [MODEL] [--processes N] [--workload short|mixed|long] [--rungs NAME ...] [--repeats R] [--steps S]
+# Two processes and short rows unless said otherwise. MODEL is a folder; without it, SmolLM2-135M. The rows are made there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = gpu ]; then
@@ -16,6 +21,20 @@ if [ "${1:-}" = gpu ]; then
     python=.venv/bin/python
   fi
   exec "$python" -m tests.bench.gpu "$@"
+fi
+if [ "${1:-}" = ladder ]; then
+  shift
+  ./launch/setup.sh test # peft comes with it
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+  model=build/SmolLM2-135M-Instruct
+  if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+    model=$1
+    shift
+  else
+    python launch/quickstart/model.py "$model"
+  fi
+  exec python -m tests.bench.ladder "$model" "$@"
 fi
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091

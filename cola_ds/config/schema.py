@@ -181,8 +181,9 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, Mark.FREE] = CheckpointConfig()
     run: RunSection
-    deepspeed: Annotated[Path, Mark.CONTENT, Mark.PLACE, Mark.FILE] = "zero3"
-    """The DeepSpeed JSON: a file, or the name of a ready one of ds_configs/, such as zero3 or zero3_bf16."""
+    deepspeed: Annotated[Path, Mark.CONTENT, Mark.PLACE, Mark.FILE] = "auto"
+    """The DeepSpeed JSON: a file, or the name of a ready one of ds_configs/, such as zero3 or zero3_bf16. auto: ZeRO's stage 2
+    where every process has the memory for it, else 3."""
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:

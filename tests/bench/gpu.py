@@ -16,17 +16,15 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.support import ON_CPU  # first: it chooses the device before deepspeed is imported
-from tests.support.distributed import free_port
-from tests.support.toys import REPOSITORY, save_run, save_tokenizer
+from tests.bench.timed import ArmFailedError, json_rows, timed_run
+from tests.gpu.support import ON_CPU  # before the project: it chooses the device before deepspeed is imported
+from tests.support.toys import save_run, save_tokenizer
 
 WARM_UP = 2
 """Steps that are left out of the figures: they compile, and fill what allocates."""
@@ -94,22 +92,12 @@ def save_rows(path: Path, count: int, max_length: int) -> list[int]:
 def run_arm(config: dict[str, Any], folder: Path, overrides: list[str]) -> dict[str, float]:
     """Train in a process of its own, as a user does: what it took."""
     path = save_run(folder.with_suffix(".yaml"), config)
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launched}
-    env |= {"HF_HUB_OFFLINE": "1", "MASTER_PORT": str(free_port())}
     metrics, log = folder / "metrics.jsonl", folder.with_suffix(".log")
-    first_step_s = None
-    begin = time.perf_counter()
-    with open(log, "w", encoding="utf-8") as out:
-        command = [sys.executable, "-m", "cola_ds", "train", str(path), *overrides]
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=out)
-        while process.poll() is None:
-            if first_step_s is None and metrics.exists() and metrics.stat().st_size:
-                first_step_s = time.perf_counter() - begin
-            time.sleep(0.02)
-    if process.returncode:
-        sys.exit(log.read_text(encoding="utf-8")[-4000:])
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    try:
+        first_step_s = timed_run(["-m", "cola_ds", "train", str(path), *overrides], metrics, log)
+    except ArmFailedError as error:
+        sys.exit(str(error))
+    rows = json_rows(metrics)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     warm = rows[WARM_UP:]
     seconds = sum(row["step_s"] for row in warm)
@@ -122,7 +110,7 @@ def run_arm(config: dict[str, Any], folder: Path, overrides: list[str]) -> dict[
         "examples_per_s": result["examples"] / len(rows) * len(warm) / seconds,
         "data_wait_s": statistics.fmean(row.get("data_wait_s", math.nan) for row in warm),
         "peak_gib": result["peak_memory_bytes"] / 2**30,
-        "first_step_s": math.nan if first_step_s is None else first_step_s,
+        "first_step_s": first_step_s,
         "loading_s": result["loading_s"],
         "loss": rows[-1]["loss"],
     }
