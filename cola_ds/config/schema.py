@@ -64,6 +64,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "flash_attention_2", "flex", "varlen", "eager"] = "auto"
     """The attention kernel. varlen: the examples of a micro batch one after the other in a row, nothing padded, by torch's own
     varlen on CUDA. auto: varlen where model, device and data can have it, else what Transformers chooses."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """For norms, rotary embeddings and gated MLPs. auto: on CUDA in bf16 or fp16 Liger's, where it is installed (pip install
+    'cola_ds[kernels]') and knows the model."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 

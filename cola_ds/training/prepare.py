@@ -34,6 +34,7 @@ from cola_ds.evaluation.attention import choose_attention, transformers_name
 from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
+from cola_ds.training.kernels import check_kernels
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
 
@@ -50,6 +51,8 @@ class Checked:
     targets: list[str]
     attention: str | None
     """Transformers' name of the attention that the model gets; None: Transformers chooses."""
+    kernels: bool
+    """Whether the model gets Liger's kernels."""
     task: tuple[TaskData, TaskData, TaskData, str] | None
     """Its train, dev and test examples, and their sizes in one line."""
 
@@ -71,6 +74,7 @@ class Prepared:
     """The model on the meta device: its modules and shapes."""
     targets: list[str]
     attention: str | None
+    kernels: bool
     train: TokenizedData | TaskData
     order: Order
     """Which examples of `train` each row of an epoch has."""
@@ -139,6 +143,7 @@ def check(config: RunConfig) -> Checked:
     return Checked(
         config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
         attention=choose_attention(config.model, skeleton, max_length, is_text=task is None),
+        kernels=check_kernels(config.model, skeleton),
     )  # fmt: skip
 
 
@@ -166,6 +171,7 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
     return Prepared(
         config=config, engine_json=engine_json, engine_config=complete(engine_json, config, step_plan), step_plan=step_plan,
         tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, attention=checked.attention,
+        kernels=checked.kernels,
         train=train, order=order,
         held_out=held_out, test=test, sizes=sizes, found=found,
     )  # fmt: skip
