@@ -34,35 +34,41 @@ def test_what_stage_2_needs():
 def test_a_small_frozen_base_stays_resident():
     """Between its uses lies less than DeepSpeed's reuse distance: it is whole at the end of a forward pass anyway."""
     largest = dataclasses.replace(SMALL, weights=(10**6, 4 * 10**8))
-    assert with_sizes({"stage": 3}, largest, full=False) == {
+    assert with_sizes({"stage": 3}, largest, full=False, micro_steps=2) == {
         "stage": 3, "reduce_bucket_size": 320, "stage3_param_persistence_threshold": 4 * 10**8,
         "stage3_prefetch_bucket_size": 50_000_000,
     }  # fmt: skip
     beyond = dataclasses.replace(SMALL, weights=(10**6, 5 * 10**8))
-    for shapes, full, more in (
-        (beyond, False, {}), (SMALL, True, {}), (largest, False, {"offload_param": {"device": "cpu"}}),
+    for shapes, full, more, micro_steps in (
+        (beyond, False, {}, 2), (SMALL, True, {}, 2), (largest, False, {"offload_param": {"device": "cpu"}}, 2),
+        (largest, False, {}, 1),
     ):  # fmt: skip
-        sizes = with_sizes({"stage": 3, **more}, shapes, full=full)
+        sizes = with_sizes({"stage": 3, **more}, shapes, full=full, micro_steps=micro_steps)
         assert sizes["stage3_param_persistence_threshold"] == 100_000
 
 
 def test_adapters_biases_and_norms_are_resident_whatever_their_size():
-    assert with_sizes({"stage": 3}, LARGE, full=False)["stage3_param_persistence_threshold"] == 28672 * 16
+    assert (
+        with_sizes({"stage": 3}, LARGE, full=False, micro_steps=2)["stage3_param_persistence_threshold"] == 28672 * 16
+    )
     wide = dataclasses.replace(LARGE, vectors=(10**6,))
-    assert with_sizes({"stage": 3}, wide, full=False)["stage3_param_persistence_threshold"] == 10**6
+    assert with_sizes({"stage": 3}, wide, full=False, micro_steps=2)["stage3_param_persistence_threshold"] == 10**6
 
 
 def test_the_bucket_is_what_is_trained():
-    assert with_sizes({"stage": 2}, LARGE, full=False) == {"stage": 2, "reduce_bucket_size": 2 * 10**8}
-    assert with_sizes({"stage": 2}, dataclasses.replace(LARGE, trained=10**10), full=False)["reduce_bucket_size"] == (
-        5 * 10**8
+    assert with_sizes({"stage": 2}, LARGE, full=False, micro_steps=2) == {"stage": 2, "reduce_bucket_size": 2 * 10**8}
+    assert with_sizes({"stage": 2}, dataclasses.replace(LARGE, trained=10**10), full=False, micro_steps=2)[
+        "reduce_bucket_size"
+    ] == (5 * 10**8)
+    assert (
+        with_sizes({"stage": 2}, dataclasses.replace(LARGE, trained=0), full=False, micro_steps=2)["reduce_bucket_size"]
+        == 1
     )
-    assert with_sizes({"stage": 2}, dataclasses.replace(LARGE, trained=0), full=False)["reduce_bucket_size"] == 1
-    assert with_sizes({"stage": 3}, SMALL, full=True)["reduce_bucket_size"] == 400
+    assert with_sizes({"stage": 3}, SMALL, full=True, micro_steps=2)["reduce_bucket_size"] == 400
 
 
 def test_what_the_json_says_stays():
     said = {
         "stage": 3, "reduce_bucket_size": 7, "stage3_param_persistence_threshold": 0, "prefetch_bucket_size": 9,
     }  # fmt: skip
-    assert with_sizes(said, SMALL, full=False) == said
+    assert with_sizes(said, SMALL, full=False, micro_steps=2) == said

@@ -22,7 +22,8 @@ def engine(path, **zero):
 
 
 def gathers_of_a_step(process, path):
-    """The names of the parameters that are gathered in the fourth step, whose micro steps are two."""
+    """The names of the parameters that passes gather in the fourth step, of two micro steps. (What is resident is gathered once, at
+    a step's end, and not by a pass.)"""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     from cola_ds.training import loop
@@ -56,7 +57,7 @@ def gathers_of_a_step(process, path):
     ],
 )
 def test_nothing_is_gathered_twice(toy, tmp_path, zero, expected):
-    """With derived sizes not in a later micro step either; a large LoRA rank's A and B are no exception."""
+    """With derived sizes no pass gathers anything; a large LoRA rank's A and B are no exception."""
     config = run_config(
         *toy, tmp_path / "run", lora={"rank": 2000}, chain={"length": 1}, deepspeed=engine(tmp_path / "ds.json", **zero)
     )
