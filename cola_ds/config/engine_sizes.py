@@ -4,8 +4,8 @@ DeepSpeed's own sizes are made for pretraining large models. What they cost wher
 
 - A weight that is not resident ("persistent") is gathered anew in every micro step, and in each pass of it where the next use is
   more than stage3_max_reuse_distance elements away. Gathered together with others, as a prefetch does, it is copied twice more.
-- A resident one is gathered once a step, frozen or not: each step parts all of them, and gathers them again one by one at its end,
-  where nothing is computed meanwhile. That pays where a step has several micro steps.
+- A resident one is gathered once a step, frozen or not: each step parts all of them, and gathers them again one by one at its
+  end, where nothing is computed meanwhile. That pays where a step has several micro steps.
 - A contiguous buffer of reduce_bucket_size elements is allocated, however few are trained.
 """
 

@@ -22,8 +22,8 @@ def engine(path, **zero):
 
 
 def gathers_of_a_step(process, path):
-    """The names of the parameters that passes gather in the fourth step, of two micro steps. (What is resident is gathered once, at
-    a step's end, and not by a pass.)"""
+    """The names of the parameters that passes gather in the fourth step, of two micro steps. (What is resident is gathered once,
+    at a step's end, and not by a pass.)"""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     from cola_ds.training import loop
