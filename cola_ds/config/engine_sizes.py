@@ -4,7 +4,8 @@ DeepSpeed's own sizes are made for pretraining large models. What they cost wher
 
 - A weight that is not resident ("persistent") is gathered anew in every micro step, and in each pass of it where the next use is
   more than stage3_max_reuse_distance elements away. Gathered together with others, as a prefetch does, it is copied twice more.
-- Of a resident one nothing moves until it has changed: a frozen weight is gathered once a link.
+- A resident one is gathered once a step, frozen or not: each step parts all of them, and gathers them again one by one at its
+  end, where nothing is computed meanwhile. That pays where a step has several micro steps.
 - A contiguous buffer of reduce_bucket_size elements is allocated, however few are trained.
 """
 
@@ -91,7 +92,7 @@ def choose_stage(needed: Need, device_bytes: int, host_bytes: int) -> tuple[int,
     return 2, f"needs {needed.device / 2**30:.1f} GiB a process, of {device_bytes / 2**30:.1f} GiB"
 
 
-def with_sizes(zero: dict[str, Any], shapes: Shapes, full: bool) -> dict[str, Any]:
+def with_sizes(zero: dict[str, Any], shapes: Shapes, full: bool, micro_steps: int) -> dict[str, Any]:
     """The zero_optimization of an engine, its stage known, with sizes for all that it does not say.
 
     `full`: every weight is trained, not adapters beside a frozen base.
@@ -103,9 +104,9 @@ def with_sizes(zero: dict[str, Any], shapes: Shapes, full: bool) -> dict[str, An
         # order on each process.
         resident = max(_PERSISTENT, shapes.adapter, *shapes.vectors, 0)
         offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
-        if not full and not offloaded and 2 * shapes.total <= _REUSE:
+        if micro_steps > 1 and not full and not offloaded and 2 * shapes.total <= _REUSE:
             # Between its two uses in a micro step lies less than DeepSpeed's own reuse distance, for every weight: all of them
-            # are whole at the end of the forward pass anyway. They stay so, and are gathered once a link.
+            # are whole at the end of the forward pass anyway. They stay so from one micro step to the next.
             resident = max(resident, *shapes.weights, 0)
         derived |= {
             "stage3_param_persistence_threshold": resident,

@@ -195,7 +195,7 @@ def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tupl
         else:
             stage, reason = choose_stage(needed, *memory())
         zero = {**zero, "stage": stage}
-    zero = with_sizes(zero, shapes, full=config.method == "full")
+    zero = with_sizes(zero, shapes, config.method == "full", prepared.step_plan.micro_steps)
     engine_config = {**prepared.engine_config, "zero_optimization": zero}
     return dataclasses.replace(prepared, engine_config=engine_config, stage_reason=reason)
 
