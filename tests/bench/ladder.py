@@ -173,11 +173,11 @@ def profile(arms: Arms, rung: Rung) -> None:
     found = arms.where(rung.overrides)
     step_s = sum(found.values())
     print(
-        f"\nWhere a step of {rung.name} goes: {step_s:.3f} s under the profiler, process 0\n\n| part | s | of a step |"
+        f"\nWhere a step of {rung.name} goes: {step_s:.3f} s under the profiler, process 0\n\n| part | ms | of a step |"
     )
     print("| --- | --- | --- |")
     for part, seconds in sorted(found.items(), key=lambda each: -each[1]):
-        print(f"| {part} | {seconds:.3f} | {seconds / step_s:.0%} |")
+        print(f"| {part} | {1000 * seconds:.2f} | {seconds / step_s:.0%} |")
 
 
 def arguments() -> argparse.Namespace:
