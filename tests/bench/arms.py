@@ -55,6 +55,7 @@ class Arms:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
+        self.model = str(Path(args.model).resolve())
         self.workload: Workload = WORKLOADS[args.workload]
         self.runs = 0
         self.places = self._save_jsons()
@@ -62,7 +63,7 @@ class Arms:
         from transformers import AutoTokenizer
 
         count = max(args.steps, args.timed_steps) * self.workload.global_batch_size
-        save_rows(folder / "rows.jsonl", self.workload, count, AutoTokenizer.from_pretrained(args.model))
+        save_rows(folder / "rows.jsonl", self.workload, count, AutoTokenizer.from_pretrained(self.model))
         self.base = self._kept(PLAIN)
         prepared = self.prepared([])
         self.places |= self._packed_sizes(prepared)
@@ -72,7 +73,7 @@ class Arms:
         """The JSON that the Trainer has, whose sizes it derives itself; and the same with DeepSpeed's own sizes."""
         engine = json.loads((REPOSITORY / "ds_configs/zero3.json").read_text(encoding="utf-8"))
         zero = engine["zero_optimization"]
-        batches = (
+        follows = (
             "train_batch_size",
             "train_micro_batch_size_per_gpu",
             "gradient_accumulation_steps",
@@ -83,7 +84,7 @@ class Arms:
             "stage3_param_persistence_threshold": 100_000,
         }  # fmt: skip
         fixed = {"stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000}
-        engine |= dict.fromkeys(batches, "auto")
+        engine |= dict.fromkeys(follows, "auto")
         for name, found in (("same_json", dict.fromkeys(sizes, "auto")), ("plain_json", sizes | fixed)):
             path = self.folder / f"{name}.json"
             path.write_text(json.dumps({**engine, "zero_optimization": {**zero, **found}}, indent=2), encoding="utf-8")
@@ -91,7 +92,7 @@ class Arms:
 
     def _config(self) -> dict[str, Any]:
         return {
-            "model": {"path": self.args.model, "dtype": "fp32"},
+            "model": {"path": self.model, "dtype": "fp32"},
             "method": "lora",
             "lora": {"rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]},
             "data": {"train": str(self.folder / "rows.jsonl"), "max_length": self.workload.max_length, "cache": "none"},
@@ -135,7 +136,7 @@ class Arms:
 
     def filled(self, overrides: Iterable[str]) -> list[str]:
         """With the names of the JSONs and the sizes of a packed step put in."""
-        return [override.format_map(_Later(self.places)) for override in overrides]
+        return [override.format_map(self.places) for override in overrides]
 
     def prepared(self, overrides: list[str]) -> Prepared:
         """The checked run. Raises UserError."""
@@ -168,7 +169,7 @@ class Arms:
         folder.mkdir()
         config = load_config(self.config)
         said = {
-            "model": str(Path(self.args.model).resolve()), "dtype": "float32", "rows": str(self.folder / "ids.jsonl"),
+            "model": self.model, "dtype": "float32", "rows": str(self.folder / "ids.jsonl"),
             "dir": str(folder), "deepspeed": self.places["same_json"], "seed": config.run.seed,
             "lora_rank": config.lora_ranks[0], "lora_alpha": config.lora.alpha, "targets": config.lora.targets,
             "lr": config.optim.lr, "max_grad_norm": config.optim.max_grad_norm, "steps": plan.steps,
@@ -213,10 +214,3 @@ class Arms:
             peak_bytes=result["peak_memory_bytes"],
             first_step_s=first_step_s,
         )
-
-
-class _Later(dict):
-    """Leaves a name that is not known yet as it stands."""
-
-    def __missing__(self, name: str) -> str:
-        return f"{{{name}}}"

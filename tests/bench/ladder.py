@@ -10,7 +10,8 @@ and DeepSpeed JSON (where a rung does not say otherwise).
 First every rung trains `--steps` steps, and its losses must be rung 0's to 1e-4, step by step; otherwise it has failed, has no
 speed, and the script ends with status 1. The steps of a packed rung have other examples in them: its losses are compared to those
 of a Trainer that trains in each step exactly the examples of the packed one, unpacked.
-Then, `--repeats` times, each rung in turn beside rung 0, over `--timed-steps` steps: medians, and medians of the ratios of pairs.
+Then, `--repeats` times, each rung right before or after rung 0, over `--timed-steps` steps: medians, and medians of the ratios of
+pairs.
 Tokens are those of examples, without padding; GFLOP/s count what the examples need (cola_ds/training/work.py), beside what
 products of fp32 matrices reach on the same threads in the same run. Memory is the highest of all processes, resident on the CPU.
 At last, where the time of the top rung's steps goes. launch/bench.sh ladder runs it on SmolLM2-135M.
@@ -28,6 +29,8 @@ import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy
 
 from cola_ds.distributed.accelerator import accelerator_name
 from cola_ds.errors import UserError
@@ -92,7 +95,7 @@ def check(arms: Arms, names: list[str]) -> list[Rung]:
         except ArmFailedError as error:
             rung.failed = f"it did not run:\n{error}"
         else:
-            rung.difference = max(abs(a - b) for a, b in zip(losses, references[key], strict=True))
+            rung.difference = float(numpy.abs(numpy.subtract(losses, references[key])).max())  # NaN stays NaN
             if not rung.difference <= TOLERANCE:
                 rung.failed = f"its losses differ from rung 0's by {rung.difference:.2g}, more than {TOLERANCE:g}"
         print(f"{name}: {rung.failed or f'losses are those of rung 0 to {rung.difference:.1e}'}", flush=True)
@@ -109,11 +112,16 @@ def measure(arms: Arms, rungs: list[Rung]) -> list[float]:
     rates = []
     for repeat in range(arms.args.repeats):
         rates.append(matrix_rate(arms.args.processes))
-        for rung in rungs:
-            first, own = arms.run_trainer(padded), arms.run_cola(rung.overrides, plans[rung.name])
-            rung.pairs.append((first, own))
-            times = own.tokens_per_s / first.tokens_per_s
-            print(f"repeat {repeat + 1}, {rung.name}: {times:.2f} times the tokens/s of rung 0", flush=True)
+        for at in range(0, len(rungs), 2):  # a run of rung 0 stands between those of two rungs, beside both
+            before, *after = rungs[at : at + 2]
+            own = arms.run_cola(before.overrides, plans[before.name])
+            first = arms.run_trainer(padded)
+            before.pairs.append((first, own))
+            for rung in after:
+                rung.pairs.append((first, arms.run_cola(rung.overrides, plans[rung.name])))
+            for rung in (before, *after):
+                times = rung.pairs[-1][1].tokens_per_s / first.tokens_per_s
+                print(f"repeat {repeat + 1}, {rung.name}: {times:.2f} times the tokens/s of rung 0", flush=True)
     return rates
 
 
@@ -165,11 +173,11 @@ def profile(arms: Arms, rung: Rung) -> None:
     found = arms.where(rung.overrides)
     step_s = sum(found.values())
     print(
-        f"\nWhere a step of {rung.name} goes: {step_s:.3f} s under the profiler, process 0\n\n| part | s | of a step |"
+        f"\nWhere a step of {rung.name} goes: {step_s:.3f} s under the profiler, process 0\n\n| part | ms | of a step |"
     )
     print("| --- | --- | --- |")
     for part, seconds in sorted(found.items(), key=lambda each: -each[1]):
-        print(f"| {part} | {seconds:.3f} | {seconds / step_s:.0%} |")
+        print(f"| {part} | {1000 * seconds:.2f} | {seconds / step_s:.0%} |")
 
 
 def arguments() -> argparse.Namespace:

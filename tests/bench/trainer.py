@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from cola_ds.distributed import collectives
 from cola_ds.distributed.accelerator import peak_memory_bytes
+from cola_ds.distributed.launcher import identify
 from cola_ds.lora.layers import draw_lora_A
 
 IGNORED = -100
@@ -134,7 +136,7 @@ def main() -> None:
     """Train what the plan says."""
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_float32_matmul_precision("highest")  # as cola_ds has it
+    collectives.init_process_group(identify())  # the same backend; and fp32 products have all their bits
     folder, steps = Path(plan["dir"]), plan["steps"]
     arguments = TrainingArguments(
         output_dir=str(folder), deepspeed=plan["deepspeed"], use_cpu=get_accelerator().device_name() == "cpu",
