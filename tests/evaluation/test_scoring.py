@@ -381,11 +381,7 @@ def score_here(process, folders):
         engine = make_engine(folder)
         model, tokenizer = engine.module, AutoTokenizer.from_pretrained(folder)
         of = found[name] = {}
-        said = (
-            model.generation_config.to_dict(),
-            model.config.to_dict(),
-            len(model._forward_pre_hooks),
-        ) and "_previous_max_cache_length" not in vars(model)
+        said = model.generation_config.to_dict(), model.config.to_dict(), len(model._forward_pre_hooks)
         of["stopped"] = stopped_here(engine)
         of["scores"] = {size: candidates.score_candidates(engine, EXAMPLES, size, lambda: False) for size in (1, 3)}
         of["gradient"] = gradient_here(engine, process, len(EXAMPLES))
