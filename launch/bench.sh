@@ -5,17 +5,22 @@
 #
 # What a step takes on one GPU, padded and packed, on a model of random weights. A minute or two; nothing is downloaded.
 #   ./launch/bench.sh gpu [section.key=value ...] [--model llama-1b] [--steps S] [--examples E] [--max-length T]
-# Where there is no .venv, it takes the interpreter that is there (PYTHON, or python3) if that has what is needed.
+#
+# What evaluation takes: a task's candidates and answers one at a time, and as the project has them, on rows of random ids. A few
+# minutes; without MODEL, a folder, on a model of random weights of SmolLM2-135M's shape; nothing is downloaded.
+#   ./launch/bench.sh evaluation [MODEL] [--examples N] [--rounds R] [--batch-size B] [--processes P] [--deepspeed zero3]
+# Where there is no .venv, these two take the interpreter that is there (PYTHON, or python3) if that has what is needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "${1:-}" = gpu ]; then
+if [ "${1:-}" = gpu ] || [ "${1:-}" = evaluation ]; then
+  bench=$1
   shift
   python=${PYTHON:-python3}
   if [ -d .venv ] || ! "$python" -c 'import cola_ds, deepspeed, transformers' >/dev/null 2>&1; then
     ./launch/setup.sh quickstart
     python=.venv/bin/python
   fi
-  exec "$python" -m tests.bench.gpu "$@"
+  exec "$python" -m "tests.bench.$bench" "$@"
 fi
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091
