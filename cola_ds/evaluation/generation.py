@@ -51,7 +51,7 @@ def generate_answers(
         return text.partition("\n")[0].strip()
 
     found = _in_two_rounds(engine, [e.prompt_ids for e in examples], batch_size, stop, stop_ids, max_new_tokens)
-    return found and {i: None if ids is None else decode(ids) for i, ids in found.items()}
+    return None if found is None else {i: None if ids is None else decode(ids) for i, ids in found.items()}
 
 
 def _in_two_rounds(
@@ -103,18 +103,19 @@ def generate_ids(
     input_ids = torch.tensor([[PADDING] * (width - len(ids)) + ids for ids in rows])  # (B, T)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
     device = accelerator.device()
+    attention = engine.module.config.get_text_config()._attn_implementation
     greedy = GenerationConfig(
         do_sample=False,
         use_cache=True,
         # Places for all new ids at once: no copy of the whole cache at every id, and shapes that stay.
-        cache_implementation="static" if engine.module.config._attn_implementation in _ON_STATIC_SHAPES else None,
+        cache_implementation="static" if attention in _ON_STATIC_SHAPES else None,
         disable_compile=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_ids,
         pad_token_id=PADDING,
     )
     lost = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    ends = torch.tensor(stop_ids, device=device)
+    ends = torch.tensor(stop_ids, dtype=torch.long, device=device)
 
     def note_nan(ids: Tensor, logits: Tensor) -> Tensor:
         lost.logical_or_(logits.isnan().any(dim=-1))
