@@ -140,7 +140,7 @@ class EvalConfig(Section):
     patience: Count | None = None
     """Evaluations in a row without a new best after which the run ends; null: it goes on."""
     batch_size: Count | None = None
-    """Examples per forward pass and process; null: as in training."""
+    """The longest examples per forward pass and process, or more that are shorter, of as many tokens; null: as in training."""
 
 
 class CheckpointConfig(Section):

@@ -235,6 +235,27 @@ def test_benchmark_of_a_gpu_runs_where_nothing_can_be_installed(tmp_path):
     assert " ".join(words) in done.stdout
 
 
+def test_benchmark_of_evaluation_runs(tmp_path):
+    """On a toy, as two processes: both ways score and answer alike, and the figures are of what it was asked for."""
+    model = save_model(tmp_path / "model")
+    for name in ("launch", "cola_ds", "ds_configs", "tests"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    words = ["evaluation", str(model), "--examples", "7", "--rounds", "1", "--batch-size", "2", "--lengths", "5", "40"]
+    words += ["--new-tokens", "12", "--processes", "2"]
+    env = clean_environment() | {"PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(
+        ["launch/bench.sh", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")
+    ]
+    assert [row[0] for row in cells] == ["examples a second", "---", "candidates", "answers"]
+    assert all(float(cell) > 0 for row in cells[2:] for cell in row[1:4])
+    assert "7 of 7 answers are the same ids" in done.stdout
+    assert " ".join(words[1:]) in done.stdout
+
+
 def test_quickstart_data_is_split_without_leakage(copy):
     in_copy(copy, "python launch/quickstart/data.py data/docs")
     halves = []
