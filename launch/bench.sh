@@ -3,19 +3,44 @@
 #   ./launch/bench.sh [section.key=value ...] [--processes N] [--knots K] [--pairs P] [--steps S] [--memory-pairs M]
 # Two processes unless N says otherwise; overrides of launch/quickstart/run.yaml, e.g. model.path=... model.dtype=bf16.
 #
-# What a step takes on one GPU, padded and packed, on a model of random weights. A minute or two; nothing is downloaded.
-#   ./launch/bench.sh gpu [section.key=value ...] [--model llama-1b] [--steps S] [--examples E] [--max-length T]
-# Where there is no .venv, it takes the interpreter that is there (PYTHON, or python3) if that has what is needed.
+# What a step takes on one GPU: LoRA on all linear layers of Llama-3-8B's shapes, rung by rung, and a chain beside one link. About six
+# minutes; the model's weights are random, nothing is downloaded.
+#   ./launch/bench.sh gpu [section.key=value ...] [--model llama-3-8b] [--rungs NAME ...] [--rows B] [--max-length T] [--steps S]
+#
+# What evaluation takes: a task's candidates and answers one at a time, and as the project has them, on rows of random ids. A few
+# minutes; without MODEL, a folder, on a model of random weights of SmolLM2-135M's shape; nothing is downloaded.
+#   ./launch/bench.sh evaluation [MODEL] [--examples N] [--rounds R] [--batch-size B] [--processes P] [--deepspeed zero3]
+# Where there is no .venv, these two take the interpreter that is there (PYTHON, or python3) if that has what is needed.
+#
+# LoRA by cola_ds beside LoRA by PEFT, Hugging Face's Trainer and DeepSpeed: rung by rung, each adding one thing, and where the time
+# of a step goes at the top. About a quarter of an hour on two cores for short rows, and longer for the others.
+#   ./launch/bench.sh ladder [MODEL] [--processes N] [--workload short|mixed|long] [--rungs NAME ...] [--repeats R] [--steps S]
+# Two processes and short rows unless said otherwise. MODEL is a folder; without it, SmolLM2-135M. The rows are made there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "${1:-}" = gpu ]; then
+if [ "${1:-}" = gpu ] || [ "${1:-}" = evaluation ]; then
+  bench=$1
   shift
   python=${PYTHON:-python3}
   if [ -d .venv ] || ! "$python" -c 'import cola_ds, deepspeed, transformers' >/dev/null 2>&1; then
     ./launch/setup.sh quickstart
     python=.venv/bin/python
   fi
-  exec "$python" -m tests.bench.gpu "$@"
+  exec "$python" -m "tests.bench.$bench" "$@"
+fi
+if [ "${1:-}" = ladder ]; then
+  shift
+  ./launch/setup.sh test # peft comes with it
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+  model=build/SmolLM2-135M-Instruct
+  if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+    model=$1
+    shift
+  else
+    python launch/quickstart/model.py "$model"
+  fi
+  exec python -m tests.bench.ladder "$model" "$@"
 fi
 ./launch/setup.sh quickstart
 # shellcheck disable=SC1091

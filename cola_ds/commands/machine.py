@@ -59,16 +59,7 @@ def _free_memory() -> int:
     """What is available, or what this process's cgroups leave of their limits, if that is less."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        root, limit, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-        if controllers:  # version 1
-            root, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        group = root / path.strip("/")
-        for folder in (group, *group.parents) if controllers in ("", "memory") else ():
-            with contextlib.suppress(OSError, ValueError):  # no such group; "max"
-                free = min(free, int((folder / limit).read_bytes()) - int((folder / used).read_bytes()))
-    return free
+    return min([free, *(limit - used for limit, used in accelerator.memory_limits())])
 
 
 def judge(everyone: list[dict[str, Any]], config: RunConfig | None) -> Iterator[Row]:

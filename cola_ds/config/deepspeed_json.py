@@ -49,8 +49,9 @@ _UNSUPPORTED_ZERO = {
 def read_engine_config(config: RunConfig) -> dict[str, Any]:
     """Read the JSON that the run names, and refuse what contradicts the run or cannot carry a chain.
 
-    Values of "auto" (as Hugging Face's integration uses them) are dropped: the run's YAML or DeepSpeed's default stands in.
-    Raises UserError.
+    Values of "auto" (as Hugging Face's integration uses them) are dropped: the run's YAML stands in, or what follows from the
+    model's shapes (engine_sizes.py), or DeepSpeed's default. That of zero_optimization.stage stays: the stage is chosen once
+    memory is known. Raises UserError.
     """
     path = cut(config.deepspeed)
     engine = parse_json(read_text(engine_file(config.deepspeed), "the DeepSpeed JSON"), path, by_hand=True)
@@ -93,8 +94,8 @@ def _shown(value: Any) -> str:
 
 
 def _without_auto(value: dict[str, Any]) -> dict[str, Any]:
-    """Without what is "auto", and without objects that hold nothing else."""
-    kept = {k: _without_auto(v) if isinstance(v, dict) else v for k, v in value.items() if v != "auto"}
+    """Without what is "auto" (but a stage), and without objects that hold nothing else."""
+    kept = {k: _without_auto(v) if isinstance(v, dict) else v for k, v in value.items() if v != "auto" or k == "stage"}
     return {k: v for k, v in kept.items() if v != {} or value[k] == {}}
 
 
@@ -140,9 +141,9 @@ def _check_keys(engine: dict[str, Any], config: RunConfig, path: str) -> None:
 
 def _check_zero(zero: Any, path: str) -> None:
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if type(stage) is not int or stage not in (2, 3):
+    if stage != "auto" and (type(stage) is not int or stage not in (2, 3)):
         shown = None if stage is None else _shown(stage)
-        raise UserError(f"{path}: zero_optimization.stage is {shown}; a chain runs at stage 2 or 3")
+        raise UserError(f"{path}: zero_optimization.stage is {shown}; a chain runs at stage 2 or 3, or auto")
     for key, harmless in _UNSUPPORTED_ZERO.items():
         if not _is(zero.get(key, harmless), harmless):
             raise UserError(f"{path}: zero_optimization.{key} {_shown(zero[key])} is not supported; remove it")
@@ -155,6 +156,8 @@ def _check_zero(zero: Any, path: str) -> None:
             raise UserError(
                 f"{path}: zero_optimization.{key}.device {_shown(device)} is not supported; use cpu or none"
             )
+        if device == "cpu" and stage == "auto":
+            raise UserError(f"{path}: zero_optimization.{key} leaves nothing to choose; set the stage to 3")
         if key == "offload_param" and device == "cpu" and stage != 3:
             raise UserError(f"{path}: zero_optimization.offload_param needs stage 3; the stage is {stage}")
 

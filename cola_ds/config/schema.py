@@ -64,6 +64,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "flash_attention_2", "flex", "varlen", "eager"] = "auto"
     """The attention kernel. varlen: the examples of a micro batch one after the other in a row, nothing padded, by torch's own
     varlen on CUDA. auto: varlen where model, device and data can have it, else what Transformers chooses."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """For norms, rotary embeddings and gated MLPs. auto: on CUDA in bf16 or fp16 Liger's, where it is installed (pip install
+    'cola_ds[kernels]') and knows the model."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
 
@@ -137,7 +140,7 @@ class EvalConfig(Section):
     patience: Count | None = None
     """Evaluations in a row without a new best after which the run ends; null: it goes on."""
     batch_size: Count | None = None
-    """Examples per forward pass and process; null: as in training."""
+    """The longest examples per forward pass and process, or more that are shorter, of as many tokens; null: as in training."""
 
 
 class CheckpointConfig(Section):
@@ -181,8 +184,9 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: Annotated[CheckpointConfig, Mark.FREE] = CheckpointConfig()
     run: RunSection
-    deepspeed: Annotated[Path, Mark.CONTENT, Mark.PLACE, Mark.FILE] = "zero3"
-    """The DeepSpeed JSON: a file, or the name of a ready one of ds_configs/, such as zero3 or zero3_bf16."""
+    deepspeed: Annotated[Path, Mark.CONTENT, Mark.PLACE, Mark.FILE] = "auto"
+    """The DeepSpeed JSON: a file, or the name of a ready one of ds_configs/, such as zero3 or zero3_bf16. auto: ZeRO's stage 2
+    where every process has the memory for it, else 3."""
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:

@@ -15,6 +15,20 @@ from cola_ds.data.batch import AnyBatch, Dataset, PackableDataset, StepExamples
 from cola_ds.data.order import Order
 
 
+def batches_by_length(lengths: Sequence[int] | numpy.ndarray, batch_size: int, world_size: int) -> Iterator[list[int]]:
+    """Batches of all examples, for all processes together: 0-based indices, the longest first. `lengths` are in positions.
+
+    The first has `batch_size` rows a process; the others as many as take no more positions, padded: what is short needs few
+    passes, and none of them more memory than the first.
+    """
+    order = numpy.argsort(lengths, kind="stable")[::-1].tolist()  # of like length together: less padding, less waiting
+    start = 0
+    while start < len(order):
+        rows = batch_size * int(lengths[order[0]]) // max(1, int(lengths[order[start]]))
+        yield order[start : start + rows * world_size]
+        start += rows * world_size
+
+
 class Batcher:
     """Batches of a dataset for one process among `world_size`, in the given order of its examples; None: every example is a row,
     once an epoch.
@@ -35,12 +49,11 @@ class Batcher:
         return self._share(rows, micro_batch_size, micro_steps, is_packed=self.order.capacity is not None)
 
     def evaluation(self, batch_size: int) -> Iterator[StepExamples]:
-        """Every example once, a row each, in batches of `batch_size` per process."""
-        order = numpy.argsort(self.data.lengths, kind="stable")
-        width = batch_size * self.world_size
-        for start in range(0, len(order), width):
-            rows = [[index] for index in order[start : start + width].tolist()]
-            yield self._share(rows, batch_size, micro_steps=1, is_packed=False)
+        """Every example once, a row each, in batches of `batch_size` per process, or of more that are shorter."""
+        for indices in batches_by_length(self.data.lengths, batch_size, self.world_size):
+            yield self._share(
+                [[index] for index in indices], -(-len(indices) // self.world_size), micro_steps=1, is_packed=False
+            )
 
     def _epochs_of(self, seed: int, global_batch_size: int) -> Epochs:
         if self._epochs is None or self._epochs[0] != (seed, global_batch_size):

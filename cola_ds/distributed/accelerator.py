@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,28 @@ def compilation_facts() -> dict[str, Any]:
     tools = {"compiler": os.environ.get("CXX", "c++"), "ninja": "ninja"}
     found = {tool: shutil.which(command) for tool, command in tools.items()}
     return {"operation": name, "compiled": compiled, "folder": str(_extensions()), **found}
+
+
+def memory_bytes(processes_here: int) -> tuple[int, int]:
+    """What each of so many processes on this machine has: where it computes, and on its host. In full, not what is free: the
+    same at each start."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = min([host, *(limit for limit, _ in memory_limits())]) // processes_here
+    accelerator = get_accelerator()
+    return (host if accelerator.device_name() == "cpu" else int(accelerator.total_memory())), host
+
+
+def memory_limits() -> Iterator[tuple[int, int]]:
+    """Limits of this process's control groups, in bytes, and what is used of each."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        root, limit, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        if controllers:  # version 1
+            root, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        group = root / path.strip("/")
+        for folder in (group, *group.parents) if controllers in ("", "memory") else ():
+            with contextlib.suppress(OSError, ValueError):  # no such group; "max"
+                yield int((folder / limit).read_bytes()), int((folder / used).read_bytes())
 
 
 def peak_memory_bytes() -> int:

@@ -24,7 +24,14 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from cola_ds.distributed import rendezvous
-from cola_ds.distributed.accelerator import backend, check_compilation, device, interface_variable, take_device
+from cola_ds.distributed.accelerator import (
+    backend,
+    check_compilation,
+    device,
+    interface_variable,
+    memory_bytes,
+    take_device,
+)
 from cola_ds.distributed.deepspeed_internals import remove_shared_memory_name
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.rendezvous_sides import port_taken
@@ -128,6 +135,14 @@ def all_gather_numbers(value: float) -> list[float]:
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)
     return [float(held.item()) for held in theirs]
+
+
+def least_memory() -> tuple[int, int]:
+    """What the process with least memory has, in bytes: where it computes, and on its host. Collective."""
+    hosts = all_gather_texts(socket.gethostname())
+    device_bytes, host_bytes = memory_bytes(hosts.count(hosts[dist.get_rank()]))
+    least = [-value for value in all_reduce_max([-device_bytes, -host_bytes])]
+    return int(least[0]), int(least[1])
 
 
 def all_gather_bytes(mine: Tensor) -> list[Tensor]:

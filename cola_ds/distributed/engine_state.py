@@ -101,10 +101,12 @@ def set_optimizer_scalars(engine: Engine, scalars: dict[str, float]) -> None:
     """Give the optimizer the numbers that `optimizer_scalars` found."""
     # Not those in the optimizer's groups: at stage 3 these are empty between steps.
     optimizer = engine.optimizer
+    fused = optimizer.optimizer.defaults.get("fused")
     for flat in flat_masters(optimizer):
         for key, value in scalars.items():
-            # torch's optimizers keep them in host memory, as their own first step would make them.
-            optimizer.optimizer.state[flat].setdefault(key, torch.zeros(())).fill_(value)
+            # Where their own first step would make them: fused optimizers beside the moments, others in host memory.
+            made = torch.zeros((), device=flat.device if fused else None)
+            optimizer.optimizer.state[flat].setdefault(key, made).fill_(value)
 
 
 def random_state() -> Tensor:  # -> (n,) uint8

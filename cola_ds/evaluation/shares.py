@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from cola_ds.data.batcher import batches_by_length
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.engine import Engine, evaluating
 
@@ -22,16 +23,16 @@ def over_shares(
     work: Callable[[list[int]], list[Result]],
 ) -> dict[int, Result] | None:
     """What `work` makes of this process's examples, by index; every process calls it as often, if need be without any.
-    Collective. None if `stop`, asked before each batch, says so."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)  # of like length together: less padding, less waiting
-    width = batch_size * engine.world_size
+    Collective. None if `stop`, asked before each batch, says so.
+
+    Of the longest it is given `batch_size` at once, of shorter ones as many as have no more positions (`lengths`)."""
     found: dict[int, Result] = {}
     with evaluating(engine):
-        for start in range(0, len(order), width):
+        for batch in batches_by_length(lengths, batch_size, engine.world_size):
             if stop():
                 return None
             watchdog.heartbeat("evaluation")
-            mine = order[start : start + width][engine.global_rank :: engine.world_size]
+            mine = batch[engine.global_rank :: engine.world_size]
             found.update(zip(mine, work(mine), strict=True))
     return found
 

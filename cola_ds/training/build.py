@@ -19,6 +19,7 @@ from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.layers import inject, start_link
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
+from cola_ds.training.kernels import use_kernels
 from cola_ds.training.metrics import MetricLogger
 from cola_ds.training.optim import make_optimizer
 from cola_ds.training.prepare import Prepared
@@ -44,6 +45,8 @@ def build_chain(
     # Dropout alone draws from it, and differs by process.
     torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
     model = load_model(config.model, prepared.engine_config, prepared.attention)
+    if prepared.kernels:
+        use_kernels(model)
     base = collectives.on_rank_0(lambda: _checked_model(config, found))
     if config.trains_lora:
         inject(model, prepared.targets, config.lora.dropout, train_bias=config.lora.bias == "lora_only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import os
 import re
@@ -16,6 +17,8 @@ import torch
 
 from cola_ds.checkpoint.decide import Identity, engine_facts
 from cola_ds.config.deepspeed_json import complete, read_engine_config
+from cola_ds.config.dtypes import DTYPES
+from cola_ds.config.engine_sizes import Shapes, choose_stage, need, with_sizes
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan, resolve
 from cola_ds.data.candidates import check_joinable
@@ -31,6 +34,7 @@ from cola_ds.evaluation.attention import choose_attention, transformers_name
 from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
+from cola_ds.training.kernels import check_kernels
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
 
@@ -47,6 +51,8 @@ class Checked:
     targets: list[str]
     attention: str | None
     """Transformers' name of the attention that the model gets; None: Transformers chooses."""
+    kernels: bool
+    """Whether the model gets Liger's kernels."""
     task: tuple[TaskData, TaskData, TaskData, str] | None
     """Its train, dev and test examples, and their sizes in one line."""
 
@@ -59,13 +65,16 @@ class Prepared:
     engine_json: dict[str, Any]
     """The DeepSpeed JSON as it was read."""
     engine_config: dict[str, Any]
-    """What DeepSpeed's engine gets: the JSON, completed."""
+    """What DeepSpeed's engine gets: the JSON, completed; its stage and sizes by `settle_engine`."""
+    stage_reason: str = ""
+    """Why the stage is what it is, where it was chosen."""
     step_plan: StepPlan
     tokenizer: Any
     skeleton: Any
     """The model on the meta device: its modules and shapes."""
     targets: list[str]
     attention: str | None
+    kernels: bool
     train: TokenizedData | TaskData
     order: Order
     """Which examples of `train` each row of an epoch has."""
@@ -94,10 +103,17 @@ class Prepared:
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
-    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan; all by this process. Raises UserError. No
-    weight is read."""
+    """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan and the engine's sizes; all by this process,
+    as if all of them were on this machine. Raises UserError. No weight is read."""
     checked = check(config)
-    return with_data(checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model))
+    prepared = with_data(checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model))
+    return settle_engine(prepared, world_size, partial(_memory_here, world_size))
+
+
+def _memory_here(processes: int) -> tuple[int, int]:
+    from cola_ds.distributed.accelerator import memory_bytes  # deepspeed takes seconds: only where it is asked
+
+    return memory_bytes(processes)
 
 
 def check(config: RunConfig) -> Checked:
@@ -127,6 +143,7 @@ def check(config: RunConfig) -> Checked:
     return Checked(
         config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
         attention=choose_attention(config.model, skeleton, max_length, is_text=task is None),
+        kernels=check_kernels(config.model, skeleton),
     )  # fmt: skip
 
 
@@ -154,9 +171,54 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
     return Prepared(
         config=config, engine_json=engine_json, engine_config=complete(engine_json, config, step_plan), step_plan=step_plan,
         tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, attention=checked.attention,
+        kernels=checked.kernels,
         train=train, order=order,
         held_out=held_out, test=test, sizes=sizes, found=found,
     )  # fmt: skip
+
+
+def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tuple[int, int]]) -> Prepared:
+    """The same, its engine's stage and sizes known. `memory` says what the process with least has, in bytes: where it computes,
+    and on its host. It is asked (collective, if it is) where the JSON leaves the stage to be chosen."""
+    config, zero = prepared.config, prepared.engine_config["zero_optimization"]
+    shapes, reason = _shapes(prepared), ""
+    if zero["stage"] == "auto":
+        remainders = bool(remainder_elements(prepared))
+        needed = need(
+            shapes, DTYPES[config.model.dtype].element_bytes, config.optim.micro_batch_size * config.data.max_length,
+            recomputes=config.model.activation_checkpointing, keeps_remainders=remainders,
+        )  # fmt: skip
+        if config.method == "full":
+            stage, reason = 3, "method full trains every weight"
+        elif world_size == 1:
+            stage, reason = 2, "one process has nothing to shard"  # nor does it need stage 3's hooks on every module
+        else:
+            stage, reason = choose_stage(needed, *memory())
+        zero = {**zero, "stage": stage}
+    zero = with_sizes(zero, shapes, config.method == "full", prepared.step_plan.micro_steps)
+    engine_config = {**prepared.engine_config, "zero_optimization": zero}
+    return dataclasses.replace(prepared, engine_config=engine_config, stage_reason=reason)
+
+
+def _shapes(prepared: Prepared) -> Shapes:
+    config, skeleton = prepared.config, prepared.skeleton
+    parameters = list(skeleton.parameters())
+    layers = [skeleton.get_submodule(name) for name in prepared.targets]
+    linear = [module for module in skeleton.modules() if isinstance(module, torch.nn.Linear)]
+    links = range(1, config.chain.length + 1) if config.trains else ()
+    vocabulary, hidden = skeleton.get_input_embeddings().weight.shape
+    largest = max((max(layer.in_features, layer.out_features) for layer in layers), default=0)
+    return Shapes(
+        weights=tuple(p.numel() for p in parameters if p.dim() > 1),
+        vectors=tuple(p.numel() for p in parameters if p.dim() < 2),
+        adapter=max(config.lora_ranks) * largest,
+        trained=max((count_trainable(prepared, link) for link in links), default=0),
+        targets=sum(layer.weight.numel() for layer in layers),
+        width=sum(layer.in_features + layer.out_features for layer in linear),
+        vocabulary=vocabulary,
+        hidden=hidden,
+        blocks=max(1, getattr(skeleton.config, "num_hidden_layers", None) or 1),
+    )
 
 
 def order_of(train: TokenizedData | TaskData, config: RunConfig) -> Order:
@@ -252,6 +314,9 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
         steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
         lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
+    if prepared.stage_reason:
+        stage = prepared.engine_config["zero_optimization"]["stage"]
+        lines.append(f"engine      ZeRO stage {stage}: {prepared.stage_reason}")
     lines.append(f"run folder  {config.run.dir}")
     return "\n".join(lines)
 
@@ -296,8 +361,12 @@ def count_adapters(prepared: Prepared, link: int) -> int:
 
 def remainder_bytes(prepared: Prepared, world_size: int) -> int:
     """Host memory of the remainders of a chain, over all processes: fp32, for target weights stored in less than that."""
+    copies = 1 if prepared.engine_config["zero_optimization"]["stage"] == 3 else world_size
+    return 4 * remainder_elements(prepared) * copies
+
+
+def remainder_elements(prepared: Prepared) -> int:
+    """Elements of the remainders of a chain: those of the target weights; 0 where nothing is kept."""
     if prepared.config.model.dtype == "fp32" or prepared.config.chain.length == 1:
         return 0
-    elements = sum(prepared.skeleton.get_submodule(name).weight.numel() for name in prepared.targets)
-    copies = 1 if prepared.engine_json["zero_optimization"]["stage"] == 3 else world_size
-    return 4 * elements * copies
+    return sum(prepared.skeleton.get_submodule(name).weight.numel() for name in prepared.targets)

@@ -66,6 +66,7 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
     chain = build_chain(prepared, process, folder, from_counters(saved.chain) if saved else None, found)
     hosts = collectives.all_gather_texts(platform.node())
     environment = describe_environment(hosts, accelerator.accelerator_name())
+    environment["zero_stage"] = prepared.engine_config["zero_optimization"]["stage"]
     if folder:  # not before all that can be refused has been accepted
         found = _write_down(chain, prepared, folder, found, environment)
         what = "resumed" if saved else "started"

@@ -1,11 +1,14 @@
-"""What a step takes on one GPU: tokens a second, seconds to the first step and memory, padded beside packed.
+"""What a step takes on one GPU: LoRA on all linear layers of a model with Llama-3-8B's shapes, in bf16, rung by rung.
 
-    python -m tests.bench.gpu [section.key=value ...] [--model llama-1b] [--steps 12] [--examples 64] [--max-length 1024]
+    python -m tests.bench.gpu [section.key=value ...] [--model llama-3-8b] [--rungs NAME ...] [--rows 2] [--max-length 4096]
+                              [--steps 12] [--chain-steps 60]
 
-Makes a model of random weights and of a real model's shape in bf16, and rows of random text whose lengths are mixed as those of
-instructions are. Then it trains one epoch of LoRA on them, alone in a process of its own under ZeRO-3, once padded and once
-packed. Both train the same examples; a packed step has as many rows as hold the examples of a padded one. Nothing is downloaded.
-launch/bench.sh gpu runs it, for a minute or two; COLA_DS_GPU_TESTS_ON=cpu and --model toy run it without a GPU.
+Makes a model of random weights, and rows of random text whose lengths are spread log-normally, as those of instructions are; they
+are packed. Each rung adds one thing to those before it, and trains `--steps` steps of `--rows` packed rows in a process of its
+own, through `cola-ds train`. Then, with the top rung, `--chain-steps` steps as a chain of three links beside one link.
+Tokens are those of examples; FLOPs count what they need (launch/README.md, "What a run says of its speed"), and the share is that
+of the device's peak. Nothing is downloaded. launch/bench.sh gpu runs it, about six minutes on an H100;
+COLA_DS_GPU_TESTS_ON=cpu and --model toy run it without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,12 +26,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.support import ON_CPU  # first: it chooses the device before deepspeed is imported
-from tests.support.distributed import free_port
-from tests.support.toys import REPOSITORY, save_run, save_tokenizer
+from tests.bench.timed import ArmFailedError, json_rows, timed_run
+from tests.gpu.support import ON_CPU  # before the project: it chooses the device before deepspeed is imported
+from tests.support.toys import save_run, save_tokenizer
 
-WARM_UP = 2
+WARM_UP = 3
 """Steps that are left out of the figures: they compile, and fill what allocates."""
+RUNGS: dict[str, list[str]] = {
+    "zero3, sdpa": ["deepspeed=zero3_bf16", "model.attention=sdpa", "model.kernels=torch"],
+    "stage": ["deepspeed=auto"],
+    "attention": ["model.attention=auto"],
+    "kernels": ["model.kernels=auto"],
+    "compiled": ["model.kernels=torch", "model.compile=true"],
+}
+"""What each rung adds."""
+COLUMNS = (
+    "rung",
+    "tokens/s",
+    "to the first",
+    "step, s",
+    "TFLOP/s",
+    "of peak",
+    "peak, GiB",
+    "waits, s",
+    "first step, s",
+    "loss",
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "toy": {
         "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -47,7 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "llama", "vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192,
         "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True,
     },
-    "llama-3.1-8b": {
+    "llama-3-8b": {  # 3.1 has the same
         "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     },
@@ -75,133 +97,160 @@ def save_model(folder: Path, shape: dict[str, Any], positions: int) -> int:
     return int(multiplied)
 
 
-def save_rows(path: Path, count: int, max_length: int) -> list[int]:
-    """Prompts and completions whose tokens (of save_tokenizer: bytes, BOS and EOS) are spread log-normally, with a median of a
-    fifth of `max_length`. Returns their lengths in tokens."""
+def save_rows(path: Path, tokens: int, max_length: int) -> None:
+    """Prompts and completions of `tokens` tokens in all (of save_tokenizer: bytes, BOS and EOS), whose lengths are spread
+    log-normally, with a median of a fifth of `max_length`."""
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz     "
-    lengths = []
     with open(path, "w", encoding="utf-8") as out:
-        for _ in range(count):
+        while tokens > 0:
             length = min(max(int(draw.lognormvariate(math.log(max_length / 5), 0.9)), 12), max_length)
             text = "".join(draw.choices(letters, k=length - 2))
             at = len(text) * 2 // 5
             out.write(json.dumps({"prompt": text[:at], "completion": text[at:] or "a"}) + "\n")
-            lengths.append(length)
-    return lengths
+            tokens -= length
 
 
-def run_arm(config: dict[str, Any], folder: Path, overrides: list[str]) -> dict[str, float]:
-    """Train in a process of its own, as a user does: what it took."""
+def base_config(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The run that all rungs are variants of."""
+    return {
+        "model": {"path": str(scratch / "model"), "dtype": "bf16"},
+        "method": "lora",
+        "lora": {"rank": 16, "alpha": 32, "targets": "all-linear"},
+        "data": {
+            "train": str(scratch / "rows.jsonl"), "max_length": args.max_length, "packing": "best_fit", "cache": "none",
+        },
+        "optim": {
+            "lr": 1e-4, "max_steps": args.steps, "global_batch_size": args.rows, "micro_batch_size": args.rows,
+        },
+        "checkpoint": {"every_steps": None},
+        "run": {"log_every_steps": 1},
+    }  # fmt: skip
+
+
+def run_arm(name: str, config: dict[str, Any], scratch: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train in a process of its own, as a user does: what it took. Raises ArmFailedError."""
+    folder = scratch / name.replace(", ", "-").replace(" ", "-")
     path = save_run(folder.with_suffix(".yaml"), config)
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launched}
-    env |= {"HF_HUB_OFFLINE": "1", "MASTER_PORT": str(free_port())}
-    metrics, log = folder / "metrics.jsonl", folder.with_suffix(".log")
-    first_step_s = None
-    begin = time.perf_counter()
-    with open(log, "w", encoding="utf-8") as out:
-        command = [sys.executable, "-m", "cola_ds", "train", str(path), *overrides]
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=out, stderr=out)
-        while process.poll() is None:
-            if first_step_s is None and metrics.exists() and metrics.stat().st_size:
-                first_step_s = time.perf_counter() - begin
-            time.sleep(0.02)
-    if process.returncode:
-        sys.exit(log.read_text(encoding="utf-8")[-4000:])
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    metrics = folder / "metrics.jsonl"
+    words = ["-m", "cola_ds", "train", str(path), *overrides, f"run.dir={folder}"]
+    first_step_s = timed_run(words, metrics, folder.with_suffix(".log"))
+    rows = json_rows(metrics)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     warm = rows[WARM_UP:]
     seconds = sum(row["step_s"] for row in warm)
+    knots = json_rows(folder / "knots.jsonl") if (folder / "knots.jsonl").exists() else []
+
+    def median(key: str) -> float:
+        found = [row[key] for row in warm if row.get(key) is not None]
+        return statistics.median(found) if found else math.nan
+
     return {
-        "steps": len(rows),
-        "examples": result["examples"],
-        "tokens": result["tokens"],
-        "step_s": statistics.median(row["step_s"] for row in warm),
+        "step_s": median("step_s"),
         "tokens_per_s": sum(row["tokens"] for row in warm) / seconds,
-        "examples_per_s": result["examples"] / len(rows) * len(warm) / seconds,
-        "data_wait_s": statistics.fmean(row.get("data_wait_s", math.nan) for row in warm),
+        "tflops": median("tflops"),
+        "share": median("peak_share"),
         "peak_gib": result["peak_memory_bytes"] / 2**30,
-        "first_step_s": math.nan if first_step_s is None else first_step_s,
-        "loading_s": result["loading_s"],
+        "data_wait_s": statistics.fmean(row["data_wait_s"] for row in warm),
+        "first_step_s": first_step_s,
         "loss": rows[-1]["loss"],
+        "training_s": result["wall_time_s"] - result["loading_s"],
+        "knots": knots,
     }
 
 
-def compare(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, dict[str, float]], int]:
-    """What both arms took, and the parameters that a token is multiplied by."""
-    multiplied = save_model(scratch / "model", SHAPES[args.model], args.max_length)
-    lengths = save_rows(scratch / "rows.jsonl", args.steps * args.examples, args.max_length)
-    filled = max(1, round(args.examples * statistics.fmean(lengths) / args.max_length / args.micro_batch))
-    arms = {"padded": ("none", args.examples), "packed": ("best_fit", filled * args.micro_batch)}
-    found = {}
-    for name, (packing, rows) in arms.items():
-        config = {
-            "model": {"path": str(scratch / "model"), "dtype": "bf16"},
-            "method": "lora",
-            "data": {
-                "train": str(scratch / "rows.jsonl"), "max_length": args.max_length, "packing": packing, "cache": "none",
-            },
-            "optim": {"lr": 1e-4, "epochs": 1, "global_batch_size": rows, "micro_batch_size": args.micro_batch},
-            "run": {"dir": str(scratch / name), "log_every_steps": 1},
-            "deepspeed": "zero3_bf16",
-        }  # fmt: skip
-        found[name] = run_arm(config, scratch / name, args.overrides)
-    return found, multiplied
+def climb(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What each rung took, printed as it comes, and the overrides of the best that ran."""
+    found: dict[str, dict[str, Any]] = {}
+    overrides: list[str] = []
+    best: list[str] = []
+    print(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+    for name, adds in RUNGS.items():
+        overrides = [*overrides, *adds]
+        if name not in args.rungs:
+            continue
+        try:
+            arm = run_arm(name, base_config(args, scratch), scratch, [*overrides, *args.overrides])
+        except ArmFailedError as error:
+            print(f"| {name} | failed |\n{error}", flush=True)
+            continue
+        if not found or arm["tokens_per_s"] > max(other["tokens_per_s"] for other in found.values()):
+            best = list(overrides)
+        found[name] = arm
+        first = next(iter(found.values()))
+        cells = [
+            name, f"{arm['tokens_per_s']:.0f}", f"{arm['tokens_per_s'] / first['tokens_per_s']:.2f}", f"{arm['step_s']:.3f}",
+            f"{arm['tflops']:.4g}", f"{arm['share']:.1%}", f"{arm['peak_gib']:.2f}", f"{arm['data_wait_s']:.4f}",
+            f"{arm['first_step_s']:.1f}", f"{arm['loss']:.3f}",
+        ]  # fmt: skip
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return found, best
 
 
-def report(found: dict[str, dict[str, float]], multiplied: int, args: argparse.Namespace) -> None:
-    """The table, under the machine and the command that it is of."""
-    from cola_ds.distributed.accelerator import accelerator_name
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    print(f"\n{accelerator_name()}; Python {sys.version.split()[0]}, {packages}; `{args.command}`")
-    shape = SHAPES[args.model]
-    head = shape["hidden_size"] // shape["num_attention_heads"]
-    print(
-        f"{args.model}, bf16, heads of {head}, N = {multiplied:,} parameters without embeddings, LoRA, one process, zero3_bf16, "
-        f"micro batches of {args.micro_batch} rows of {args.max_length} tokens at most; without the first {WARM_UP} steps"
-    )
-    lines = [
-        ("steps", lambda arm: f"{arm['steps']:.0f}"),
-        ("examples", lambda arm: f"{arm['examples']:.0f}"),
-        ("tokens, without padding", lambda arm: f"{arm['tokens']:.0f}"),
-        ("step, s", lambda arm: f"{arm['step_s']:.3f}"),
-        ("tokens a second", lambda arm: f"{arm['tokens_per_s']:.0f}"),
-        ("examples a second", lambda arm: f"{arm['examples_per_s']:.1f}"),
-        ("TFLOP/s, at 4 N a token", lambda arm: f"{4 * multiplied * arm['tokens_per_s'] / 1e12:.2f}"),
-        ("waiting for data, s a step", lambda arm: f"{arm['data_wait_s']:.4f}"),
-        ("peak memory, GiB", lambda arm: f"{arm['peak_gib']:.2f}"),
-        ("seconds to the first step", lambda arm: f"{arm['first_step_s']:.1f}"),
-        ("of these loading", lambda arm: f"{arm['loading_s']:.1f}"),
-        ("loss of the last step", lambda arm: f"{arm['loss']:.3f}"),
-    ]
-    print(f"\n| | {' | '.join(found)} |\n| --- |{' --- |' * len(found)}")
-    for name, value in lines:
-        print(f"| {name} | {' | '.join(value(arm) for arm in found.values())} |")
+def chain(args: argparse.Namespace, scratch: Path, overrides: list[str]) -> None:
+    """Three links beside one, over as many steps: a table."""
+    arms = {}
+    for length in (1, 3):
+        config = base_config(args, scratch)
+        config["method"], config["chain"] = "cola", {"length": length}
+        config["optim"]["max_steps"] = args.chain_steps
+        arms[length] = run_arm(f"{length} links", config, scratch, [*overrides, *args.overrides])
+    one, three = arms[1], arms[3]
+    knots = [(knot["tie_s"], knot["rebuild_s"]) for knot in three["knots"]]
+    print(f"\n| {args.chain_steps} steps | one link | three links | ratio |\n| --- | --- | --- | --- |")
+    for what, key in (
+        ("seconds of training, knots included", "training_s"),
+        ("step, s", "step_s"),
+        ("peak, GiB", "peak_gib"),
+    ):
+        print(f"| {what} | {one[key]:.3f} | {three[key]:.3f} | {three[key] / one[key]:.4f} |")
+    shown = ", ".join(f"{tie:.2f} + {0 if extend is None else extend:.2f}" for tie, extend in knots)
+    print(f"\nknots, s to tie + to extend: {shown}; the one link's tie: {one['knots'][0]['tie_s']:.2f}", flush=True)
 
 
 def main() -> None:
-    """Make the model and the rows, train both ways, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    """Make the model and the rows, climb the rungs, and compare a chain with one link."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--model", choices=sorted(SHAPES), default="llama-1b")
-    parser.add_argument("--steps", type=int, default=12, help="steps of the padded run")
-    parser.add_argument("--examples", type=int, default=64, help="examples of a padded step")
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS), metavar="NAME")
+    parser.add_argument("--rows", type=int, default=2, help="packed rows of a step, all in one micro batch")
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens of a packed row")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--chain-steps", type=int, default=60, help="steps of the chain and of its one link; 0: neither"
+    )
     args = parser.parse_intermixed_args()
-    args.command = " ".join(["python -m tests.bench.gpu", *sys.argv[1:]])
-    if args.steps <= WARM_UP or args.examples % args.micro_batch:
-        parser.error(f"--steps must be more than {WARM_UP}, and --examples a multiple of --micro-batch")
+    command = " ".join(["python -m tests.bench.gpu", *sys.argv[1:]])
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps must be more than {WARM_UP}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
     if not ON_CPU and not torch.cuda.is_available():
         sys.exit("gpu: no NVIDIA GPU here; COLA_DS_GPU_TESTS_ON=cpu and --model toy run it without")
+    from cola_ds.distributed.accelerator import accelerator_name
+
     with tempfile.TemporaryDirectory() as scratch:
-        found, multiplied = compare(args, Path(scratch))
-    report(found, multiplied, args)
+        since = time.perf_counter()
+        multiplied = save_model(Path(scratch) / "model", SHAPES[args.model], args.max_length)
+        steps = max(args.steps, args.chain_steps) + 1  # of one epoch: its last step may have fewer rows
+        save_rows(Path(scratch) / "rows.jsonl", steps * args.rows * args.max_length, args.max_length)
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+        print(f"{accelerator_name()}; Python {sys.version.split()[0]}, {packages}; `{command}`")
+        print(
+            f"{args.model}, random weights, bf16, N = {multiplied:,} parameters without embeddings, LoRA r 16 on all linear "
+            f"layers, steps of {args.rows} packed rows of {args.max_length}, without the first {WARM_UP} (made in "
+            f"{time.perf_counter() - since:.0f} s)"
+        )
+        found, best = climb(args, Path(scratch))
+        if not found:
+            sys.exit("gpu: no rung ran")
+        if args.chain_steps:
+            try:
+                chain(args, Path(scratch), best)
+            except ArmFailedError as error:
+                sys.exit(f"gpu: the chain did not run:\n{error}")
 
 
 if __name__ == "__main__":

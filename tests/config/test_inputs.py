@@ -37,8 +37,8 @@ def test_a_ready_config_is_found_by_its_name_from_any_folder(path):
 
 
 def test_the_default_is_ready():
-    assert config().deepspeed == "zero3"
-    assert engine_file("zero3") == str(REPOSITORY / "ds_configs/zero3.json")
+    assert config().deepspeed == "auto"
+    assert engine_file("auto") == str(REPOSITORY / "ds_configs/auto.json")
 
 
 def test_a_path_stays_a_path():
@@ -55,7 +55,7 @@ def test_a_path_stays_a_path():
 
 @pytest.mark.parametrize("name", ["zero4", "Zero3", "zero3.jsonl", "x" * 200])
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    known = "zero2, zero3, zero3_bf16, zero3_bf16_offload_cpu, zero3_offload_cpu"
+    known = "auto, zero2, zero3, zero3_bf16, zero3_bf16_offload_cpu, zero3_offload_cpu"
     with pytest.raises(UserError) as caught:
         read_engine_config(config(deepspeed=name))
     said = str(caught.value)

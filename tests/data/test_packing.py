@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cola_ds.data.batch import IGNORED, Batch, PackedBatch
-from cola_ds.data.batcher import Batcher
+from cola_ds.data.batcher import Batcher, batches_by_length
 from cola_ds.data.collate import collate
 from cola_ds.data.order import Order
 from cola_ds.data.packing import collate_packed
@@ -132,10 +132,26 @@ def test_evaluation_is_not_packed():
     for batcher in (Batcher(data, 0, 1), Batcher(data, 0, 1, Order(data.lengths, capacity=24))):
         shares = list(batcher.evaluation(4))
         assert all(isinstance(share.micro_batches[0], Batch) for share in shares)
-        assert [len(share.micro_batches[0].input_ids) for share in shares] == [4, 4, 4, 4, 4, 1]
         assert sorted(index for share in shares for index in share.indices) == list(range(len(LENGTHS)))
-        lengths = [LENGTHS[index] for share in shares for index in share.indices]
-        assert lengths == sorted(lengths)
+
+
+def test_evaluation_takes_more_of_what_is_short():
+    """No batch has more positions than the first, whose examples are the longest."""
+    data = Data([30, 3, 10, 30, 2, 10, 3, 10, 2, 10, 29])
+    for world_size, wanted in (
+        (1, [[0, 3], [10, 9], [7, 5, 2, 6, 1, 8], [4]]),
+        (2, [[0, 3, 10, 9], [7, 5, 2, 6, 1, 8, 4]]),
+    ):
+        batches = list(batches_by_length(data.lengths, 2, world_size))
+        assert [sorted(batch) for batch in batches] == [sorted(batch) for batch in wanted]
+        assert [max(data.lengths[i] for i in batch) for batch in batches] == [
+            data.lengths[batch[0]] for batch in batches
+        ]
+        for rank in range(world_size):
+            shares = list(Batcher(data, rank, world_size).evaluation(2))
+            assert [sorted(share.indices) for share in shares] == [sorted(batch) for batch in wanted]
+            assert max(share.micro_batches[0].input_ids.numel() for share in shares) <= 2 * 30
+    assert list(batches_by_length([], 2, 1)) == []
 
 
 def test_processes_have_like_work():

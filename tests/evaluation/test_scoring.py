@@ -16,6 +16,8 @@ from tests.support.distributed import process_group, run_distributed
 from tests.support.toys import ARCHITECTURES, REPOSITORY, save_model
 
 NEW_TOKENS = 12
+FIRST_TOKENS = 3
+SIZES = (1, 4)  # of batches of prompts
 
 
 def example(prompt, *answers, prompts=None):
@@ -46,7 +48,9 @@ def make_examples():
 EXAMPLES = make_examples()
 CORRECT = [0, 2, 1, 0, 1, 0, 1]
 # What answers are generated for, with rows of unequal length; a multiple of no number of processes but 1.
-PROMPTS = [example(e.prompt_ids, [3]) for e in EXAMPLES[:5]]
+PROMPTS = [example(e.prompt_ids, [3]) for e in EXAMPLES[:5]] + [
+    example([1, *range(40, 40 + n)], [3]) for n in range(2, 14, 2)
+]
 
 
 def lora_on(model):
@@ -334,22 +338,23 @@ def gradient_here(engine, process, count):
 
 
 def answers_here(engine, tokenizer, batch_size):
-    """Answers, the ids that they are made of in the order of the calls, and what the watch was told."""
+    """Answers, the ids that they are made of, and what the watch was told."""
     from cola_ds.distributed import watchdog
     from cola_ds.evaluation import generation
 
-    calls, beats, generate_ids, beat = [], [], generation.generate_ids, watchdog.heartbeat
+    beats, beat, first, two_rounds = [], watchdog.heartbeat, generation.FIRST_TOKENS, generation._in_two_rounds
+    found = []
 
     def spy(*args):
-        calls.append(generate_ids(*args))
-        return calls[-1]
+        found.append(two_rounds(*args))
+        return found[-1]
 
-    generation.generate_ids, watchdog.heartbeat = spy, beats.append
+    generation.FIRST_TOKENS, generation._in_two_rounds, watchdog.heartbeat = FIRST_TOKENS, spy, beats.append
     try:
         answers = generation.generate_answers(engine, PROMPTS, tokenizer, batch_size, lambda: False, NEW_TOKENS)
-        return answers, calls, beats
+        return answers, found[0], beats
     finally:
-        generation.generate_ids, watchdog.heartbeat = generate_ids, beat
+        generation.FIRST_TOKENS, generation._in_two_rounds, watchdog.heartbeat = first, two_rounds, beat
 
 
 def stopped_here(engine):
@@ -380,13 +385,13 @@ def score_here(process, folders):
         of["stopped"] = stopped_here(engine)
         of["scores"] = {size: candidates.score_candidates(engine, EXAMPLES, size, lambda: False) for size in (1, 3)}
         of["gradient"] = gradient_here(engine, process, len(EXAMPLES))
-        of["answers"] = {size: answers_here(engine, tokenizer, size) for size in (1, 2)}
+        of["answers"] = {size: answers_here(engine, tokenizer, size) for size in SIZES}
         of["training"] = engine.module.training
         of["as before"] = said == (
             model.generation_config.to_dict(),
             model.config.to_dict(),
             len(model._forward_pre_hooks),
-        )
+        ) and "_previous_max_cache_length" not in vars(model)
         of["gradient of two"] = gradient_here(engine, process, 2)
         of["scores again"] = candidates.score_candidates(engine, EXAMPLES, 3, lambda: False)
         of["total"] = shares.total(1e9 + 1e-6 * i for i in of["scores again"])
@@ -449,17 +454,65 @@ def test_answers_are_those_of_plain_greedy_generation(found, models):
         ids = [plain_greedy(model, e.prompt_ids, (2, *eos, newline)) for e in PROMPTS]
         assert {newline, eos[0]} < {answer[-1] for answer in ids}  # both end an answer, and one goes on to the limit
         texts = [tokenizer.decode(answer, skip_special_tokens=True).split("\n")[0].strip() for answer in ids]
-        for size in (1, 2):
+        for size in SIZES:
             shares = [of[name]["answers"][size] for of in found]
             assert joined([answers for answers, _, _ in shares], len(PROMPTS)) == texts
-            generated = [answer for _, calls, _ in shares for call in calls for answer in call]
-            assert sorted(generated) == sorted(ids)
-            # Every process runs as many forward passes as the longest answer of each batch needs, and no more.
-            order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i].prompt_ids))
-            batches = [order[at : at + size * len(found)] for at in range(0, len(order), size * len(found))]
-            passes = [max(len(ids[i]) for i in batch) for batch in batches]
-            expected = [beat for count in passes for beat in ["evaluation", *["generation"] * count]]
-            assert [beats for _, _, beats in shares] == [expected] * len(found)
+            assert joined([answer_ids for _, answer_ids, _ in shares], len(PROMPTS)) == ids
+            assert [beats for _, _, beats in shares] == [expected_beats(ids, size, len(found))] * len(found)
+
+
+def expected_beats(ids, size, world_size):
+    """Every process runs as many forward passes as the longest answer of each batch needs, and no more; but a process's few that
+    go on after the first ids are left, and a second round has what all have left."""
+    beats, left = [], []
+    batches = batches_of(range(len(PROMPTS)), size, world_size)
+    for batch in batches:
+        passes = 0
+        for mine in (batch[rank::world_size] for rank in range(world_size)):
+            go_on = [i for i in mine if len(ids[i]) > FIRST_TOKENS]
+            leaves = len(batches) > 1 and 2 * len(go_on) < len(mine)
+            left += go_on if leaves else []
+            passes = max([passes, *(min(len(ids[i]), FIRST_TOKENS if leaves else NEW_TOKENS) for i in mine)])
+        beats += ["evaluation", *["generation"] * passes]
+    for batch in batches_of(sorted(left), size, world_size):
+        beats += ["evaluation", *["generation"] * (max(len(ids[i]) for i in batch) - FIRST_TOKENS)]
+    return beats
+
+
+def batches_of(places, size, world_size):
+    """The longest first, and as many as have no more positions than `size` of them."""
+    rest = sorted(places, key=lambda i: len(PROMPTS[i].prompt_ids), reverse=True)
+    batches = []
+    while rest:
+        longest, here = (
+            len(PROMPTS[i].prompt_ids) + NEW_TOKENS
+            for i in (max(places, key=lambda i: len(PROMPTS[i].prompt_ids)), rest[0])
+        )
+        width = size * longest // here * world_size
+        batches.append(rest[:width])
+        rest = rest[width:]
+    return batches
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_few_that_go_on_are_left(models, architecture):
+    """Fewer than half of a batch: not the half of it, and not where nothing is said of leaving."""
+    from cola_ds.evaluation.generation import generate_ids
+
+    model = plain_model(models[architecture])
+    engine = SimpleNamespace(module=model, world_size=1)
+    prompts = [e.prompt_ids for e in PROMPTS[:5]]
+    with torch.no_grad():
+        whole = [plain_greedy(model, ids) for ids in prompts]
+        for count in range(1, 6):
+            stops = sorted({ids[0] for ids in whole[: 5 - count]} or {299})
+            ended = [plain_greedy(model, ids, stops) for ids in prompts]
+            going = sum(len(ids) > FIRST_TOKENS for ids in ended)
+            left = [ids[:FIRST_TOKENS] if 2 * going < 5 else ids for ids in ended]
+            assert generate_ids(engine, prompts, stops, NEW_TOKENS, FIRST_TOKENS) == left
+            assert generate_ids(engine, prompts, stops, NEW_TOKENS) == ended
+        assert generate_ids(engine, [], stops, NEW_TOKENS) == []
+    assert not any("cache" in name for name in vars(model))  # the next batch's cache is as long as that batch
 
 
 def test_generation_leaves_the_model_as_it_was(found):

@@ -200,12 +200,25 @@ def test_benchmark_runs(copy):
 
 
 def test_benchmark_of_a_gpu_runs_where_nothing_can_be_installed(tmp_path):
-    """Without a .venv it takes the interpreter that is there, makes none, and trains the same examples both ways."""
+    """Without a .venv it takes the interpreter that is there, makes none, and climbs its rungs."""
     for name in ("launch", "cola_ds", "ds_configs", "tests"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     env = {name: value for name, value in clean_environment().items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     env |= {"COLA_DS_GPU_TESTS_ON": "cpu", "PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
-    words = ["gpu", "--model", "toy", "--steps", "4", "--examples", "16", "--max-length", "128"]
+    words = [
+        "gpu",
+        "--model",
+        "toy",
+        "--steps",
+        "5",
+        "--chain-steps",
+        "9",
+        "--max-length",
+        "64",
+        "--rungs",
+        "zero3, sdpa",
+    ]
+    words += ["attention"]
     done = subprocess.run(
         ["launch/bench.sh", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
     )
@@ -213,13 +226,34 @@ def test_benchmark_of_a_gpu_runs_where_nothing_can_be_installed(tmp_path):
     assert not (tmp_path / ".venv").exists()
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
-    assert cells[""] == ["padded", "packed"]
-    assert cells["examples"] == ["64", "64"]
-    assert len(set(cells["tokens, without padding"])) == 1
-    for name in ("tokens a second", "step, s", "peak memory, GiB", "seconds to the first step"):
-        assert all(float(cell) > 0 for cell in cells[name]), name
+    rungs = [dict(zip(cells["rung"], cells[name], strict=True)) for name in ("zero3, sdpa", "attention")]
+    for rung in rungs:
+        assert all(float(rung[name]) > 0 for name in ("tokens/s", "step, s", "TFLOP/s", "peak, GiB", "first step, s"))
+    assert rungs[0]["loss"] == rungs[1]["loss"]  # bf16, the same examples, to a thousandth
+    assert float(cells["peak, GiB"][2]) > 0 and "knots, s to tie + to extend: " in done.stdout
     assert f"torch {version('torch')}" in done.stdout
     assert " ".join(words) in done.stdout
+
+
+def test_benchmark_of_evaluation_runs(tmp_path):
+    """On a toy, as two processes: both ways score and answer alike, and the figures are of what it was asked for."""
+    model = save_model(tmp_path / "model")
+    for name in ("launch", "cola_ds", "ds_configs", "tests"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    words = ["evaluation", str(model), "--examples", "7", "--rounds", "1", "--batch-size", "2", "--lengths", "5", "40"]
+    words += ["--new-tokens", "12", "--processes", "2"]
+    env = clean_environment() | {"PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(
+        ["launch/bench.sh", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")
+    ]
+    assert [row[0] for row in cells] == ["examples a second", "---", "candidates", "answers"]
+    assert all(float(cell) > 0 for row in cells[2:] for cell in row[1:4])
+    assert "7 of 7 answers are the same ids" in done.stdout
+    assert " ".join(words[1:]) in done.stdout
 
 
 def test_quickstart_data_is_split_without_leakage(copy):

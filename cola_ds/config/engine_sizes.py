@@ -1,0 +1,125 @@
+"""ZeRO's stage and sizes: what follows for DeepSpeed from a model's shapes, for all that the JSON leaves out.
+
+DeepSpeed's own sizes are made for pretraining large models. What they cost where the base is frozen (read in 0.19.8):
+
+- A weight that is not resident ("persistent") is gathered anew in every micro step, and in each pass of it where the next use is
+  more than stage3_max_reuse_distance elements away. Gathered together with others, as a prefetch does, it is copied twice more.
+- A resident one is gathered once a step, frozen or not: each step parts all of them, and gathers them again one by one at its
+  end, where nothing is computed meanwhile. That pays where a step has several micro steps.
+- A contiguous buffer of reduce_bucket_size elements is allocated, however few are trained.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+SHARE = 0.7
+"""How much of a process's memory the estimate of stage 2 may fill: it knows neither fragmentation nor what else is held."""
+_PERSISTENT = 100_000  # elements; this and the next two are DeepSpeed's own values (0.19.8)
+_REUSE = 1_000_000_000
+_BUCKET = 500_000_000
+_KEPT_PER_WIDTH = 1.5  # beside in- and outputs of linear layers: norms, activation functions, residuals
+_TRAINED_BYTES = (
+    24  # an element of A or B, its gradient in model dtype and fp32, the fp32 master, two moments, the bucket
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What of a model's shapes, and of what is trained, the engine's sizes follow from. All but the last are elements."""
+
+    weights: tuple[int, ...]
+    """Each parameter with two dimensions or more, a tied one once."""
+    vectors: tuple[int, ...]
+    """Each bias and norm."""
+    adapter: int
+    """The largest A or B of any link; 0 where no adapter is trained."""
+    trained: int
+    """What is trained in the link that trains most."""
+    targets: int
+    """The base weights of the target layers."""
+    width: int
+    """In- and outputs of all linear layers, for one token: about what a forward pass keeps for the backward pass."""
+    vocabulary: int
+    hidden: int
+    blocks: int
+    """Transformer blocks."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights) + sum(self.vectors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that a process needs at stage 2: where it computes, and on its host."""
+
+    device: int
+    host: int
+
+
+def need(
+    shapes: Shapes, element_bytes: int, tokens: int, *, recomputes: bool = False, keeps_remainders: bool = False
+) -> Need:
+    """What one process needs at stage 2, estimated with care: whole base weights, the adapters' states as if they were not
+    sharded, and activations of a micro batch of `tokens` tokens.
+
+    `recomputes`: activation checkpointing. `keeps_remainders`: fp32 remainders of the target layers, which each process then
+    keeps whole on its host. The host also holds the weights once, as they are loaded.
+    """
+    width = shapes.width
+    if recomputes:  # one block's, and the input of each
+        width = width // shapes.blocks + shapes.blocks * shapes.hidden
+    kept = int(
+        tokens * (_KEPT_PER_WIDTH * width * element_bytes + 3 * shapes.vocabulary * 4)
+    )  # logits, and theirs, in fp32
+    weights = shapes.total * element_bytes
+    device = weights + shapes.trained * _TRAINED_BYTES + kept
+    return Need(device=device, host=weights + (4 * shapes.targets if keeps_remainders else 0))
+
+
+def choose_stage(needed: Need, device_bytes: int, host_bytes: int) -> tuple[int, str]:
+    """The smallest stage that fits into a process's memory, and why, for people.
+
+    `device_bytes` and `host_bytes`: what the process with least has of both; where it computes on the host they are one.
+    """
+    for what, wanted, there in (("", needed.device, device_bytes), (" of its host", needed.host, host_bytes)):
+        of = f"{wanted / 2**30:.1f} GiB a process, of {there / 2**30:.1f} GiB{what}"
+        if wanted > SHARE * there:
+            return 3, f"stage 2 needs {of}: more than {SHARE:.0%}"
+    return 2, f"needs {needed.device / 2**30:.1f} GiB a process, of {device_bytes / 2**30:.1f} GiB"
+
+
+def with_sizes(zero: dict[str, Any], shapes: Shapes, full: bool, micro_steps: int) -> dict[str, Any]:
+    """The zero_optimization of an engine, its stage known, with sizes for all that it does not say.
+
+    `full`: every weight is trained, not adapters beside a frozen base.
+    """
+    square = int(statistics.median(shapes.weights)) if shapes.weights else 1  # hidden x hidden, in most models
+    derived = {"reduce_bucket_size": _bounded(square if full else shapes.trained, _BUCKET)}
+    if zero["stage"] == 3:
+        # Adapters, biases and norms always: gathers so small cost their latency, and several of them may start in another
+        # order on each process.
+        resident = max(_PERSISTENT, shapes.adapter, *shapes.vectors, 0)
+        offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
+        if micro_steps > 1 and not full and not offloaded and 2 * shapes.total <= _REUSE:
+            # Between its two uses in a micro step lies less than DeepSpeed's own reuse distance, for every weight: all of them
+            # are whole at the end of the forward pass anyway. They stay so from one micro step to the next.
+            resident = max(resident, *shapes.weights, 0)
+        derived |= {
+            "stage3_param_persistence_threshold": resident,
+            # One weight ahead, so that a gather seldom holds several and is then copied apart again.
+            "stage3_prefetch_bucket_size": _bounded(square, 50_000_000),
+        }
+    return {**{key: value for key, value in derived.items() if not _says(zero, key)}, **zero}
+
+
+def _bounded(size: int, limit: int) -> int:
+    return max(1, min(size, limit))
+
+
+def _says(zero: dict[str, Any], key: str) -> bool:
+    """Whether the JSON has the key, also by the name that DeepSpeed has for it within."""
+    return key in zero or key.removeprefix("stage3_") in zero
