@@ -64,7 +64,9 @@ def test_varlen_is_causal_attention_within_each_example(process, dtype, key_head
         parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
     expected = torch.cat(parts).view(2, 160, 8, 64)
     is_near(found, expected, dtype)
-    for one, other in zip(gradients, torch.autograd.grad((expected * weights.cpu().double()).sum(), plain), strict=True):
+    for one, other in zip(
+        gradients, torch.autograd.grad((expected * weights.cpu().double()).sum(), plain), strict=True
+    ):
         is_near(one, other, dtype)
 
     # Another example changes not a bit of this one.
@@ -99,7 +101,9 @@ def test_loras_product_is_its_formula(process, dtype, is_contiguous):
     x = x if is_contiguous else x.transpose(0, 1)
     expected = F.linear(x, weight, bias) + 0.5 * F.linear(F.linear(x, lora_A), lora_B)
     is_near(found, expected, dtype)
-    for one, other in zip(gradients, torch.autograd.grad((expected * weights.cpu().double()).sum(), plain), strict=True):
+    for one, other in zip(
+        gradients, torch.autograd.grad((expected * weights.cpu().double()).sum(), plain), strict=True
+    ):
         assert one.dtype == DTYPES[dtype]
         is_near(one, other, dtype)
 

@@ -83,7 +83,9 @@ def test_joined_rows_are_padded_ones(process, toy, tmp_path, dtype):
     }
     for name, (model, batch) in found.items():
         losses, others = losses_and_gradients(model, batch.to(here))
-        torch.testing.assert_close(losses, expected, rtol=0, atol=TOKEN_LOSS[dtype], msg=lambda text, of=name: of + text)
+        torch.testing.assert_close(
+            losses, expected, rtol=0, atol=TOKEN_LOSS[dtype], msg=lambda text, of=name: of + text
+        )
         assert abs(float((losses - expected).mean())) < LOSS[dtype], name
         for one, other in zip(others, gradients, strict=True):
             assert float((one - other).norm()) < GRADIENT[dtype] * float(other.norm()), name
