@@ -1,4 +1,4 @@
-"""What runs in every layer and at every label, on the device: varlen, LoRA's product and the fused loss, against plain formulas."""
+"""What runs in every layer and at every label, on the device: varlen, LoRA's product, the fused loss; against plain formulas."""
 
 import pytest
 import torch
