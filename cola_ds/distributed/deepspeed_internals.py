@@ -163,6 +163,34 @@ def shard(param: Any) -> tuple[Tensor, int]:
     return held.data.narrow(0, 0, min(max(_part(param, "ds_numel") - start, 0), size)), start
 
 
+# -- gradients that are not finite ------------------------------------------------------------------------------------
+
+
+def look_at_gradients_together(engine: Any) -> None:
+    """Have stage 2 look for gradients that are not finite in a few passes over all of them (0.19.8).
+
+    It takes two reductions and five more kernels for each trained parameter: of LoRA on all layers, thousands of a few
+    microseconds.
+    """
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "has_overflow_partitioned_grads_serial"):  # nothing is trained
+        return
+    if hasattr(optimizer, "grad_position"):  # stage 3 looks at its flat buffer
+        return
+    groups = _part(optimizer, "averaged_gradients")
+
+    def any_not_finite() -> Tensor:  # -> (1,) bool, on the device
+        import torch
+
+        grads = [grad for group in groups.values() for grad in group or () if grad is not None and grad.numel()]
+        if not grads:
+            return torch.zeros(1, dtype=torch.bool, device=optimizer.device)
+        norms = torch.stack(torch._foreach_norm(grads, ord=float("inf")))
+        return ~torch.isfinite(norms).all().reshape(1)
+
+    optimizer.has_overflow_partitioned_grads_serial = any_not_finite
+
+
 # -- the fp16 loss scale -----------------------------------------------------------------------------------------------
 
 

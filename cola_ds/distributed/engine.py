@@ -23,7 +23,12 @@ from torch import nn
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed.accelerator import device
-from cola_ds.distributed.deepspeed_internals import forget_modules, loss_scale, take_down_engine
+from cola_ds.distributed.deepspeed_internals import (
+    forget_modules,
+    look_at_gradients_together,
+    loss_scale,
+    take_down_engine,
+)
 from cola_ds.errors import UserError, first_line
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
@@ -137,6 +142,7 @@ def build_engine(
         # Stages 1 and 2 shard gradients and optimizer states; without an optimizer DeepSpeed refuses them.
         engine_config = {**engine_config, "zero_optimization": {"stage": 0}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config, dist_init_required=False)
+    look_at_gradients_together(engine)
     return engine
 
 

@@ -203,3 +203,38 @@ def test_a_process_ends_with_its_status_and_its_words():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (7, "the last words", "")
+
+
+def bad_gradients(process):
+    """After a backward pass with one number of one process's gradient replaced: what each process is told, and whether the step
+    is left out."""
+    process_group(process)
+    found = []
+    for bad in (None, float("nan"), float("inf"), -float("inf"), 3e38):
+        engine = trained_engine(2)
+        before = engine.module[2].weight.detach().clone()
+        loss = engine(torch.ones(2, 5)).square().mean()
+        engine.backward(loss)
+        grads = [grad for group in engine.optimizer.averaged_gradients.values() for grad in group]
+        if bad is not None and process.rank == 1:
+            grads[-1].view(-1)[-1] = bad
+        mine = bool(engine.optimizer.has_overflow_partitioned_grads_serial())
+        theirs = bool(type(engine.optimizer).has_overflow_partitioned_grads_serial(engine.optimizer))
+        engine.step()
+        found.append((mine, theirs, torch.equal(engine.module[2].weight, before)))
+        internals.take_down_engine(engine)
+    return found
+
+
+def test_gradients_that_are_not_finite_are_seen_together():
+    first, second = run_distributed(bad_gradients, 2)
+    assert [(mine, theirs) for mine, theirs, _ in first] == [(False, False)] * 5
+    assert [(mine, theirs) for mine, theirs, _ in second] == [(False, False), *[(True, True)] * 3, (False, False)]
+    for each in (first, second):
+        assert [left_out for _, _, left_out in each][1:4] == [True] * 3
+        assert not each[0][2]
+
+
+def test_where_gradients_are_looked_at_is_where_it_was():
+    engine = SimpleNamespace(optimizer=SimpleNamespace(has_overflow_partitioned_grads_serial=None))
+    expect_gone(lambda: internals.look_at_gradients_together(engine), "averaged_gradients")

@@ -42,15 +42,12 @@ def make_chain(process: Process, config_path):
 
 
 def next_batch(chain):
-    """A micro batch of this process, on its device."""
+    """A padded micro batch of this process, on its device."""
     from cola_ds.distributed import accelerator
 
-    optim = chain.config.optim
-    return (
-        chain.train.step(0, 99, optim.global_batch_size, optim.micro_batch_size)
-        .micro_batches[0]
-        .to(accelerator.device())
-    )
+    optim, train = chain.config.optim, chain.train
+    chosen = train.step(0, 99, optim.global_batch_size, optim.micro_batch_size).indices
+    return train.data.collate(chosen[train.rank :: train.world_size][: optim.micro_batch_size]).to(accelerator.device())
 
 
 def outputs(chain, batch):

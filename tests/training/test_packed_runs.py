@@ -77,7 +77,8 @@ def refused_here(process, path):
 
 
 def test_a_model_that_mixes_examples_is_refused_before_the_first_step(mixed, tmp_path):
-    config = {**mixed, "model": {**mixed["model"], "path": str(save_model(tmp_path / "opt", "opt"))}}
+    model = {"path": str(save_model(tmp_path / "opt", "opt")), "attention": "sdpa"}
+    config = {**mixed, "model": {**mixed["model"], **model}}
     path = save_run(tmp_path / "run.yaml", {**config, "run": {**config["run"], "dir": str(tmp_path / "run")}})
     said = "OPTForCausalLM: examples of a packed row see each other (attention sdpa); set data.packing=none"
     assert run_distributed(refused_here, 2, path) == [said, said]
