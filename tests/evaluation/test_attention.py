@@ -1,0 +1,146 @@
+"""Attention: examples end to end in one row have the losses and gradients that they have alone; varlen where it can be had."""
+
+import pytest
+import torch
+
+from cola_ds.config.schema import ModelConfig
+from cola_ds.data.batcher import Batcher
+from cola_ds.data.candidates import join_candidates
+from cola_ds.errors import UserError
+from cola_ds.evaluation import attention
+from cola_ds.evaluation.attention import VARLEN, choose_attention
+from cola_ds.evaluation.loss import loss_sum
+from tests.evaluation.test_scoring import EXAMPLES, lora_on, skeleton, trained
+from tests.evaluation.test_separation import LENGTHS, Vocabulary
+from tests.support.distributed import run_distributed
+from tests.support.runs import run_once
+from tests.support.toys import rows, run_config, save_model, save_run, save_sums
+
+
+def loaded(folder, implementation):
+    from transformers import AutoModelForCausalLM
+
+    attention._register()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+    return lora_on(model).eval()
+
+
+def gradients(model, batches):
+    loss = sum(loss_sum(model, batch) for batch in batches)
+    found = torch.autograd.grad(loss, list(trained(model).values()))
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
+def test_joined_rows_have_the_losses_and_gradients_of_examples_alone(tmp_path, architecture, checkpointing):
+    std = {"init_std" if architecture == "opt" else "initializer_range": 0.2}
+    folder = save_model(tmp_path, architecture, **std)
+    data = Vocabulary(LENGTHS)
+    alone = gradients(loaded(folder, "eager"), [data.collate([index]) for index in range(len(data))])
+    joined = Batcher(data, 0, 1, joined=True).step(0, 0, 24, 12).micro_batches
+    assert [len(batch.input_ids) for batch in joined] == [1, 1]
+    assert sum(batch.input_ids.numel() for batch in joined) == sum(LENGTHS)  # nothing is padding
+    model = loaded(folder, VARLEN)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    found = gradients(model, joined)
+    torch.testing.assert_close(found[0], alone[0], rtol=1e-5, atol=1e-5)
+    largest = max(float(value.abs().max()) for value in alone[1])
+    for one, other in zip(found[1], alone[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_a_process_without_examples_has_a_joined_row_that_counts_nothing():
+    data = Vocabulary([4, 6, 5])
+    batch = Batcher(data, 3, 4, joined=True).step(0, 0, 4, 1).micro_batches[0]
+    assert batch.counted() == 0 and batch.input_ids.shape == (1, 1) and batch.cu_seq_lens.tolist() == [0, 1]
+
+
+def test_masks_of_candidates_and_of_generation_are_kept(tmp_path):
+    from cola_ds.evaluation.candidates import candidate_scores
+
+    folder = save_model(tmp_path, initializer_range=0.2)
+    plain, varlen = loaded(folder, "sdpa"), loaded(folder, VARLEN)
+    batch = join_candidates(EXAMPLES)
+    torch.testing.assert_close(candidate_scores(varlen, batch), candidate_scores(plain, batch), rtol=1e-5, atol=1e-5)
+    ids = torch.tensor([[0, 0, 7, 9, 200], [4, 5, 6, 7, 8]])
+    words = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(varlen.generate(ids, **words), plain.generate(ids, **words))
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "max_length", "why"),
+    [
+        ("llama", {}, 512, None),
+        ("qwen2", SLIDING, 16, None),  # no text fills the window
+        ("qwen2", SLIDING, 17, "sliding_attention"),
+        ("gemma2", {"attn_logit_softcapping": 50.0, "sliding_window": 64}, 32, "interface|attn_logit_softcapping 50.0"),
+        ("llama", {"attention_dropout": 0.1}, 512, "attention_dropout 0.1"),
+        ("mamba", {}, 512, "interface|linear_attention|position_ids"),
+        ("bloom", {}, 512, "interface|position_ids"),
+    ],
+)
+def test_varlen_is_chosen_where_it_can_be_had(kind, options, max_length, why):
+    model = skeleton(kind, **options)
+    auto, asked = ModelConfig(path="x", attention="auto"), ModelConfig(path="x", attention="varlen")
+    if why is None:
+        assert choose_attention(auto, model, max_length, is_text=True) == VARLEN
+        assert choose_attention(asked, model, max_length, is_text=True) == VARLEN
+    else:
+        assert choose_attention(auto, model, max_length, is_text=True) is None
+        with pytest.raises(UserError, match=f"model.attention varlen is not for .*({why})"):
+            choose_attention(asked, model, max_length, is_text=True)
+    assert choose_attention(auto, model, max_length, is_text=False) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head", "has_it"), [("bf16", 64, True), ("fp16", 128, True), ("fp32", 64, False), ("bf16", 260, False)]
+)
+def test_on_cuda_varlen_is_for_16_bits_and_heads_that_fit(monkeypatch, dtype, head, has_it):
+    monkeypatch.setattr(attention.accelerator, "kind", lambda: "cuda")
+    model = skeleton("llama", hidden_size=4 * head, num_attention_heads=4, num_key_value_heads=2)
+    found = choose_attention(ModelConfig(path="x", dtype=dtype), model, 512, is_text=True)
+    assert found == (VARLEN if has_it else None)
+
+
+def test_other_names_are_those_of_transformers():
+    model = skeleton("llama")
+    for name, expected in [("sdpa", "sdpa"), ("eager", "eager"), ("flex", "flex_attention")]:
+        for is_text in (True, False):
+            assert choose_attention(ModelConfig(path="x", attention=name), model, 64, is_text) == expected
+
+
+def all_of_the_row(query, key, value, places, scaling):
+    """What varlen must not do."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = (part.transpose(0, 1)[None] for part in (query, key, value))
+    found = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return found[0].transpose(0, 1)
+
+
+def run_mixed(process, path):
+    attention._each_alone = all_of_the_row
+    return run_once(process, path)
+
+
+def test_varlen_that_mixes_examples_is_given_up_or_refused(tmp_path):
+    model, data = save_model(tmp_path / "model"), save_sums(tmp_path / "train.jsonl", 40)
+    losses = {}
+    for name, worker in (("sdpa", run_once), ("auto", run_once), ("mixed", run_mixed), ("varlen", run_mixed)):
+        options = {"model": {"attention": "auto" if name == "mixed" else name}, "optim": {"max_steps": 6}}
+        path = save_run(tmp_path / f"{name}.yaml", run_config(model, data, tmp_path / name, **options))
+        if name == "varlen":
+            with pytest.raises(Exception, match=r"examples of a packed row see each other .attention cola_ds_varlen"):
+                run_distributed(worker, 2, path)
+            continue
+        run_distributed(worker, 2, path)
+        losses[name] = [row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")]
+    assert len(losses["sdpa"]) == 6
+    assert losses["mixed"] == losses["sdpa"] != losses["auto"]  # to the bit, and to rounding
+    assert losses["auto"] == pytest.approx(losses["sdpa"], rel=1e-5)
