@@ -39,7 +39,7 @@ def test_without_cuda_or_the_package_torch_has_it(monkeypatch):
     model = skeleton("llama")
     assert not kernels.check_kernels(ModelConfig(path="x"), model)
     with pytest.raises(
-        UserError, match="model.kernels liger is not for this run: Liger.s kernels are not for cpu"
+        UserError, match=r"model.kernels liger is not for this run: Liger.s kernels are not for cpu"
     ):
         kernels.check_kernels(ModelConfig(path="x", kernels="liger"), model)
     monkeypatch.setattr(kernels.accelerator, "kind", lambda: "cuda")
