@@ -114,7 +114,7 @@ PIECE = 2**17 if ON_CPU else 2**26
 
 def head_and_labels(tokens, dtype):
     head = nn.Linear(HIDDEN, VOCABULARY, bias=False).to(device(), DTYPES[dtype]).requires_grad_(False)
-    head.weight.copy_(drawn(VOCABULARY, HIDDEN, dtype=dtype, scale=HIDDEN**-0.5))
+    head.weight.copy_(drawn(VOCABULARY, HIDDEN, dtype=dtype, scale=HIDDEN**-0.5).detach())
     labels = torch.arange(tokens, device=device())[None] * 7 % VOCABULARY
     labels[:, ::5] = IGNORED
     return head, labels
