@@ -73,6 +73,7 @@ def read_engine_config(config: RunConfig) -> dict[str, Any]:
             raise UserError(f"{path}: {key} must be a positive number; it is {_shown(value)}")
     _check_keys(engine, config, path)
     _check_zero(engine.get("zero_optimization"), path)
+    check_compilable(config, engine["zero_optimization"]["stage"])
     _check_precision(engine, config, path)
     return engine
 
@@ -130,6 +131,10 @@ def _check_keys(engine: dict[str, Any], config: RunConfig, path: str) -> None:
             )
         if key in _SET_ANYWAY and not _is(value, _SET_ANYWAY[key]):
             raise UserError(f"{path}: {key} {_shown(value)} is not supported; remove it")
+        if key == "compile":
+            raise UserError(
+                f"{path}: compile is not supported; remove it, and set model.compile=true in the run's YAML"
+            )
         # gradient_accumulation_steps depends on the number of processes: compared when it is known, in complete().
         if key not in (*derived, "gradient_accumulation_steps", *_SET_ANYWAY, *_ENGINE_FACTS):
             key = cut(key, 80)
@@ -137,6 +142,15 @@ def _check_keys(engine: dict[str, Any], config: RunConfig, path: str) -> None:
             raise UserError(
                 f"{path}: unknown or unsupported key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
             )
+
+
+def check_compilable(config: RunConfig, stage: int | str) -> None:
+    """Raise UserError for model.compile at ZeRO stage 3, whose hooks gather weights inside the blocks."""
+    if config.model.compile and config.trains and stage == 3:
+        raise UserError(
+            f"model.compile needs ZeRO stage 2, and {cut(config.deepspeed)} means stage 3 here; set deepspeed=zero2 if every "
+            "process can hold the model, or model.compile=false"
+        )
 
 
 def _check_zero(zero: Any, path: str) -> None:

@@ -69,6 +69,9 @@ class ModelConfig(Section):
     'cola_ds[kernels]') and knows the model."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile, once a LoRA rank; ZeRO stage 2, text and attention varlen alone. Every micro
+    batch is padded to one length, so that data.packing belongs to it."""
 
 
 class LoraConfig(Section):

@@ -176,8 +176,8 @@ class Dataset(Protocol):
 class PackableDataset(Dataset, Protocol):
     """Dataset whose examples may share rows."""
 
-    def collate_packed(self, rows: list[list[int]]) -> PackedBatch:
-        """A micro batch of rows of these examples; without any, one that counts nothing."""
+    def collate_packed(self, rows: list[list[int]], padded_to: tuple[int, int] | None = None) -> PackedBatch:
+        """A micro batch of rows of these examples; without any, one that counts nothing. `padded_to` as in packing.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,22 @@ class Batcher:
     """Batches of a dataset for one process among `world_size`, in the given order of its examples; None: every example is a row,
     once an epoch.
 
-    Where `joined`, the examples of a micro batch are laid end to end in one row, for attention that takes each by itself.
+    Where `joined`, the examples of a micro batch are laid end to end in one row, for attention that takes each by itself; where
+    `fixed` as well, the row of every micro batch of a step is padded to one length, for compiled blocks.
     """
 
-    def __init__(self, data: Dataset, rank: int, world_size: int, order: Order | None = None, joined: bool = False):
+    def __init__(
+        self,
+        data: Dataset,
+        rank: int,
+        world_size: int,
+        order: Order | None = None,
+        joined: bool = False,
+        fixed: bool = False,
+    ):
         self.data, self.rank, self.world_size, self.joined = data, rank, world_size, joined
         self.order = order or Order(data.lengths)
+        self._longest = (self.order.capacity or int(max(data.lengths))) if fixed else None
         self._epochs: tuple[tuple[int, int], Epochs] | None = None
 
     def step(self, step: int, seed: int, global_batch_size: int, micro_batch_size: int) -> StepExamples:
@@ -46,7 +56,11 @@ class Batcher:
         epoch, index = self._epochs_of(seed, global_batch_size).locate(step)
         rows = self.order.rows(seed, epoch).between(index * global_batch_size, (index + 1) * global_batch_size)
         micro_steps = global_batch_size // (micro_batch_size * self.world_size)
-        return self._share(rows, micro_batch_size, micro_steps, is_packed=self.order.capacity is not None)
+        longest = self._longest
+        padded_to = None if longest is None else (micro_batch_size * longest, longest)
+        return self._share(
+            rows, micro_batch_size, micro_steps, is_packed=self.order.capacity is not None, padded_to=padded_to
+        )
 
     def evaluation(self, batch_size: int) -> Iterator[StepExamples]:
         """Every example once, a row each, in batches of `batch_size` per process, or of more that are shorter."""
@@ -62,7 +76,14 @@ class Batcher:
             self._epochs = ((seed, global_batch_size), Epochs(rows, global_batch_size))
         return self._epochs[1]
 
-    def _share(self, rows: list[list[int]], micro_batch_size: int, micro_steps: int, is_packed: bool) -> StepExamples:
+    def _share(
+        self,
+        rows: list[list[int]],
+        micro_batch_size: int,
+        micro_steps: int,
+        is_packed: bool,
+        padded_to: tuple[int, int] | None = None,
+    ) -> StepExamples:
         # Rows of like work run together: less padding, and processes that wait less for each other. The order inside a step
         # changes nothing in its sum.
         rows = sorted(rows, key=self._work)
@@ -71,7 +92,7 @@ class Batcher:
         chosen = [index for row in rows for index in row]
         lengths = [int(self.data.lengths[i]) for i in chosen]
         return StepExamples(
-            micro_batches=[self._collate(each, is_packed) for each in mine],
+            micro_batches=[self._collate(each, is_packed, padded_to) for each in mine],
             examples=len(chosen),
             tokens=sum(lengths),
             loss_tokens=sum(int(self.data.loss_tokens[i]) for i in chosen),
@@ -85,10 +106,10 @@ class Batcher:
         lengths = [int(self.data.lengths[i]) for i in row]
         return sum(lengths), sum(length * length for length in lengths)
 
-    def _collate(self, rows: list[list[int]], is_packed: bool) -> AnyBatch:
+    def _collate(self, rows: list[list[int]], is_packed: bool, padded_to: tuple[int, int] | None) -> AnyBatch:
         if self.joined:
             one_row = [index for row in rows for index in row]
-            return cast(PackableDataset, self.data).collate_packed([one_row] if rows else [])
+            return cast(PackableDataset, self.data).collate_packed([one_row] if rows else [], padded_to)
         if is_packed:
             return cast(PackableDataset, self.data).collate_packed(rows)
         return self.data.collate([index for row in rows for index in row])

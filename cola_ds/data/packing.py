@@ -22,13 +22,17 @@ from cola_ds.data.collate import Example, counted_labels, set_labels
 from cola_ds.errors import UserError
 
 
-def collate_packed(rows: Sequence[Sequence[Example]]) -> PackedBatch:
+def collate_packed(rows: Sequence[Sequence[Example]], padded_to: tuple[int, int] | None = None) -> PackedBatch:
     """Collate rows of examples, padded on the right; without any, a batch that counts nothing.
 
     The loss counts what it does of each example alone: no id is predicted from the example before.
+
+    `padded_to` is what all batches have in common: (the positions of their rows, the longest stretch of them). Padding is then a few
+    stretches, none of them longer.
     """
     rows = rows or [[([PADDING], [])]]
     width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    width, longest = padded_to or (width, width)
     input_ids = numpy.full((len(rows), width), PADDING)  # (B, T)
     position_ids = numpy.zeros_like(input_ids)
     next_ids = numpy.full_like(input_ids, IGNORED)  # (B, T): the label of each position
@@ -42,12 +46,16 @@ def collate_packed(rows: Sequence[Sequence[Example]]) -> PackedBatch:
             position_ids[place, at:end] = numpy.arange(len(ids))
             set_labels(next_ids[place, at:end], input_ids[place, at:end], spans)
             at = end
-        if at < width:
-            lengths.append(width - at)
+        lengths += [min(longest, width - start) for start in range(at, width, longest)]
     cu_seq_lens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     positions, labels = counted_labels(next_ids)
     return PackedBatch(
-        torch.from_numpy(input_ids), torch.from_numpy(position_ids), positions, labels, cu_seq_lens, max(lengths)
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        positions,
+        labels,
+        cu_seq_lens,
+        max(lengths) if padded_to is None else longest,
     )
 
 

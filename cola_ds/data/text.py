@@ -84,9 +84,9 @@ class TokenizedData:
         """A micro batch of these examples; without any, one that counts nothing."""
         return collate([self.example(i) for i in indices])
 
-    def collate_packed(self, rows: list[list[int]]) -> PackedBatch:
-        """A micro batch of rows of these examples; without any, one that counts nothing."""
-        return collate_packed([[self.example(i) for i in row] for row in rows])
+    def collate_packed(self, rows: list[list[int]], padded_to: tuple[int, int] | None = None) -> PackedBatch:
+        """A micro batch of rows of these examples; without any, one that counts nothing. `padded_to` as in packing.py."""
+        return collate_packed([[self.example(i) for i in row] for row in rows], padded_to)
 
     def fingerprint(self) -> str:
         """SHA-256 that follows from all token ids, from which are trained, and from what makes the rows of an epoch of them."""

@@ -23,6 +23,7 @@ from torch import nn
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed.accelerator import device
+from cola_ds.distributed.compilation import uncompiled
 from cola_ds.distributed.deepspeed_internals import (
     forget_modules,
     look_at_gradients_together,
@@ -192,11 +193,11 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
 
 @contextmanager
 def evaluating(engine: Engine) -> Iterator[None]:
-    """Forward passes without dropout and gradients inside the block; the engine is as before after it. Collective."""
+    """Forward passes without dropout and gradients, not compiled, inside the block; the engine is as before after it. Collective."""
     was_training = engine.module.training  # the engine itself does not keep count
     engine.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         engine.train(was_training)

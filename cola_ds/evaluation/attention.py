@@ -20,6 +20,8 @@ from cola_ds.config.schema import ModelConfig
 from cola_ds.data.batch import PackedBatch
 from cola_ds.data.candidates import without_full_attention
 from cola_ds.distributed import accelerator
+from cola_ds.distributed.compilation import mark_dynamic
+from cola_ds.evaluation.each_alone import each_alone
 from cola_ds.errors import UserError
 
 VARLEN = "cola_ds_varlen"
@@ -55,6 +57,8 @@ def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | N
         return "its code does not take attention from Transformers' interface"
     if why := without_full_attention(model, max_length):
         return why
+    if getattr(inner, "v_head_dim", None):
+        return "its values may have heads of another size than its keys"
     for name in ("attention_dropout", "attn_logit_softcapping"):
         if getattr(inner, name, None):
             return f"it has {name} {getattr(inner, name)}"
@@ -85,6 +89,7 @@ def packed_inputs(model: Any, batch: PackedBatch) -> dict[str, Any]:
     name = model.config.get_text_config()._attn_implementation
     if name != VARLEN and not name.startswith("flash_attention"):
         return {}
+    mark_dynamic(batch.cu_seq_lens)
     places = {"cu_seq_lens_q": batch.cu_seq_lens, "cu_seq_lens_k": batch.cu_seq_lens}
     inputs: dict[str, Any] = {**places, "max_length_q": batch.longest, "max_length_k": batch.longest}
     if name == VARLEN:  # a mask of four dimensions is passed on as it is: none is made, and none is looked at
@@ -110,18 +115,25 @@ def varlen_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))  # (B T, heads, D)
     if query.device.type == "cpu":
-        found = _each_alone(q, k, v, cu_seq_lens_q, scaling)
+        found = each_alone(q, k, v, cu_seq_lens_q, scaling)
     else:
         assert max_length_q is not None
         found = _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling)
     return found.view(len(query), -1, *found.shape[1:]), None
 
 
+@torch.compiler.assume_constant_result
+def _varlen_options() -> list[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return list(inspect.signature(varlen_attn).parameters)
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor, places: Tensor, longest: int, scaling: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    known = inspect.signature(varlen_attn).parameters
+    known = _varlen_options()
     if "window_size" not in known:  # torch 2.10
         options = {"is_causal": True}
     groups = query.shape[1] // key.shape[1]
@@ -130,15 +142,3 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, places: Tensor, longest: i
     elif groups > 1:  # torch 2.11
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     return cast(Tensor, varlen_attn(query, key, value, places, places, longest, longest, scale=scaling, **options))
-
-
-def _each_alone(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scaling: float | None) -> Tensor:
-    lengths = places.diff().tolist()
-    found = []
-    for parts in zip(*(part.split(lengths) for part in (query, key, value)), strict=True):
-        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, heads, t, D)
-        one = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        found.append(one[0].transpose(0, 1))
-    return torch.cat(found)

@@ -10,7 +10,7 @@ from cola_ds.checkpoint.format import Checkpoint
 from cola_ds.checkpoint.restore import restore_model, tie_run
 from cola_ds.config.schema import RunConfig
 from cola_ds.data.batcher import Batcher
-from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed import accelerator, collectives, compilation
 from cola_ds.distributed.engine import build_engine, check_engine_config, load_model
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.monitor import Monitor
@@ -44,6 +44,9 @@ def build_chain(
     accelerator.make_deterministic(config.run.deterministic)
     # Dropout alone draws from it, and differs by process.
     torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)
+    compiles = config.model.compile and config.trains
+    if compiles:
+        compilation.check_compiler()
     model = load_model(config.model, prepared.engine_config, prepared.attention)
     if prepared.kernels:
         use_kernels(model)
@@ -58,11 +61,13 @@ def build_chain(
         restore_model(model, config, state.link, found, state.remainders)
     elif config.trains_lora:
         start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, accelerator.device())
+    if compiles:
+        compilation.compile_blocks(model)
     engine = build_engine(model, prepared.engine_config, partial(make_optimizer, config.optim))
     engine.train(config.trains)
 
     joined = prepared.attention == VARLEN
-    train = Batcher(prepared.train, process.rank, process.world_size, prepared.order, joined)
+    train = Batcher(prepared.train, process.rank, process.world_size, prepared.order, joined, fixed=compiles)
     data = prepared.held_out
     held_out = None if data is None else Batcher(data, process.rank, process.world_size, joined=joined)
     steps = step_plan.total_steps if config.trains else 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cola_ds.checkpoint.decide import Identity, engine_facts
-from cola_ds.config.deepspeed_json import complete, read_engine_config
+from cola_ds.config.deepspeed_json import check_compilable, complete, read_engine_config
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.engine_sizes import Shapes, choose_stage, need, with_sizes
 from cola_ds.config.schema import RunConfig
@@ -30,7 +30,7 @@ from cola_ds.data.tokenize import Found, check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.data.tokens import LOSSES
 from cola_ds.errors import UserError, cut, first_line
-from cola_ds.evaluation.attention import choose_attention, transformers_name
+from cola_ds.evaluation.attention import VARLEN, choose_attention, transformers_name
 from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
@@ -140,9 +140,15 @@ def check(config: RunConfig) -> Checked:
         if config.data.packing != "none" and config.trains:
             check_packable(skeleton)
         check_sources(config.data)
+    attention = choose_attention(config.model, skeleton, max_length, is_text=task is None)
+    if config.model.compile and config.trains and attention != VARLEN:
+        raise UserError(
+            f"model.compile needs text and model.attention varlen, and {type(skeleton).__name__} runs with "
+            f"{'a task' if task is not None else attention or 'another'} here; set model.compile=false"
+        )
     return Checked(
         config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
-        attention=choose_attention(config.model, skeleton, max_length, is_text=task is None),
+        attention=attention,
         kernels=check_kernels(config.model, skeleton),
     )  # fmt: skip
 
@@ -194,6 +200,7 @@ def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tupl
             stage, reason = 2, "one process has nothing to shard"  # nor does it need stage 3's hooks on every module
         else:
             stage, reason = choose_stage(needed, *memory())
+        check_compilable(config, stage)
         zero = {**zero, "stage": stage}
     zero = with_sizes(zero, shapes, config.method == "full", prepared.step_plan.micro_steps)
     engine_config = {**prepared.engine_config, "zero_optimization": zero}

@@ -24,7 +24,7 @@ def prove(chain: Chain, prepared: Prepared) -> None:
     try:
         check_separation(chain.engine, prepared.train.largest_id)
     except UserError:
-        if prepared.config.model.attention != "auto" or not batchers:
+        if prepared.config.model.attention != "auto" or prepared.config.model.compile or not batchers:
             raise
         chain.logger.say("examples in one row would see each other with varlen: attention as Transformers has it")
         chain.engine.module.set_attn_implementation("sdpa")

@@ -10,7 +10,7 @@ from cola_ds.config.schema import CheckpointConfig, DataConfig, Mark, ModelConfi
 # By key: f free, x fixed, c compared by content, p a place, n names a file, r one of each run of a sweep; nothing: compared.
 ANSWERS = {
     "model.path": "cp", "model.dtype": "x", "model.revision": "p", "model.trust_remote_code": "", "model.links": "p",
-    "model.activation_checkpointing": "", "model.attention": "", "model.kernels": "",
+    "model.activation_checkpointing": "", "model.attention": "", "model.compile": "", "model.kernels": "",
     "method": "x",
     "lora.rank": "x", "lora.alpha": "x", "lora.dropout": "", "lora.targets": "x", "lora.bias": "x",
     "chain.length": "", "chain.knots": "", "chain.tie": "", "chain.merge": "x",

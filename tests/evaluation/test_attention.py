@@ -125,7 +125,7 @@ def all_of_the_row(query, key, value, places, scaling):
 
 
 def run_mixed(process, path):
-    attention._each_alone = all_of_the_row
+    attention.each_alone = all_of_the_row
     return run_once(process, path)
 
 
