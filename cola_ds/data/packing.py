@@ -27,8 +27,8 @@ def collate_packed(rows: Sequence[Sequence[Example]], padded_to: tuple[int, int]
 
     The loss counts what it does of each example alone: no id is predicted from the example before.
 
-    `padded_to` is what all batches have in common: (the positions of their rows, the longest stretch of them). Padding is then a few
-    stretches, none of them longer.
+    `padded_to` is what all batches have in common: the positions of a row, and the longest stretch of them. Padding is then cut
+    into stretches of that length.
     """
     rows = rows or [[([PADDING], [])]]
     width = max(sum(len(ids) for ids, _ in row) for row in rows)

@@ -193,7 +193,10 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
 
 @contextmanager
 def evaluating(engine: Engine) -> Iterator[None]:
-    """Forward passes without dropout and gradients, not compiled, inside the block; the engine is as before after it. Collective."""
+    """Forward passes without dropout, gradients or compiled code inside the block; the engine is as before after it.
+
+    Collective.
+    """
     was_training = engine.module.training  # the engine itself does not keep count
     engine.eval()
     try:

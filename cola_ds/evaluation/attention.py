@@ -12,7 +12,6 @@ import inspect
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cola_ds.config.dtypes import DTYPES
@@ -21,8 +20,8 @@ from cola_ds.data.batch import PackedBatch
 from cola_ds.data.candidates import without_full_attention
 from cola_ds.distributed import accelerator
 from cola_ds.distributed.compilation import mark_dynamic
-from cola_ds.evaluation.each_alone import each_alone
 from cola_ds.errors import UserError
+from cola_ds.evaluation.each_alone import each_alone
 
 VARLEN = "cola_ds_varlen"
 """Its name in Transformers' attention interface."""

@@ -1,5 +1,5 @@
-"""Attention on the CPU of examples laid end to end, one after the other: an operator of torch's, so that torch.compile takes it as
-it is and does not look at the lengths."""
+"""Attention on the CPU of examples laid end to end, one after the other: an operator for torch.compile, which does not look at the
+lengths."""
 
 from __future__ import annotations
 

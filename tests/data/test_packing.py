@@ -71,8 +71,8 @@ class Data:
     def collate(self, indices):
         return collate([self._example(i) for i in indices])
 
-    def collate_packed(self, rows):
-        return collate_packed([[self._example(i) for i in row] for row in rows])
+    def collate_packed(self, rows, padded_to=None):
+        return collate_packed([[self._example(i) for i in row] for row in rows], padded_to)
 
 
 LENGTHS = [3, 9, 14, 2, 20, 7, 7, 7, 12, 5, 1, 18, 4, 4, 11, 16, 2, 8, 13, 6, 10]
