@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ds.config.loading import load_config
+from cola_ds.config.schema import RunConfig
 from cola_ds.data.batcher import Batcher
 from cola_ds.errors import UserError
 from cola_ds.training.prepare import Prepared, prepare
@@ -67,7 +68,7 @@ class Arms:
         self.base = self._kept(PLAIN)
         prepared = self.prepared([])
         self.places |= self._packed_sizes(prepared)
-        self._save_ids(prepared)
+        save_ids(prepared, folder / "ids.jsonl")
 
     def _save_jsons(self) -> dict[str, Any]:
         """The JSON that the Trainer has, whose sizes it derives itself; and the same with DeepSpeed's own sizes."""
@@ -123,17 +124,6 @@ class Arms:
         micro = max(size for size in range(1, self.workload.micro_batch_size + 1) if each % size == 0)
         return {"packed_rows": each * processes, "packed_micro": micro}
 
-    def _save_ids(self, prepared: Prepared) -> None:
-        """The examples as cola_ds has encoded them, as the Trainer takes them: a label is the id at its own place."""
-        with open(self.folder / "ids.jsonl", "w", encoding="utf-8") as out:
-            for index in range(len(prepared.train)):
-                batch: Any = prepared.train.collate([index])
-                ids = batch.input_ids[0].tolist()
-                labels = [-100] * len(ids)
-                for position, label in zip(batch.positions.tolist(), batch.labels[0].tolist(), strict=True):
-                    labels[position + 1] = label
-                out.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
-
     def filled(self, overrides: Iterable[str]) -> list[str]:
         """With the names of the JSONs and the sizes of a packed step put in."""
         return [override.format_map(self.places) for override in overrides]
@@ -144,20 +134,7 @@ class Arms:
 
     def plan(self, prepared: Prepared, steps: int) -> Plan:
         """What the first steps of a run have in them."""
-        optim, train = prepared.config.optim, prepared.train
-        batcher = Batcher(train, 0, 1, prepared.order)
-        size = prepared.step_plan.global_batch_size
-        found = [batcher.step(step, prepared.config.run.seed, size, size) for step in range(steps)]
-        (work,) = work_of(prepared)
-        return Plan(
-            # Inside a step cola_ds sorts by length; the Trainer takes examples as they come.
-            steps=[sorted(each.indices, key=lambda index: index * 2_654_435_761 % 2**32) for each in found],
-            micro_batch_size=optim.micro_batch_size,
-            micro_steps=prepared.step_plan.micro_steps,
-            tokens=[each.tokens for each in found],
-            labels=[each.loss_tokens for each in found],
-            flops=[work.of(each) for each in found],
-        )
+        return plan_of(prepared, steps)
 
     def _new_folder(self, name: str) -> Path:
         self.runs += 1
@@ -168,14 +145,10 @@ class Arms:
         folder = self._new_folder("trainer")
         folder.mkdir()
         config = load_config(self.config)
-        said = {
-            "model": self.model, "dtype": "float32", "rows": str(self.folder / "ids.jsonl"),
-            "dir": str(folder), "deepspeed": self.places["same_json"], "seed": config.run.seed,
-            "lora_rank": config.lora_ranks[0], "lora_alpha": config.lora.alpha, "targets": config.lora.targets,
-            "lr": config.optim.lr, "max_grad_norm": config.optim.max_grad_norm, "steps": plan.steps,
-            "micro_batch_size": plan.micro_batch_size, "micro_steps": plan.micro_steps, "tokens": plan.tokens,
-            "labels": plan.labels,
-        }  # fmt: skip
+        said = trainer_plan(
+            config, plan, model=str(Path(self.args.model).resolve()), dtype="float32", dir=str(folder),
+            rows=str(self.folder / "ids.jsonl"), deepspeed=self.places["same_json"], targets=config.lora.targets,
+        )  # fmt: skip
         path = folder.with_suffix(".plan.json")
         path.write_text(json.dumps(said), encoding="utf-8")
         words = torchrun(self.args.processes, "tests.bench.trainer", str(path))
@@ -214,3 +187,42 @@ class Arms:
             peak_bytes=result["peak_memory_bytes"],
             first_step_s=first_step_s,
         )
+
+
+def save_ids(prepared: Prepared, path: Path) -> None:
+    """The examples as cola_ds has encoded them, as the Trainer takes them: a label is the id at its own place."""
+    with open(path, "w", encoding="utf-8") as out:
+        for index in range(len(prepared.train)):
+            batch: Any = prepared.train.collate([index])
+            ids = batch.input_ids[0].tolist()
+            labels = [-100] * len(ids)
+            for position, label in zip(batch.positions.tolist(), batch.labels[0].tolist(), strict=True):
+                labels[position + 1] = label
+            out.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
+
+
+def plan_of(prepared: Prepared, steps: int) -> Plan:
+    """What the first steps of a run have in them."""
+    optim, train = prepared.config.optim, prepared.train
+    batcher = Batcher(train, 0, 1, prepared.order)
+    size = prepared.step_plan.global_batch_size
+    found = [batcher.step(step, prepared.config.run.seed, size, size) for step in range(steps)]
+    (work,) = work_of(prepared)
+    return Plan(
+        # Inside a step cola_ds sorts by length; the Trainer takes examples as they come.
+        steps=[sorted(each.indices, key=lambda index: index * 2_654_435_761 % 2**32) for each in found],
+        micro_batch_size=optim.micro_batch_size,
+        micro_steps=prepared.step_plan.micro_steps,
+        tokens=[each.tokens for each in found],
+        labels=[each.loss_tokens for each in found],
+        flops=[work.of(each) for each in found],
+    )
+
+
+def trainer_plan(config: RunConfig, plan: Plan, **more: Any) -> dict[str, Any]:
+    """What tests/bench/trainer.py reads."""
+    return {
+        "seed": config.run.seed, "lora_rank": config.lora_ranks[0], "lora_alpha": config.lora.alpha, "lr": config.optim.lr,
+        "max_grad_norm": config.optim.max_grad_norm, "steps": plan.steps, "micro_batch_size": plan.micro_batch_size,
+        "micro_steps": plan.micro_steps, "tokens": plan.tokens, "labels": plan.labels, **more,
+    }  # fmt: skip

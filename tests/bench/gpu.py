@@ -26,20 +26,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench.timed import ArmFailedError, json_rows, timed_run
-from tests.gpu.support import ON_CPU  # before the project: it chooses the device before deepspeed is imported
-from tests.support.toys import save_run, save_tokenizer
+from tests.gpu.support import ON_CPU  # isort: skip  first: it chooses the device before deepspeed is imported
+from cola_ds.config.loading import load_config
+from cola_ds.distributed.accelerator import accelerator_name
+from cola_ds.distributed.devices import peak_tflops
+from cola_ds.training.prepare import prepare
+from tests.bench.arms import plan_of, save_ids, trainer_plan
+from tests.bench.timed import ArmFailedError, json_rows, timed_run, torchrun
+from tests.support.toys import REPOSITORY, save_run, save_tokenizer
 
 WARM_UP = 3
 """Steps that are left out of the figures: they compile, and fill what allocates."""
+TRAINER = "trainer"
+TRAINER_MICRO_STEPS = 4
 RUNGS: dict[str, list[str]] = {
+    TRAINER: [],
     "zero3, sdpa": ["deepspeed=zero3_bf16", "model.attention=sdpa", "model.kernels=torch"],
     "stage": ["deepspeed=auto"],
     "attention": ["model.attention=auto"],
     "kernels": ["model.kernels=auto"],
     "compiled": ["model.kernels=torch", "model.compile=true"],
 }
-"""What each rung adds."""
+"""What each rung adds. The first is PEFT with Hugging Face's Trainer."""
 COLUMNS = (
     "rung",
     "tokens/s",
@@ -124,7 +132,7 @@ def base_config(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "lr": 1e-4, "max_steps": args.steps, "global_batch_size": args.rows, "micro_batch_size": args.rows,
         },
         "checkpoint": {"every_steps": None},
-        "run": {"log_every_steps": 1},
+        "run": {"dir": str(scratch / "unused"), "log_every_steps": 1},
     }  # fmt: skip
 
 
@@ -159,6 +167,46 @@ def run_arm(name: str, config: dict[str, Any], scratch: Path, overrides: list[st
     }
 
 
+def run_trainer(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """What a user has without cola_ds: PEFT, the Trainer and DeepSpeed's ZeRO-3, in each step the examples of a packed one,
+    padded, a few at a time. Raises ArmFailedError."""
+    config = load_config(save_run(scratch / "base.yaml", base_config(args, scratch) | {"deepspeed": "zero3_bf16"}), [])
+    prepared = prepare(config, 1)
+    plan = plan_of(prepared, args.steps)
+    save_ids(prepared, scratch / "ids.jsonl")
+    engine = json.loads((REPOSITORY / "ds_configs/zero3_bf16.json").read_text(encoding="utf-8"))
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    engine |= dict.fromkeys(batches, "auto")
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    engine["zero_optimization"] |= dict.fromkeys(sizes, "auto")
+    (scratch / "trainer.json").write_text(json.dumps(engine), encoding="utf-8")
+    folder = scratch / "trainer"
+    folder.mkdir()
+    plan.micro_steps, plan.micro_batch_size = min(TRAINER_MICRO_STEPS, *map(len, plan.steps)), 1
+    said = trainer_plan(
+        config, plan, model=str(scratch / "model"), dtype="bfloat16", dir=str(folder), rows=str(scratch / "ids.jsonl"),
+        deepspeed=str(scratch / "trainer.json"), targets=sorted({name.rpartition(".")[2] for name in prepared.targets}),
+    )  # fmt: skip
+    (scratch / "plan.json").write_text(json.dumps(said), encoding="utf-8")
+    words = torchrun(1, "tests.bench.trainer", str(scratch / "plan.json"))
+    first_step_s = timed_run(words, folder / "metrics.jsonl", folder.with_suffix(".log"))
+    warm = json_rows(folder / "metrics.jsonl")[WARM_UP:]
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    seconds = sum(row["step_s"] for row in warm)
+    tflops = sum(plan.flops[WARM_UP:]) / seconds / 1e12
+    peak = peak_tflops(accelerator_name(), "bf16")
+    return {
+        "step_s": statistics.median(row["step_s"] for row in warm),
+        "tokens_per_s": sum(row["tokens"] for row in warm) / seconds,
+        "tflops": tflops,
+        "share": tflops / peak if peak else math.nan,
+        "peak_gib": result["peak_memory_bytes"] / 2**30,
+        "data_wait_s": math.nan,
+        "first_step_s": first_step_s,
+        "loss": result["losses"][-1],
+    }
+
+
 def climb(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What each rung took, printed as it comes, and the overrides of the best that ran."""
     found: dict[str, dict[str, Any]] = {}
@@ -170,11 +218,16 @@ def climb(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, dict[str, 
         if name not in args.rungs:
             continue
         try:
-            arm = run_arm(name, base_config(args, scratch), scratch, [*overrides, *args.overrides])
+            if name == TRAINER:
+                arm = run_trainer(args, scratch)
+            else:
+                arm = run_arm(name, base_config(args, scratch), scratch, [*overrides, *args.overrides])
         except ArmFailedError as error:
             print(f"| {name} | failed |\n{error}", flush=True)
             continue
-        if not found or arm["tokens_per_s"] > max(other["tokens_per_s"] for other in found.values()):
+        if name != TRAINER and arm["tokens_per_s"] > max(
+            (other["tokens_per_s"] for other in found.values()), default=0
+        ):
             best = list(overrides)
         found[name] = arm
         first = next(iter(found.values()))
@@ -229,8 +282,6 @@ def main() -> None:
 
     if not ON_CPU and not torch.cuda.is_available():
         sys.exit("gpu: no NVIDIA GPU here; COLA_DS_GPU_TESTS_ON=cpu and --model toy run it without")
-    from cola_ds.distributed.accelerator import accelerator_name
-
     with tempfile.TemporaryDirectory() as scratch:
         since = time.perf_counter()
         multiplied = save_model(Path(scratch) / "model", SHAPES[args.model], args.max_length)

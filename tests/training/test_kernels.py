@@ -38,9 +38,7 @@ def liger(monkeypatch):
 def test_without_cuda_or_the_package_torch_has_it(monkeypatch):
     model = skeleton("llama")
     assert not kernels.check_kernels(ModelConfig(path="x"), model)
-    with pytest.raises(
-        UserError, match=r"model.kernels liger is not for this run: Liger.s kernels are not for cpu"
-    ):
+    with pytest.raises(UserError, match=r"model.kernels liger is not for this run: Liger.s kernels are not for cpu"):
         kernels.check_kernels(ModelConfig(path="x", kernels="liger"), model)
     monkeypatch.setattr(kernels.accelerator, "kind", lambda: "cuda")
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
