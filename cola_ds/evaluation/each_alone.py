@@ -1,5 +1,4 @@
-"""Attention on the CPU of examples laid end to end, one after the other: an operator for torch.compile, which does not look at the
-lengths."""
+"""Attention on the CPU of examples laid end to end: an operator, so that torch.compile does not look at their lengths."""
 
 from __future__ import annotations
 
