@@ -56,10 +56,9 @@ def writable_part(param: Tensor) -> Tensor:
     return flat[:0] if is_sharded(param) and dist.get_rank() else flat
 
 
-def host_zeros(count: int) -> Tensor:
-    """fp32 zeros in host memory; pinned where there is an accelerator, so that copies need not wait."""
-    zeros = torch.zeros(count)
-    return zeros if get_accelerator().device_name() == "cpu" else get_accelerator().pin_memory(zeros)
+def host_room(count: int) -> Tensor:
+    """fp32 in host memory, still to be written; pinned where there is an accelerator, so that copies need not wait."""
+    return torch.empty(count, pin_memory=get_accelerator().device_name() != "cpu")
 
 
 def collective_bytes(params: Iterable[Tensor], write: bool = False) -> int:

@@ -13,7 +13,7 @@ from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.shards import (
     collective_bytes,
     gathered,
-    host_zeros,
+    host_room,
     is_sharded,
     local_shard,
     numel,
@@ -68,9 +68,10 @@ def tie_link(
         whole = [] if local else [layer.weight]
         with gathered(learnt), gathered(whole, write=True):
             weight, start = local_shard(layer.weight) if local else (writable_part(layer.weight), 0)
-            if weight.dtype != torch.float32 and name not in remainders and not last:
-                remainders[name] = host_zeros(weight.numel())
-            square = _add_link(layer, weight, start, remainders.get(name), exact)
+            before = remainders.get(name)
+            if weight.dtype != torch.float32 and before is None and not last:
+                remainders[name] = host_room(weight.numel())
+            square = _add_link(layer, weight, start, before, remainders.get(name), exact)
             (own_squares if is_sharded(layer.weight) else copied_squares).append(square)
             factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
@@ -87,19 +88,22 @@ def tie_link(
     return tied
 
 
-def _add_link(layer: LoRALinear, weight: Tensor, start: int, remainder: Tensor | None, exact: bool) -> Tensor:
-    """Add a layer's link to a flat part of its weight that begins at `start`. -> (), the new remainder's squared norm"""
+def _add_link(
+    layer: LoRALinear, weight: Tensor, start: int, before: Tensor | None, after: Tensor | None, exact: bool
+) -> Tensor:
+    """Add a layer's link to a flat part of its weight that begins at `start`, with the remainder from `before`, if there is one, and
+    the new one to `after`. -> (), the new remainder's squared norm"""
     device = layer.lora_A.device
     nothing = torch.zeros((), device=device)
     square = nothing.double()
     for begin in range(0, weight.numel(), _ELEMENTS_AT_ONCE):
         piece = slice(begin, min(begin + _ELEMENTS_AT_ONCE, weight.numel()))
         delta = delta_slice(layer.lora_A, layer.lora_B, layer.scaling, start + begin, piece.stop - begin)
-        before = nothing if remainder is None else remainder[piece].to(device, non_blocking=True)
-        left = add_link(weight[piece], delta, before, exact)
+        remainder = nothing if before is None else before[piece].to(device, non_blocking=True)
+        left = add_link(weight[piece], delta, remainder, exact)
         square += torch.linalg.vector_norm(left, dtype=torch.float64).square()
-        if remainder is not None:
-            remainder[piece].copy_(left, non_blocking=True)
+        if after is not None:
+            after[piece].copy_(left, non_blocking=True)
     return square
 
 

@@ -1,13 +1,13 @@
 """What a step takes on one GPU: LoRA on all linear layers of a model with Llama-3-8B's shapes, in bf16, rung by rung.
 
     python -m tests.bench.gpu [section.key=value ...] [--model llama-3-8b] [--rungs NAME ...] [--rows 2] [--max-length 4096]
-                              [--steps 12] [--chain-steps 60]
+                              [--steps 12] [--chain-steps 30]
 
 Makes a model of random weights, and rows of random text whose lengths are spread log-normally, as those of instructions are; they
 are packed. Each rung adds one thing to those before it, and trains `--steps` steps of `--rows` packed rows in a process of its
-own, through `cola-ds train`. Then, with the top rung, `--chain-steps` steps as a chain of three links beside one link.
+own, through `cola-ds train`. With `--rungs trainer ...` the first is PEFT with Hugging Face's Trainer, on padded rows. Then, with the top rung, `--chain-steps` steps as a chain of three links beside one link.
 Tokens are those of examples; FLOPs count what they need (launch/README.md, "What a run says of its speed"), and the share is that
-of the device's peak. Nothing is downloaded. launch/bench.sh gpu runs it, about six minutes on an H100;
+of the device's peak. Nothing is downloaded. launch/bench.sh gpu runs it, about seven minutes on an H200;
 COLA_DS_GPU_TESTS_ON=cpu and --model toy run it without a GPU.
 """
 
@@ -266,12 +266,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
-    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS), metavar="NAME")
+    parser.add_argument(
+        "--rungs", nargs="+", choices=list(RUNGS), default=[name for name in RUNGS if name != TRAINER], metavar="NAME"
+    )
     parser.add_argument("--rows", type=int, default=2, help="packed rows of a step, all in one micro batch")
     parser.add_argument("--max-length", type=int, default=4096, help="tokens of a packed row")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument(
-        "--chain-steps", type=int, default=60, help="steps of the chain and of its one link; 0: neither"
+        "--chain-steps", type=int, default=30, help="steps of the chain and of its one link; 0: neither"
     )
     args = parser.parse_intermixed_args()
     command = " ".join(["python -m tests.bench.gpu", *sys.argv[1:]])

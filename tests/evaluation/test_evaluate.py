@@ -288,7 +288,7 @@ def test_a_run_is_used_from_another_folder(toy, tmp_path, task, monkeypatch, cap
     assert statuses == [0], said
     (here / "runs/a").rename(there / "moved")
     (here / "configs/engine.json").unlink()
-    for target, stage in (("moved", 2), (str(toy[0]), 3)):
+    for target, stage in (("moved", 2), (str(toy[0]), "auto")):
         words = ["evaluate", target, *task, "--out", "out", "--fresh", "model.dtype=fp32"]
         statuses, said = run_job(tmp_path / "evaluate", words, world_size=1, sabotage=work_in, arguments=(there,))
         assert statuses == [0], said
