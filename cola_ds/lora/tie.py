@@ -91,8 +91,8 @@ def tie_link(
 def _add_link(
     layer: LoRALinear, weight: Tensor, start: int, before: Tensor | None, after: Tensor | None, exact: bool
 ) -> Tensor:
-    """Add a layer's link to a flat part of its weight that begins at `start`, with the remainder from `before`, if there is one, and
-    the new one to `after`. -> (), the new remainder's squared norm"""
+    """Add a layer's link to a flat part of its weight that begins at `start`, with the remainder of `before`; the new one goes to
+    `after`. None: there is none. -> (), the new remainder's squared norm"""
     device = layer.lora_A.device
     nothing = torch.zeros((), device=device)
     square = nothing.double()

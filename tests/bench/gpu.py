@@ -5,7 +5,8 @@
 
 Makes a model of random weights, and rows of random text whose lengths are spread log-normally, as those of instructions are; they
 are packed. Each rung adds one thing to those before it, and trains `--steps` steps of `--rows` packed rows in a process of its
-own, through `cola-ds train`. With `--rungs trainer ...` the first is PEFT with Hugging Face's Trainer, on padded rows. Then, with the top rung, `--chain-steps` steps as a chain of three links beside one link.
+own, through `cola-ds train`; `--rungs trainer ...` begins with PEFT and Hugging Face's Trainer on padded rows. Then, with the
+fastest rung, `--chain-steps` steps as a chain of three links beside one link.
 Tokens are those of examples; FLOPs count what they need (launch/README.md, "What a run says of its speed"), and the share is that
 of the device's peak. Nothing is downloaded. launch/bench.sh gpu runs it, about seven minutes on an H200;
 COLA_DS_GPU_TESTS_ON=cpu and --model toy run it without a GPU.
