@@ -4,6 +4,7 @@ They hold nothing, know where they are, and raise where two of them that are apa
 tests/distributed/test_accelerator.py, in a process of its own: torch gets another device for good.
 """
 
+import itertools
 import os
 from dataclasses import fields
 
@@ -14,7 +15,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.data import batch as types
-from cola_ds.data.batch import Batch, CandidateBatch
+from cola_ds.data.batch import Batch, CandidateBatch, PackedBatch
+from cola_ds.evaluation import fused_loss
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora import tie
 from cola_ds.lora.layers import LoRALinear, inject, inner_product, lora_layers, start_link
@@ -35,14 +37,15 @@ def ties() -> None:
         check(layer.lora_A, THERE)
         for exact in (True, False):
             for remainder in (torch.zeros(48), None):
-                square = tie._add_link(layer, layer.weight.data.view(-1), 0, remainder, exact)
+                square = tie._add_link(layer, layer.weight.data.view(-1), 0, remainder, remainder, exact)
                 check(square, THERE)
         check(layer.weight, where)
         check(inner_product(*[(layer.lora_A, layer.lora_B, 2.0)] * 2), THERE)
 
 
 def losses() -> None:
-    """Forward and backward pass over tokens, and over candidates, in every dtype."""
+    """Forward and backward pass over tokens, packed ones and candidates, in every dtype: plain, and with a fused loss and LoRA's
+    own product."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -53,6 +56,7 @@ def losses() -> None:
 
     batches = (
         Batch(ids(2, 9), ids(2, 9) + 1, ids(4), ids(2, 4)),
+        PackedBatch(ids(1, 9), ids(1, 9), ids(4), ids(1, 4), torch.tensor([0, 5, 9], dtype=torch.int32), 5),
         CandidateBatch(
             input_ids=ids(2, 9),
             position_ids=ids(2, 9),
@@ -63,22 +67,26 @@ def losses() -> None:
             correct=ids(2),
         ),
     )
-    for dtype in DTYPES.values():
+    for dtype, fused in itertools.product(DTYPES.values(), (False, True)):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype.torch_name))
         for module in model.modules():
             for name, param in module._parameters.items():
                 module._parameters[name] = param if param is None else nn.Parameter(param.detach().to(THERE))
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer.to(THERE)
-        inject(model, ["model.layers.0.self_attn.q_proj"], dropout=0.1, train_bias=False)
+        inject(model, ["model.layers.0.self_attn.q_proj"], dropout=0.0 if fused else 0.1, train_bias=False)
         start_link(model, 1, 4, 8.0, 0, THERE)
+        if fused:
+            fused_loss._LOOKED_AT.add(model)
         for batch in batches:
             moved = batch.to(THERE)
             for field in fields(moved):
-                check(getattr(moved, field.name), THERE)
+                if field.name != "longest":
+                    check(getattr(moved, field.name), THERE)
             loss = loss_sum(model, moved)
             check(loss, THERE)
-            check(moved.first().counted(), THERE)
+            if not isinstance(moved, PackedBatch):  # where its first example ends is read from the device
+                check(moved.first().counted(), THERE)
             loss.backward()
             for layer in lora_layers(model).values():
                 check(layer.lora_B.grad, THERE)
