@@ -3,7 +3,7 @@
 #   ./launch/bench.sh [section.key=value ...] [--processes N] [--knots K] [--pairs P] [--steps S] [--memory-pairs M]
 # Two processes unless N says otherwise; overrides of launch/quickstart/run.yaml, e.g. model.path=... model.dtype=bf16.
 #
-# What a step takes on one GPU: LoRA on all linear layers of Llama-3-8B's shapes, rung by rung, and a chain beside one link. About six
+# What a step takes on one GPU: LoRA on all linear layers of Llama-3-8B's shapes, rung by rung, and a chain beside one link. About seven
 # minutes; the model's weights are random, nothing is downloaded.
 #   ./launch/bench.sh gpu [section.key=value ...] [--model llama-3-8b] [--rungs NAME ...] [--rows B] [--max-length T] [--steps S]
 #

@@ -61,8 +61,10 @@ def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | N
     for name in ("attention_dropout", "attn_logit_softcapping"):
         if getattr(inner, name, None):
             return f"it has {name} {getattr(inner, name)}"
-    if accelerator.kind() != "cuda":
+    if accelerator.kind() == "cpu":
         return None
+    if accelerator.kind() != "cuda":
+        return f"torch's varlen is not for {accelerator.kind()}"
     head = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
     if DTYPES[config.dtype].torch_name == "float32":
         return "torch's varlen needs model.dtype bf16 or fp16"

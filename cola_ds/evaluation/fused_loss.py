@@ -31,7 +31,8 @@ _ELEMENTS_AT_ONCE_ELSEWHERE = 2**26
 """Enough to keep a GPU busy: 256 MiB in fp32."""
 _FP16_SCALE = 1024.0
 """What gradients in fp16 are multiplied by while they are kept: the probabilities of most ids are below what it can hold."""
-_LOOKED_AT: WeakSet[nn.Module] = WeakSet()
+_FUSED: WeakSet[nn.Module] = WeakSet()
+"""Models whose logits are their head's own, as `allow` has found."""
 
 
 def token_losses(model: nn.Module, batch: AnyBatch) -> Tensor:
@@ -40,7 +41,7 @@ def token_losses(model: nn.Module, batch: AnyBatch) -> Tensor:
     `model` is the engine, or the causal LM itself. Fused where `allow` has found that the model's logits are its head's own.
     """
     inner: Any = getattr(model, "module", model)
-    if inner in _LOOKED_AT:
+    if inner in _FUSED:
         with _head_of(inner, lambda hidden: _losses(inner.get_output_embeddings(), hidden, batch.labels)):
             return labelled_logits(model, batch).squeeze(-1)
     logits = labelled_logits(model, batch).flatten(0, 1).float()  # (N, V)
@@ -72,7 +73,7 @@ def allow(engine: Engine) -> bool:
     is_its_own = len(given) == 1 and logits.shape == given[0].shape and torch.equal(logits, given[0])
     (differs,) = collectives.all_reduce_max([float(not is_its_own)])  # one answer for all
     if not differs:
-        _LOOKED_AT.add(model)
+        _FUSED.add(model)
     return not differs
 
 

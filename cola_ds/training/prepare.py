@@ -191,7 +191,7 @@ def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tupl
     if zero["stage"] == "auto":
         remainders = bool(remainder_elements(prepared))
         needed = need(
-            shapes, DTYPES[config.model.dtype].element_bytes, config.optim.micro_batch_size * config.data.max_length,
+            shapes, DTYPES[config.model.dtype].element_bytes, config.optim.micro_batch_size * _longest_row(prepared),
             recomputes=config.model.activation_checkpointing, keeps_remainders=remainders,
         )  # fmt: skip
         if config.method == "full":
@@ -205,6 +205,10 @@ def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tupl
     zero = with_sizes(zero, shapes, config.method == "full", prepared.step_plan.micro_steps)
     engine_config = {**prepared.engine_config, "zero_optimization": zero}
     return dataclasses.replace(prepared, engine_config=engine_config, stage_reason=reason)
+
+
+def _longest_row(prepared: Prepared) -> int:
+    return prepared.order.capacity or max(map(int, prepared.train.lengths))
 
 
 def _shapes(prepared: Prepared) -> Shapes:

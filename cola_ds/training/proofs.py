@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 from cola_ds.evaluation import fused_loss
 from cola_ds.evaluation.separation import check_separation
 from cola_ds.training.prepare import Prepared
@@ -12,7 +12,7 @@ from cola_ds.training.state import Chain
 def prove(chain: Chain, prepared: Prepared) -> None:
     """Find out whether the loss can be fused, and whether the examples of one row see nothing of each other.
 
-    Where they do, varlen that nobody asked for is given up, and the model runs as Transformers has it. Raises UserError for rows
+    Where they do, or the device lacks the kernel, varlen that nobody asked for is given up for SDPA. Raises UserError for rows
     that were asked for, by data.packing or model.attention. No gradients, and the engine is as before after it.
     """
     if not fused_loss.allow(chain.engine):
@@ -23,10 +23,10 @@ def prove(chain: Chain, prepared: Prepared) -> None:
         return
     try:
         check_separation(chain.engine, prepared.train.largest_id)
-    except UserError:
+    except (UserError, RuntimeError) as error:  # or a kernel that this device, such as a V100, does not have
         if prepared.config.model.attention != "auto" or prepared.config.model.compile or not batchers:
             raise
-        chain.logger.say("examples in one row would see each other with varlen: attention as Transformers has it")
+        chain.logger.say(f"varlen is given up, attention is SDPA: {first_line(error)}")
         chain.engine.module.set_attn_implementation("sdpa")
         for each in batchers:
             each.joined = False

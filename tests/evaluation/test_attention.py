@@ -104,8 +104,10 @@ def test_varlen_is_chosen_where_it_can_be_had(kind, options, max_length, why):
 def test_on_cuda_varlen_is_for_16_bits_and_heads_that_fit(monkeypatch, dtype, head, has_it):
     monkeypatch.setattr(attention.accelerator, "kind", lambda: "cuda")
     model = skeleton("llama", hidden_size=4 * head, num_attention_heads=4, num_key_value_heads=2)
-    found = choose_attention(ModelConfig(path="x", dtype=dtype), model, 512, is_text=True)
-    assert found == (VARLEN if has_it else None)
+    config = ModelConfig(path="x", dtype=dtype)
+    assert choose_attention(config, model, 512, is_text=True) == (VARLEN if has_it else None)
+    monkeypatch.setattr(attention.accelerator, "kind", lambda: "xpu")
+    assert choose_attention(config, model, 512, is_text=True) is None
 
 
 def test_other_names_are_those_of_transformers():
@@ -129,11 +131,25 @@ def run_mixed(process, path):
     return run_once(process, path)
 
 
+def run_without_the_kernel(process, path):
+    def fail(*args):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    attention.each_alone = fail
+    return run_once(process, path)
+
+
 def test_varlen_that_mixes_examples_is_given_up_or_refused(tmp_path):
     model, data = save_model(tmp_path / "model"), save_sums(tmp_path / "train.jsonl", 40)
     losses = {}
-    for name, worker in (("sdpa", run_once), ("auto", run_once), ("mixed", run_mixed), ("varlen", run_mixed)):
-        options = {"model": {"attention": "auto" if name == "mixed" else name}, "optim": {"max_steps": 6}}
+    for name, worker in (
+        ("sdpa", run_once),
+        ("auto", run_once),
+        ("mixed", run_mixed),
+        ("old", run_without_the_kernel),
+        ("varlen", run_mixed),
+    ):
+        options = {"model": {"attention": "auto" if name in ("mixed", "old") else name}, "optim": {"max_steps": 6}}
         path = save_run(tmp_path / f"{name}.yaml", run_config(model, data, tmp_path / name, **options))
         if name == "varlen":
             with pytest.raises(Exception, match=r"examples of a packed row see each other .attention cola_ds_varlen"):
@@ -142,5 +158,5 @@ def test_varlen_that_mixes_examples_is_given_up_or_refused(tmp_path):
         run_distributed(worker, 2, path)
         losses[name] = [row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")]
     assert len(losses["sdpa"]) == 6
-    assert losses["mixed"] == losses["sdpa"] != losses["auto"]  # to the bit, and to rounding
+    assert losses["mixed"] == losses["old"] == losses["sdpa"] != losses["auto"]  # to the bit, and to rounding
     assert losses["auto"] == pytest.approx(losses["sdpa"], rel=1e-5)

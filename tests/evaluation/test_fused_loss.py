@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(folders, few_at_once, na
     torch.manual_seed(0)
     factors = torch.rand(batch.labels.shape) + 0.5
     expected, whole = found_by(model, batch, factors)
-    fused_loss._LOOKED_AT.add(model)
+    fused_loss._FUSED.add(model)
     losses, grads = found_by(model, batch, factors)
     assert (losses[batch.labels == IGNORED] == 0).all() and (batch.labels == IGNORED).any()
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_never_are_there_whole_logits(folders, few_at_once, monkeypatch, trains)
     model, batch = plain_model(str(folders["llama"])), collate(EXAMPLES)
     model.requires_grad_(trains == "all")
     model.model.embed_tokens.weight.requires_grad_(True)
-    fused_loss._LOOKED_AT.add(model)
+    fused_loss._FUSED.add(model)
     sizes, linear = [], F.linear
     monkeypatch.setattr(
         F, "linear", lambda x, weight, bias=None: sizes.append((len(x), len(weight))) or linear(x, weight, bias)
@@ -107,7 +107,7 @@ def allowed_here(process, folders):
     found = {}
     for name, folder in folders.items():
         engine = make_engine(str(folder))
-        found[name] = (fused_loss.allow(engine), engine.module in fused_loss._LOOKED_AT)
+        found[name] = (fused_loss.allow(engine), engine.module in fused_loss._FUSED)
         batch = collate(EXAMPLES)
         with torch.no_grad():
             losses = fused_loss.token_losses(engine, batch)

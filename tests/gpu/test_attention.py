@@ -109,7 +109,7 @@ def test_joined_and_packed_rows_train_as_padded_ones(process, toy, tmp_path, mon
         with run(process, path, monkeypatch) as (chain, prepared):
             # No proof has failed on this device.
             assert chain.train.joined == (attention == "auto" and has_varlen(dtype))
-            assert chain.engine.module in fused_loss._LOOKED_AT
+            assert chain.engine.module in fused_loss._FUSED
         return prepared, [row["loss"] for row in rows(tmp_path / name / "run/metrics.jsonl")]
 
     prepared, expected = train("padded", "sdpa", "none", 40, 8)

@@ -77,7 +77,7 @@ def losses() -> None:
         inject(model, ["model.layers.0.self_attn.q_proj"], dropout=0.0 if fused else 0.1, train_bias=False)
         start_link(model, 1, 4, 8.0, 0, THERE)
         if fused:
-            fused_loss._LOOKED_AT.add(model)
+            fused_loss._FUSED.add(model)
         for batch in batches:
             moved = batch.to(THERE)
             for field in fields(moved):
