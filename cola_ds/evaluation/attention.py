@@ -33,6 +33,11 @@ def transformers_name(attention: str) -> str | None:
     return _OTHERWISE.get(attention, attention)
 
 
+def shown_name(attention: str | None) -> str:
+    """What people call an attention that `choose_attention` has returned."""
+    return {VARLEN: "varlen", None: "Transformers' choice"}.get(attention, str(attention))
+
+
 def choose_attention(config: ModelConfig, model: Any, max_length: int, is_text: bool) -> str | None:
     """Transformers' name of the attention that a run gets; None where Transformers chooses. `model` may be on the meta device.
 

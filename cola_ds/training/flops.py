@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,10 +12,12 @@ from cola_ds.data.batch import AnyBatch
 from cola_ds.data.text import TokenizedData
 from cola_ds.distributed.profiler import forward_flops
 from cola_ds.errors import first_line
+from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.layers import inject, start_link
 from cola_ds.training.prepare import Prepared, count_adapters
 
 _COUNT_WITHIN_S = 60.0
+_EXAMPLES_ALONE = 16  # each takes a forward pass of its own
 
 
 def training_flops(prepared: Prepared, link_tokens: list[int]) -> int:
@@ -37,7 +39,7 @@ def training_flops(prepared: Prepared, link_tokens: list[int]) -> int:
 
 def profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
     """Of training each link on so many tokens, as DeepSpeed's profiler counts one forward pass with that link's adapters: every
-    matrix product, attention, the output head and padding included.
+    matrix product, attention, the output head and padding (of which varlen has none) included.
 
     The pass is that of the first micro batch, on the meta device: nothing is computed. A backward pass counts as two, though the
     gradients of frozen weights are not computed.
@@ -71,18 +73,27 @@ def _within(limit_s: float, count: Callable[[], int]) -> int:
     return found[0]
 
 
-def _first_micro_batch(prepared: Prepared) -> tuple[AnyBatch, int]:
-    """As many examples as a micro batch has, or packed rows, and their tokens."""
+def _first_micro_batch(prepared: Prepared) -> tuple[Sequence[AnyBatch], int]:
+    """What its forward passes take, and their tokens: rows, packed or padded, in one; with varlen each example by itself."""
     size, data = prepared.config.optim.micro_batch_size, prepared.train
     if prepared.order.capacity is not None and isinstance(data, TokenizedData):
         rows = prepared.order.rows(prepared.config.run.seed, 0).between(0, size)
-        return data.collate_packed(rows), sum(int(data.lengths[i]) for row in rows for i in row)
-    size = min(size, len(data))
-    return data.collate(list(range(size))), sum(map(int, data.lengths[:size]))
+    else:
+        rows = [[index] for index in range(min(size, len(data)))]
+    indices = [index for row in rows for index in row]
+    batches: Sequence[AnyBatch]
+    if prepared.attention == VARLEN:
+        indices = indices[:_EXAMPLES_ALONE]
+        batches = [data.collate([index]) for index in indices]
+    elif prepared.order.capacity is not None and isinstance(data, TokenizedData):
+        batches = [data.collate_packed(rows)]
+    else:
+        batches = [data.collate(indices)]
+    return batches, sum(int(data.lengths[index]) for index in indices)
 
 
 def _profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
-    batch, forward_tokens = _first_micro_batch(prepared)
+    batches, forward_tokens = _first_micro_batch(prepared)
     total, model = 0.0, copy.deepcopy(prepared.skeleton)
     if prepared.config.trains_lora:
         inject(model, prepared.targets, dropout=0.0, train_bias=False)
@@ -90,5 +101,6 @@ def _profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
         if tokens:
             if prepared.config.trains_lora:
                 start_link(model, link, prepared.config.lora_ranks[link - 1], 1.0, 0, torch.device("meta"))
-            total += 3 * forward_flops(model, batch.input_ids, batch.positions) * tokens / forward_tokens
+            forward = sum(forward_flops(model, batch.input_ids, batch.positions) for batch in batches)
+            total += 3 * forward * tokens / forward_tokens
     return round(total)

@@ -30,7 +30,7 @@ from cola_ds.data.tokenize import Found, check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.data.tokens import LOSSES
 from cola_ds.errors import UserError, cut, first_line
-from cola_ds.evaluation.attention import VARLEN, choose_attention, transformers_name
+from cola_ds.evaluation.attention import VARLEN, choose_attention, shown_name, transformers_name
 from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
@@ -144,7 +144,7 @@ def check(config: RunConfig) -> Checked:
     if config.model.compile and config.trains and attention != VARLEN:
         raise UserError(
             f"model.compile needs text and model.attention varlen, and {type(skeleton).__name__} runs with "
-            f"{'a task' if task is not None else attention or 'another'} here; set model.compile=false"
+            f"{'a task' if task is not None else shown_name(attention)} here; set model.compile=false"
         )
     return Checked(
         config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
@@ -328,6 +328,9 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     if prepared.stage_reason:
         stage = prepared.engine_config["zero_optimization"]["stage"]
         lines.append(f"engine      ZeRO stage {stage}: {prepared.stage_reason}")
+    compiled = ", compiled blocks" if config.model.compile and config.trains else ""
+    kernels = "Liger's" if prepared.kernels else "torch's"
+    lines.append(f"kernels     {kernels}; attention: {shown_name(prepared.attention)}{compiled}")
     lines.append(f"run folder  {config.run.dir}")
     return "\n".join(lines)
 

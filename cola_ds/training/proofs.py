@@ -27,6 +27,7 @@ def prove(chain: Chain, prepared: Prepared) -> None:
         if prepared.config.model.attention != "auto" or prepared.config.model.compile or not batchers:
             raise
         chain.logger.say(f"varlen is given up, attention is SDPA: {first_line(error)}")
+        chain.logger.event("varlen given up", reason=first_line(error))
         chain.engine.module.set_attn_implementation("sdpa")
         for each in batchers:
             each.joined = False

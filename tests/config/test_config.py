@@ -444,6 +444,10 @@ def test_engine_config_is_completed(engine):
         ({**ZERO3, "gradient_clipping": 3}, "gradient_clipping 3 contradicts optim.max_grad_norm 1.0"),
         ({**ZERO3, "optimizer": {"type": "AdamW"}}, "remove optimizer; the run's YAML says it"),
         ({**ZERO3, "scheduler": {}}, "remove scheduler; the run's YAML says it"),
+        (
+            {**ZERO3, "compile": {"deepcompile": True}},
+            "compile is not supported; remove it, and set model.compile=true",
+        ),
         ({**ZERO3, "fp16": {"enabled": True}}, "fp16.enabled true contradicts model.dtype bf16"),
         ({**ZERO3, "bf16": {"enabled": False}}, "bf16.enabled false contradicts model.dtype bf16"),
         (

@@ -1,5 +1,7 @@
 """Attention: examples end to end in one row have the losses and gradients that they have alone; varlen where it can be had."""
 
+import json
+
 import pytest
 import torch
 
@@ -152,7 +154,7 @@ def test_varlen_that_mixes_examples_is_given_up_or_refused(tmp_path):
         options = {"model": {"attention": "auto" if name in ("mixed", "old") else name}, "optim": {"max_steps": 6}}
         path = save_run(tmp_path / f"{name}.yaml", run_config(model, data, tmp_path / name, **options))
         if name == "varlen":
-            with pytest.raises(Exception, match=r"examples of a packed row see each other .attention cola_ds_varlen"):
+            with pytest.raises(Exception, match=r"see each other .attention varlen.; set model.attention=sdpa"):
                 run_distributed(worker, 2, path)
             continue
         run_distributed(worker, 2, path)
@@ -160,3 +162,8 @@ def test_varlen_that_mixes_examples_is_given_up_or_refused(tmp_path):
     assert len(losses["sdpa"]) == 6
     assert losses["mixed"] == losses["old"] == losses["sdpa"] != losses["auto"]  # to the bit, and to rounding
     assert losses["auto"] == pytest.approx(losses["sdpa"], rel=1e-5)
+    for name in losses:  # and the run's journal says what it ran with
+        events = [event["event"] for event in rows(tmp_path / name / "events.jsonl")]
+        chosen = json.loads((tmp_path / name / "environment.json").read_text(encoding="utf-8"))
+        assert ("varlen given up" in events) == (name in ("mixed", "old"))
+        assert (chosen["attention"], chosen["kernels"]) == ("sdpa" if name == "sdpa" else "varlen", "torch")

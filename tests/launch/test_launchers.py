@@ -81,7 +81,7 @@ def said(folder):
 def check_stopped(folder, name):
     """Stopped with a checkpoint after the last step that was logged."""
     event = rows(folder / "run/events.jsonl")[-1]
-    assert (event["event"], event["signal"]) == ("stopped", name), said(folder)
+    assert (event["event"], event.get("signal")) == ("stopped", name), (event, said(folder))
     step = rows(folder / "run/metrics.jsonl")[-1]["step"]
     assert 3 <= step < STEPS
     assert [path.name for path in (folder / "run/checkpoints").glob("step-*")] == [f"step-{step:08d}"]

@@ -99,7 +99,7 @@ def _command(rank, world_size, port, words, log, sabotage, arguments):
 
 def at_heartbeat(rank, ranks, number, action):
     """Some processes do something when they have gone on `number` times, proofs before the first step apart: `action` is a
-    signal's number, or ("sleep", seconds)."""
+    signal's number, ("sleep", seconds), or a list of these."""
     if rank not in ranks:
         return
     from cola_ds.distributed import watchdog
@@ -199,7 +199,10 @@ def fill_the_disk(rank, folder, full_from, full_until):
 
 
 def _act(action):
-    if isinstance(action, tuple):
+    if isinstance(action, list):
+        for one in action:
+            _act(one)
+    elif isinstance(action, tuple):
         time.sleep(action[1])
     else:
         os.kill(os.getpid(), action)

@@ -121,7 +121,8 @@ def test_a_second_signal_stops_at_once(toy, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_process_is_named(toy, tmp_path, victim):
     words = start(toy, tmp_path, run={"hang_after_s": 4})
-    with Job(tmp_path, words, sabotage=at_heartbeat, arguments=((victim,), 9, signal.SIGSTOP)) as job:
+    stops = [("sleep", 1.5), signal.SIGSTOP]  # it speaks once a second, and steps may be quicker than that
+    with Job(tmp_path, words, sabotage=at_heartbeat, arguments=((victim,), 9, stops)) as job:
         other = 1 - victim
         deadline = time.monotonic() + 120
         while job.processes[other].exitcode is None:
@@ -132,7 +133,7 @@ def test_a_stopped_process_is_named(toy, tmp_path, victim):
         assert (
             f"process {victim} on {os.uname().nodename} (pid {job.processes[victim].pid}) has said nothing for " in said
         )
-        assert "; it was at s" in said  # where it was when it last spoke, up to a second before
+        assert "; it was at s" in said  # a step: where it was when it last spoke
         assert f"threads of process {other}" in said  # where it waited
         assert time.monotonic() < deadline - 30
 

@@ -81,6 +81,25 @@ def test_the_profiler_counts_every_matrix_product(toy, tmp_path):
     assert profiled_flops(chain, [3 * length, 0]) == 3 * found[0]
 
 
+def test_padding_counts_where_there_is_some(toy, tmp_path):
+    """Examples of several lengths in a micro batch: varlen computes each alone, other attention all at the longest's length."""
+    from cola_ds.distributed.profiler import forward_flops
+    from cola_ds.training.flops import profiled_flops
+
+    def of(attention):
+        own = {"method": "full", "chain": {"length": 1}, "lora": {"rank": 8}, "optim": {"micro_batch_size": 4}}
+        return prepared(toy, tmp_path, **own, model={"path": str(toy[0]), "attention": attention})
+
+    joined, padded = of("varlen"), of("sdpa")
+    lengths = [int(length) for length in joined.train.lengths[:4]]
+    alone = [joined.train.collate([index]) for index in range(4)]
+    expected = sum(forward_flops(joined.skeleton, each.input_ids, each.positions) for each in alone)
+    assert profiled_flops(joined, [sum(lengths)]) == 3 * expected
+    more = profiled_flops(padded, [sum(lengths)]) / (3 * expected)
+    assert more == pytest.approx(4 * max(lengths) / sum(lengths), rel=0.1)
+    assert more > 1.05
+
+
 @pytest.mark.parametrize("architecture", ["opt", "qwen2", "gpt2"])
 def test_the_profiler_takes_every_architecture(tmp_path, toy, architecture):
     from cola_ds.training.flops import profiled_flops
