@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from cola_ds.checkpoint.format import Checkpoint, DamagedError, explain_damage, open_or_refuse, read_checkpoint
 from cola_ds.checkpoint.store import CheckpointFolder
-from cola_ds.config.keys import by_content, flat_keys, is_fixed, is_free
+from cola_ds.config.keys import by_content, default_of, flat_keys, is_fixed, is_free
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan
 from cola_ds.errors import UserError
@@ -141,8 +141,9 @@ def _warn(message: str) -> None:
 
 
 def _differences(saved: dict[str, Any], config: RunConfig) -> dict[str, str]:
-    """By key: what the run began with, and what it says now."""
+    """By key: what the run began with, and what it says now. A key that came after the run began had its default."""
     before, now = flat_keys(saved), flat_keys(config.model_dump(mode="json"))
+    before |= {key: default_of(key) for key in now.keys() - before.keys()}
     return {
         key: f"{key} {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

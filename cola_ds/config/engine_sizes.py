@@ -58,6 +58,8 @@ class Need:
 
     device: int
     host: int
+    remainders: int = 0
+    """Of what the host needs."""
 
 
 def need(
@@ -77,14 +79,18 @@ def need(
     )  # logits, and theirs, in fp32
     weights = shapes.total * element_bytes
     device = weights + shapes.trained * _TRAINED_BYTES + kept
-    return Need(device=device, host=weights + (4 * shapes.targets if keeps_remainders else 0))
+    remainders = 4 * shapes.targets if keeps_remainders else 0
+    return Need(device=device, host=weights + remainders, remainders=remainders)
 
 
-def choose_stage(needed: Need, device_bytes: int, host_bytes: int) -> tuple[int, str]:
+def choose_stage(needed: Need, device_bytes: int, host_bytes: int, one: bool) -> tuple[int, str]:
     """The smallest stage that fits into a process's memory, and why, for people.
 
-    `device_bytes` and `host_bytes`: what the process with least has of both; where it computes on the host they are one.
+    `device_bytes` and `host_bytes`: what the process with least has of both. `one`: it computes on the host, where remainders
+    lie beside what is computed with.
     """
+    if one:
+        needed = Need(device=needed.device + needed.remainders, host=needed.host)
     for what, wanted, there in (("", needed.device, device_bytes), (" of its host", needed.host, host_bytes)):
         of = f"{wanted / 2**30:.1f} GiB a process, of {there / 2**30:.1f} GiB{what}"
         if wanted > SHARE * there:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from cola_ds.config.fields import Mark
 from cola_ds.config.schema import SECTIONS, RunConfig
 
@@ -17,6 +19,14 @@ def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = inner
     return flat
+
+
+def default_of(key: str) -> Any:
+    """What section.key is where a YAML leaves it out, as a dump has it; None where it must be said."""
+    section, _, name = key.rpartition(".")
+    fields = RunConfig.model_fields[section].annotation.model_fields if section else RunConfig.model_fields  # type: ignore[union-attr]
+    field = fields[name]
+    return None if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
 
 
 def _read_marks() -> dict[str, frozenset[Mark]]:

@@ -63,7 +63,8 @@ class ModelConfig(Section):
     """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "flex", "varlen", "eager"] = "auto"
     """The attention kernel. varlen: the examples of a micro batch one after the other in a row, nothing padded, by torch's own
-    varlen on CUDA. auto: varlen where model, device and data can have it, else what Transformers chooses."""
+    varlen on CUDA. auto: varlen where model, device and data can have it, else what Transformers chooses. Tasks, whose candidates
+    share a prompt, have what Transformers chooses in varlen's place, too."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """For norms, rotary embeddings and gated MLPs. auto: on CUDA in bf16 or fp16 Liger's, where it is installed (pip install
     'cola_ds[kernels]') and knows the model."""

@@ -90,6 +90,11 @@ def kind() -> str:
     return str(get_accelerator().device_name())
 
 
+def capability() -> tuple[int, int] | None:
+    """The compute capability of this process's NVIDIA GPU; None where it computes on something else."""
+    return torch.cuda.get_device_capability() if kind() == "cuda" and torch.version.cuda else None
+
+
 def accelerator_name() -> str:
     """The device's name as torch gives it, such as cpu or NVIDIA A100."""
     accelerator = get_accelerator()

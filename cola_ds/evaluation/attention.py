@@ -25,6 +25,8 @@ from cola_ds.evaluation.each_alone import each_alone
 
 VARLEN = "cola_ds_varlen"
 """Its name in Transformers' attention interface."""
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+"""What configs call the dropout of attention's weights, which varlen and flex have not."""
 _OTHERWISE = {"auto": None, "varlen": None, "flex": "flex_attention"}
 
 
@@ -38,12 +40,19 @@ def shown_name(attention: str | None) -> str:
     return {VARLEN: "varlen", None: "Transformers' choice"}.get(attention, str(attention))
 
 
+def attention_of(model: Any) -> str:
+    """What people call the attention that a model runs with."""
+    return shown_name(model.config.get_text_config()._attn_implementation)
+
+
 def choose_attention(config: ModelConfig, model: Any, max_length: int, is_text: bool) -> str | None:
     """Transformers' name of the attention that a run gets; None where Transformers chooses. `model` may be on the meta device.
 
     auto is varlen where the model, the device and the data can have it. Of a task, whose candidates need a mask, varlen is what
     Transformers chooses. Raises UserError for a varlen that was asked for and cannot be had.
     """
+    if config.attention == "flex":
+        _check_flex(model)
     if not is_text or config.attention not in ("auto", "varlen"):
         return transformers_name(config.attention)
     why = _why_not_varlen(config, model, max_length)
@@ -55,6 +64,14 @@ def choose_attention(config: ModelConfig, model: Any, max_length: int, is_text: 
     return None
 
 
+def _check_flex(model: Any) -> None:
+    inner = model.config.get_text_config()
+    dropouts = [f"it has {name} {getattr(inner, name)}" for name in _DROPOUTS if getattr(inner, name, None)]
+    cpu = ["torch's flex attention has no gradients on the CPU"] if accelerator.kind() == "cpu" else []
+    for why in cpu + dropouts:
+        raise UserError(f"model.attention flex is not for {type(model).__name__} here: {why}; use auto")
+
+
 def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | None:
     inner = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False) or not getattr(model, "_supports_sdpa", False):
@@ -63,13 +80,15 @@ def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | N
         return why
     if getattr(inner, "v_head_dim", None):
         return "its values may have heads of another size than its keys"
-    for name in ("attention_dropout", "attn_logit_softcapping"):
+    for name in (*_DROPOUTS, "attn_logit_softcapping"):
         if getattr(inner, name, None):
             return f"it has {name} {getattr(inner, name)}"
     if accelerator.kind() == "cpu":
         return None
     if accelerator.kind() != "cuda":
         return f"torch's varlen is not for {accelerator.kind()}"
+    if (has := accelerator.capability()) is not None and has < (8, 0):
+        return f"torch's varlen needs compute capability 8.0, and the device has {has[0]}.{has[1]}"
     head = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
     if DTYPES[config.dtype].torch_name == "float32":
         return "torch's varlen needs model.dtype bf16 or fp16"
@@ -114,7 +133,12 @@ def varlen_attention(
     max_length_q: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:  # (B, heads, T, D), (B, key heads, T, D) twice -> (B, T, heads, D)
-    """Causal attention within each of the stretches [cu_seq_lens_q[i], cu_seq_lens_q[i + 1]) of the rows, laid end to end."""
+    """Causal attention within each of the stretches [cu_seq_lens_q[i], cu_seq_lens_q[i + 1]) of the rows, laid end to end.
+
+    Raises RuntimeError for dropout, which it has not: where a config calls that by a name that nobody knew.
+    """
+    if options.get("dropout"):
+        raise RuntimeError(f"varlen has no dropout, and {type(module).__name__} asks for {options['dropout']}")
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+_LONG = 256
+"""Positions up to which torch's operator is as fast."""
+_BLOCK = 64
 
 
 def each_alone(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scaling: float | None) -> Tensor:
@@ -43,6 +46,37 @@ def _(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scaling: float 
     return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=dtype)
 
 
+def _by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, sums: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:  # (t, heads, D), (t, key heads, D) twice, (t, heads, D) twice, (heads, t)
+    """The gradients in query, key and value, for a block of positions at a time, in the same memory as torch's own operator.
+
+    The heads that share a key are rows of one product: at 512 positions in fp32 it takes two thirds of the operator's time.
+    """
+    groups = key.shape[1]
+
+    def rows(part: Tensor) -> Tensor:  # (n, heads, d) -> (key heads, heads / key heads * n, d)
+        return part.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+    keys, values = key.transpose(0, 1), value.transpose(0, 1)  # (key heads, t, D)
+    of_query, of_keys, of_values = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+    shares = (grad * out).sum(-1, keepdim=True)  # (t, heads, 1)
+    for begin in range(0, len(query), _BLOCK):
+        end = min(begin + _BLOCK, len(query))
+        seen, here = slice(0, end), slice(begin, end)
+        q, above = rows(query[here]), rows(grad[here])
+        weights = torch.baddbmm(rows(sums.T[here, :, None]), q, keys[:, seen].mT, beta=-1, alpha=scaling)
+        hidden = torch.full((end - begin, end - begin), float("-inf")).triu(1)
+        weights.unflatten(1, (-1, end - begin))[..., begin:] += hidden
+        weights.exp_()
+        of_values[:, seen].baddbmm_(weights.mT, above)
+        weights *= torch.baddbmm(rows(shares[here]), above, values[:, seen].mT, beta=-1)
+        found = torch.bmm(weights, keys[:, seen]).mul_(scaling)
+        of_query[here] = found.unflatten(1, (-1, end - begin)).permute(2, 0, 1, 3).flatten(1, 2)
+        of_keys[:, seen].baddbmm_(weights.mT, q, alpha=scaling)
+    return of_query, of_keys.transpose(0, 1), of_values.transpose(0, 1)
+
+
 @torch.library.custom_op("cola_ds::each_alone_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad: Tensor,
@@ -59,6 +93,11 @@ def _backward(
     grads = []
     pieces = zip(*(part.split(lengths) for part in (query, key, value, grad, out)), strict=True)
     for parts, logsumexp in zip(pieces, sums.split(lengths, dim=1), strict=True):
+        if len(parts[0]) > _LONG and query.dtype == torch.float32:
+            q, k, v, from_above, found = parts
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            grads.append(_by_blocks(q, k, v, from_above, found, logsumexp, scale))
+            continue
         q, k, v, from_above, found = _alone(parts, groups)
         of_all = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             from_above, q, k, v, found, logsumexp[None], 0.0, True, scale=scaling

@@ -64,9 +64,9 @@ def allow(engine: Engine) -> bool:
     given: list[Tensor] = []
 
     def known(hidden: Tensor) -> Tensor:
-        numbers = torch.arange(head.out_features, dtype=hidden.dtype, device=hidden.device) % 97 - 60
+        numbers = (torch.arange(head.out_features, device=hidden.device) % 97 - 60).to(hidden.dtype)
         given.append(numbers.expand(*hidden.shape[:-1], -1))
-        return given[-1]
+        return given[-1].clone()  # which a model may change in place
 
     with evaluating(engine), _head_of(model, known):
         logits = labelled_logits(engine, batch)

@@ -11,7 +11,7 @@ from cola_ds.data.packing import collate_packed
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.engine import Engine, evaluating
 from cola_ds.errors import UserError
-from cola_ds.evaluation.attention import VARLEN, shown_name
+from cola_ds.evaluation.attention import attention_of
 from cola_ds.evaluation.logits import labelled_logits
 
 _LENGTHS = (8, 5, 11)
@@ -52,10 +52,10 @@ def check_separation(engine: Engine, largest_id: int) -> None:
             at += length
     (found,) = collectives.all_reduce_max([float(wrong)])  # one answer for all
     if found:
-        name = config._attn_implementation
-        remedy = "model.attention=sdpa" if name == VARLEN else "data.packing=none"
+        name = attention_of(model)
+        remedy = "model.attention=sdpa" if name == "varlen" else "data.packing=none"
         raise UserError(
-            f"{type(model).__name__}: examples of a packed row see each other (attention {shown_name(name)}); set {remedy}"
+            f"{type(model).__name__}: examples of a packed row see each other (attention {name}); set {remedy}"
         )
 
 

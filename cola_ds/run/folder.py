@@ -134,6 +134,11 @@ class RunDir:
             raise UserError(f"run.dir {self.path} cannot be written: {error.filename}: {error.strerror}") from None
         self.describe(config, environment, facts)
 
+    def add_to_environment(self, facts: Mapping[str, Any]) -> None:
+        """Add to environment.json what the run has found out."""
+        path = self.path / "environment.json"
+        self.write_json(path.name, {**json.loads(path.read_bytes()), **facts})
+
     def describe(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any]) -> None:
         """Write run.yaml, environment.json, and what the run is. Raises UserError when they cannot be written."""
         marker = self.mine

@@ -12,7 +12,6 @@ from cola_ds.data.batch import AnyBatch
 from cola_ds.data.text import TokenizedData
 from cola_ds.distributed.profiler import forward_flops
 from cola_ds.errors import first_line
-from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.layers import inject, start_link
 from cola_ds.training.prepare import Prepared, count_adapters
 
@@ -37,9 +36,9 @@ def training_flops(prepared: Prepared, link_tokens: list[int]) -> int:
     return total
 
 
-def profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
+def profiled_flops(prepared: Prepared, link_tokens: list[int], joined: bool = False) -> int:
     """Of training each link on so many tokens, as DeepSpeed's profiler counts one forward pass with that link's adapters: every
-    matrix product, attention, the output head and padding (of which varlen has none) included.
+    matrix product, attention, the output head and padding included. Where examples are `joined` (varlen) there is none.
 
     The pass is that of the first micro batch, on the meta device: nothing is computed. A backward pass counts as two, though the
     gradients of frozen weights are not computed.
@@ -49,7 +48,7 @@ def profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
     """
     if not prepared.config.trains:
         return 0
-    return _within(_COUNT_WITHIN_S, lambda: _profiled_flops(prepared, link_tokens))
+    return _within(_COUNT_WITHIN_S, lambda: _profiled_flops(prepared, link_tokens, joined))
 
 
 def _within(limit_s: float, count: Callable[[], int]) -> int:
@@ -73,7 +72,7 @@ def _within(limit_s: float, count: Callable[[], int]) -> int:
     return found[0]
 
 
-def _first_micro_batch(prepared: Prepared) -> tuple[Sequence[AnyBatch], int]:
+def _first_micro_batch(prepared: Prepared, joined: bool) -> tuple[Sequence[AnyBatch], int]:
     """What its forward passes take, and their tokens: rows, packed or padded, in one; with varlen each example by itself."""
     size, data = prepared.config.optim.micro_batch_size, prepared.train
     if prepared.order.capacity is not None and isinstance(data, TokenizedData):
@@ -82,7 +81,7 @@ def _first_micro_batch(prepared: Prepared) -> tuple[Sequence[AnyBatch], int]:
         rows = [[index] for index in range(min(size, len(data)))]
     indices = [index for row in rows for index in row]
     batches: Sequence[AnyBatch]
-    if prepared.attention == VARLEN:
+    if joined:
         indices = indices[:_EXAMPLES_ALONE]
         batches = [data.collate([index]) for index in indices]
     elif prepared.order.capacity is not None and isinstance(data, TokenizedData):
@@ -92,8 +91,8 @@ def _first_micro_batch(prepared: Prepared) -> tuple[Sequence[AnyBatch], int]:
     return batches, sum(int(data.lengths[index]) for index in indices)
 
 
-def _profiled_flops(prepared: Prepared, link_tokens: list[int]) -> int:
-    batches, forward_tokens = _first_micro_batch(prepared)
+def _profiled_flops(prepared: Prepared, link_tokens: list[int], joined: bool) -> int:
+    batches, forward_tokens = _first_micro_batch(prepared, joined)
     total, model = 0.0, copy.deepcopy(prepared.skeleton)
     if prepared.config.trains_lora:
         inject(model, prepared.targets, dropout=0.0, train_bias=False)

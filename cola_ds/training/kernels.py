@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed import accelerator
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 
 _ROPE = "apply_rotary_pos_emb"
 _WANTED = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "layer_norm": True}
@@ -25,10 +25,12 @@ def check_kernels(config: ModelConfig, model: Any) -> bool:
     cannot be had."""
     if config.kernels == "torch":
         return False
-    why = _why_not(model)
+    if config.kernels == "auto" and (config.compile or config.dtype == "fp32"):  # fp32 is there for its last bits
+        return False
+    why = "model.compile compiles what they do" if config.compile else _why_not(model)
     if config.kernels == "liger" and why is not None:
         raise UserError(f"model.kernels liger is not for this run: {why}; use torch")
-    return why is None and not (config.kernels == "auto" and config.dtype == "fp32")  # there for its last bits
+    return why is None
 
 
 def _why_not(model: Any) -> str | None:
@@ -36,8 +38,10 @@ def _why_not(model: Any) -> str | None:
         return f"Liger's kernels are not for {accelerator.kind()}"
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed: pip install 'cola_ds[kernels]'"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except Exception as error:  # one that does not go with this torch or Transformers
+        return f"liger-kernel cannot be imported here ({first_line(error)})"
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"Liger has none for {model.config.model_type}"
     return None

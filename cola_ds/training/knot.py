@@ -25,6 +25,7 @@ def pass_knot(chain: Chain) -> None:
     """Tie the link and, unless it is the last, start the next."""
     state = chain.state
     watchdog.heartbeat(f"knot of link {state.link}")
+    chain.logger.stop_clock()
     batch = last_batch(chain)
     loss_before = batch_loss(chain, batch)
     knot = tie_knot(chain)

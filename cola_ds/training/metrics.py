@@ -41,12 +41,12 @@ class MetricLogger:
         self._loss = torch.zeros((), device=accelerator.device())
         self._steps = self._losses = self._tokens = 0
         self._carried_s = self._waited_s = self._flops = 0.0
-        self._since = time.perf_counter()
+        self._since: float | None = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
         """What the next row has gathered so far. Collective."""
         losses = collectives.all_gather_numbers(self._loss.item())
-        seconds = time.perf_counter() - self._since
+        seconds = self._seconds()
         return {
             "loss": losses,
             "losses": self._losses,
@@ -95,9 +95,17 @@ class MetricLogger:
         with contextlib.suppress(OSError, ValueError):
             self.bar.update(steps)
 
+    def _seconds(self) -> float:
+        """What the steps since the last row have taken."""
+        return self._carried_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def stop_clock(self) -> None:
+        """Leave out of step_s what follows, until `restart_clock`: an evaluation, a knot, a checkpoint."""
+        self._carried_s, self._since = self._seconds(), None
+
     def restart_clock(self) -> None:
-        """Leave out of step_s what happened since the last row: an evaluation, a knot, loading."""
-        self._since = time.perf_counter() - self._carried_s
+        """From here on it is steps again that take their time."""
+        self._since = time.perf_counter()
 
     def step(
         self,
@@ -126,7 +134,7 @@ class MetricLogger:
             return
         total = collectives.all_reduce_sum(self._loss).item()
         mean_loss = total / self._losses if self._losses else math.nan
-        seconds = time.perf_counter() - self._since
+        seconds = self._seconds()
         # The others wait for the one that waits longest; and the device that holds most is the one that may be full.
         waited_s, memory_bytes = collectives.all_reduce_max([self._waited_s, accelerator.peak_memory_bytes()])
         tokens_per_s = self._tokens / seconds if seconds > 0 else math.nan  # a clock may be coarse

@@ -186,6 +186,8 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
 def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tuple[int, int]]) -> Prepared:
     """The same, its engine's stage and sizes known. `memory` says what the process with least has, in bytes: where it computes,
     and on its host. It is asked (collective, if it is) where the JSON leaves the stage to be chosen."""
+    from cola_ds.distributed.accelerator import kind
+
     config, zero = prepared.config, prepared.engine_config["zero_optimization"]
     shapes, reason = _shapes(prepared), ""
     if zero["stage"] == "auto":
@@ -199,7 +201,7 @@ def settle_engine(prepared: Prepared, world_size: int, memory: Callable[[], tupl
         elif world_size == 1:
             stage, reason = 2, "one process has nothing to shard"  # nor does it need stage 3's hooks on every module
         else:
-            stage, reason = choose_stage(needed, *memory())
+            stage, reason = choose_stage(needed, *memory(), one=kind() == "cpu")
         check_compilable(config, stage)
         zero = {**zero, "stage": stage}
     zero = with_sizes(zero, shapes, config.method == "full", prepared.step_plan.micro_steps)

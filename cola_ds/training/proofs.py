@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from cola_ds.errors import UserError, first_line
 from cola_ds.evaluation import fused_loss
 from cola_ds.evaluation.separation import check_separation
@@ -23,7 +25,9 @@ def prove(chain: Chain, prepared: Prepared) -> None:
         return
     try:
         check_separation(chain.engine, prepared.train.largest_id)
-    except (UserError, RuntimeError) as error:  # or a kernel that this device, such as a V100, does not have
+    except torch.OutOfMemoryError:  # another attention needs more
+        raise
+    except (UserError, RuntimeError) as error:  # or a kernel that this device does not have
         if prepared.config.model.attention != "auto" or prepared.config.model.compile or not batchers:
             raise
         chain.logger.say(f"varlen is given up, attention is SDPA: {first_line(error)}")

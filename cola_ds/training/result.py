@@ -45,7 +45,7 @@ def _write_result(chain: Chain, prepared: Prepared, folder: RunDir, more: dict[s
     folder.event("finished", step=chain.state.step)
     # Counting runs the model's own code, which may do anything: the result is there already.
     tokens = chain.state.link_tokens
-    counted = chain.logger.figure("profiled_flops", lambda: profiled_flops(prepared, tokens))
+    counted = chain.logger.figure("profiled_flops", lambda: profiled_flops(prepared, tokens, chain.train.joined))
     if counted is not None:
         whole = {**result, "profiled_flops": counted}
         chain.logger.figure("profiled_flops", lambda: folder.write_result(whole))

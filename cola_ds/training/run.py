@@ -9,6 +9,7 @@ from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.distributed import signals
 from cola_ds.distributed.engine import free_engine
 from cola_ds.distributed.launcher import Process
+from cola_ds.evaluation.attention import attention_of
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.loop import run_chain
@@ -39,6 +40,13 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, f
         chain = begin(prepared, process, folder, start, since)
         loading_s = time.perf_counter() - since
         prove(chain, prepared)
+        if folder:
+            folder.add_to_environment(
+                {
+                    "attention": attention_of(chain.engine.module),
+                    "kernels": "liger" if prepared.kernels else "torch",
+                }
+            )
         signals.steps_begin()
         if prepared.config.trains:
             run_chain(chain)

@@ -26,6 +26,7 @@ def checkpoint_is_due(chain: Chain) -> bool:
 def save_checkpoint(chain: Chain) -> bool:
     """Write a checkpoint; whether it was written. Raises TrainingFailedError when it could not be, if the config says so."""
     watchdog.heartbeat("checkpoint")
+    chain.logger.stop_clock()
     if not chain.config.trains_lora:
         watchdog.rest()  # a whole model takes as long as it takes
     wrong = save_chain(chain)

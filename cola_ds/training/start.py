@@ -16,7 +16,6 @@ from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.devices import peak_tflops
 from cola_ds.distributed.launcher import Process
-from cola_ds.evaluation.attention import shown_name
 from cola_ds.run.environment import describe_environment
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
@@ -68,8 +67,6 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
     hosts = collectives.all_gather_texts(platform.node())
     environment = describe_environment(hosts, accelerator.accelerator_name())
     environment["zero_stage"] = prepared.engine_config["zero_optimization"]["stage"]
-    environment["attention"] = shown_name(prepared.attention)
-    environment["kernels"] = "liger" if prepared.kernels else "torch"
     if folder:  # not before all that can be refused has been accepted
         found = _write_down(chain, prepared, folder, found, environment)
         what = "resumed" if saved else "started"

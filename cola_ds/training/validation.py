@@ -66,6 +66,7 @@ def evaluate(chain: Chain) -> float:
     """The objective now (run/scores.py): of the held-out loss or, of a task, its dev score; where that is the best so far, its
     test score is found too. All go into the log. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
+    chain.logger.stop_clock()
     stop = 0.0
 
     def stopped() -> bool:

@@ -41,7 +41,7 @@ from tests.bench.work import WORKLOADS, matrix_rate
 TOLERANCE = 1e-4
 """Between the losses of a step, in nats."""
 RUNGS: dict[str, tuple[str, list[str]]] = {
-    "json": ("cola_ds, the same JSON", []),
+    "json": ("cola_ds, DeepSpeed's own sizes", []),
     "sizes": ("sizes from the model's shapes", ["deepspeed={same_json}"]),
     "stage": ("the smallest stage that fits", ["deepspeed=auto"]),
     "attention": ("attention chosen for the device", ["model.attention=auto"]),

@@ -6,6 +6,7 @@ import pytest
 
 from cola_ds.checkpoint.decide import Identity, ResumeOptions, choose_start
 from cola_ds.config.deepspeed_json import read_engine_config
+from cola_ds.config.keys import default_of, flat_keys
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.run.folder import RunDir
@@ -33,3 +34,28 @@ def test_a_run_that_named_a_ready_json_by_its_path_goes_on_by_its_name(tmp_path)
     other = dataclasses.replace(same, engine={**engine, "prescale_gradients": True})
     with pytest.raises(UserError, match="deepspeed: zero3 does not say what the run began with"):
         choose_start(RunDir(tmp_path), now, other, ResumeOptions(), None)
+
+
+def test_keys_that_came_later_had_their_defaults(tmp_path):
+    """A run of a version without model.attention goes on with what it is by default, and with nothing else."""
+    now = RunConfig.model_validate(BEFORE)
+    engine = read_engine_config(now)
+    marker = Marker.read(recorded(tmp_path))
+    saved = now.model_dump(mode="json")
+    for name in ("attention", "kernels", "compile"):
+        del saved["model"][name]
+    marker.facts |= {"config": saved, "identity": {"engine": engine, "train": "x", "eval": None}}
+    marker.write()
+    same = Identity(engine, "x", None)
+    assert choose_start(RunDir(tmp_path), now, same, ResumeOptions(), None) == "anew"
+    other = RunConfig.model_validate({**BEFORE, "model": {"path": "m", "attention": "sdpa"}})
+    with pytest.raises(UserError, match=r"model.attention auto -> sdpa"):
+        choose_start(RunDir(tmp_path), other, same, ResumeOptions(), None)
+
+
+def test_the_default_of_every_key():
+    """As a config of nothing but what must be said is dumped."""
+    least = RunConfig.model_validate(BEFORE)
+    for key, value in flat_keys(least.model_dump(mode="json")).items():
+        if key not in ("model.path", "data.train", "optim.lr", "optim.epochs", "run.dir", "deepspeed"):
+            assert default_of(key) == value, key

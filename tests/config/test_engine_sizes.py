@@ -16,10 +16,16 @@ LARGE = dataclasses.replace(SMALL, weights=(10**8,) * 70, vectors=(8192,), adapt
 @pytest.mark.parametrize("device, host", [(0, 0), (1, 0), (0, 1)])
 def test_the_smallest_stage_that_fits(device, host):
     """To the byte: what fills its share fits, and a byte more, where it computes or on its host, does not."""
-    stage, reason = choose_stage(Need(device=700 + device, host=700 + host), 1000, 1000)
+    stage, reason = choose_stage(Need(device=700 + device, host=700 + host), 1000, 1000, one=False)
     assert SHARE == 0.7
     assert stage == (3 if device or host else 2)
     assert ("of its host" in reason, "more than 70%" in reason) == (bool(host), bool(device or host))
+
+
+def test_on_the_cpu_remainders_lie_beside_what_is_computed_with():
+    needed = Need(device=600, host=500, remainders=101)
+    assert choose_stage(needed, 1000, 1000, one=False)[0] == 2
+    assert choose_stage(needed, 1000, 1000, one=True)[0] == 3
 
 
 def test_what_stage_2_needs():

@@ -83,6 +83,8 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers"
         ("qwen2", SLIDING, 17, "sliding_attention"),
         ("gemma2", {"attn_logit_softcapping": 50.0, "sliding_window": 64}, 32, "interface|attn_logit_softcapping 50.0"),
         ("llama", {"attention_dropout": 0.1}, 512, "attention_dropout 0.1"),
+        ("gpt2", {}, 512, "attn_pdrop 0.1"),
+        ("gpt_bigcode", {"attn_pdrop": 0.2}, 512, "attn_pdrop 0.2"),
         ("mamba", {}, 512, "interface|linear_attention|position_ids"),
         ("bloom", {}, 512, "interface|position_ids"),
     ],
@@ -112,9 +114,58 @@ def test_on_cuda_varlen_is_for_16_bits_and_heads_that_fit(monkeypatch, dtype, he
     assert choose_attention(config, model, 512, is_text=True) is None
 
 
+def test_dropout_that_nobody_knew_of_is_no_varlen():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(RuntimeError, match="varlen has no dropout"):
+        attention.varlen_attention(None, q, q, q, None, cu_seq_lens_q=torch.tensor([0, 4]), dropout=0.1)
+
+
+def test_old_devices_have_no_varlen(monkeypatch):
+    monkeypatch.setattr(attention.accelerator, "kind", lambda: "cuda")
+    asked = ModelConfig(path="x", dtype="fp16", attention="varlen")
+    for has, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(attention.accelerator, "capability", lambda has=has: has)
+        if refused:
+            with pytest.raises(UserError, match=r"needs compute capability 8.0, and the device has 7.5; use auto"):
+                choose_attention(asked, skeleton("llama"), 64, is_text=True)
+        else:
+            assert choose_attention(asked, skeleton("llama"), 64, is_text=True) == VARLEN
+
+
+def test_flex_is_refused_where_it_cannot_train(monkeypatch):
+    flex = ModelConfig(path="x", attention="flex")
+    with pytest.raises(UserError, match=r"flex is not for .* no gradients on the CPU; use auto"):
+        choose_attention(flex, skeleton("llama"), 64, is_text=True)
+    monkeypatch.setattr(attention.accelerator, "kind", lambda: "cuda")
+    with pytest.raises(UserError, match=r"flex is not for .*: it has attention_dropout 0.1; use auto"):
+        choose_attention(flex, skeleton("llama", attention_dropout=0.1), 64, is_text=False)
+    assert choose_attention(flex, skeleton("llama"), 64, is_text=True) == "flex_attention"
+
+
+@pytest.mark.parametrize("length", [257, 320, 519])
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 2), (4, 1)])
+def test_long_examples_have_the_gradients_of_short_steps(length, heads, key_heads):
+    """In fp32 those of more than 256 positions go block by block: against torch's own attention in fp64."""
+    torch.manual_seed(0)
+    places = torch.tensor([0, 7, 7 + length])
+    shapes = [(7 + length, heads, 16), *[(7 + length, key_heads, 16)] * 2]
+    given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    above = torch.randn(shapes[0])
+    found = torch.autograd.grad(attention.each_alone(*given, places, 0.3), given, above)
+    exact = [part.detach().double().requires_grad_() for part in given]
+    outs = []
+    for part in (slice(0, 7), slice(7, None)):
+        q, k, v = (each[part].transpose(0, 1)[None] for each in exact)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    expected = torch.autograd.grad(torch.cat(outs), exact, above.double())
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-5)
+
+
 def test_other_names_are_those_of_transformers():
     model = skeleton("llama")
-    for name, expected in [("sdpa", "sdpa"), ("eager", "eager"), ("flex", "flex_attention")]:
+    for name, expected in [("sdpa", "sdpa"), ("eager", "eager")]:
         for is_text in (True, False):
             assert choose_attention(ModelConfig(path="x", attention=name), model, 64, is_text) == expected
 
@@ -166,4 +217,4 @@ def test_varlen_that_mixes_examples_is_given_up_or_refused(tmp_path):
         events = [event["event"] for event in rows(tmp_path / name / "events.jsonl")]
         chosen = json.loads((tmp_path / name / "environment.json").read_text(encoding="utf-8"))
         assert ("varlen given up" in events) == (name in ("mixed", "old"))
-        assert (chosen["attention"], chosen["kernels"]) == ("sdpa" if name == "sdpa" else "varlen", "torch")
+        assert (chosen["attention"], chosen["kernels"]) == ("varlen" if name == "auto" else "sdpa", "torch")

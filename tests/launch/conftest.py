@@ -1,5 +1,6 @@
 """A copy of the repository, for what writes where it stands."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -14,7 +15,12 @@ def copy(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "cola_ds", "launch", "ds_configs", "slurm", "tests"):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    if not (REPOSITORY / ".venv/.installed-quickstart").exists():
-        pytest.skip("there is no .venv: run the tests with ./launch/test.sh")
+    # Else the copy would be installed in the place of the repository, in the environment that they share.
+    wanted = hashlib.sha256(
+        b"".join((REPOSITORY / name).read_bytes() for name in ("pyproject.toml", "launch/setup.sh"))
+    )
+    stamp = REPOSITORY / ".venv/.installed-quickstart"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8").strip() != wanted.hexdigest():
+        pytest.skip("there is no .venv, or an older one: run the tests with ./launch/test.sh")
     (folder / ".venv").symlink_to(REPOSITORY / ".venv")
     return folder

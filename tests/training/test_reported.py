@@ -34,6 +34,42 @@ class Full:
     flush = isatty = fileno = lambda self: self.write("")
 
 
+def slow_everything(rank):
+    """Steps take a third of a second at least, evaluations and checkpoints two."""
+    from cola_ds.training import loop, save, validation
+
+    def slowed(module, name, seconds):
+        inner = getattr(module, name)
+
+        def slow(*args, **options):
+            time.sleep(seconds)
+            return inner(*args, **options)
+
+        setattr(module, name, slow)
+
+    slowed(loop, "train_step", 0.3)
+    slowed(validation, "held_out_loss", 2)
+    slowed(save, "save_chain", 2)
+
+
+def test_evaluations_and_checkpoints_between_two_rows_are_no_time_of_steps(toy, tmp_path):
+    """Nor do they take away the time of the steps before them."""
+    config = run_config(
+        *toy[:2], tmp_path / "run", data={"eval": str(toy[2])}, optim={"max_steps": 8}, eval={"every": 2},
+        checkpoint={"every_steps": 3}, run={"log_every_steps": 4},
+    )  # fmt: skip
+    statuses, said = run_job(
+        tmp_path / "log", ["train", save_run(tmp_path / "run.yaml", config)], sabotage=slow_everything
+    )
+    assert statuses == [0, 0], said
+    found = rows(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in found] == [4, 8]
+    for before, row in zip([{"step": 0}, *found], found, strict=False):
+        assert 0.3 <= row["step_s"] < 0.9, row
+        steps = row["step"] - before["step"]
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / (row["step_s"] * steps))
+
+
 def no_space(*args, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
