@@ -47,6 +47,15 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), REST)
 
 
+def _is_attentions(event: Any) -> bool:
+    """Whether it is part of the package's own attention on the CPU (evaluation/each_alone.py), matrix products and all."""
+    while event is not None:
+        if "each_alone" in event.name:
+            return True
+        event = getattr(event, "cpu_parent", None)
+    return False
+
+
 def seconds_of(events: Any, wall_s: float, on_cpu: bool) -> dict[str, float]:
     """Seconds of each part in all of the steps, from the profiler's events."""
     found = dict.fromkeys([*(part for part, _ in PARTS), REST], 0.0)
@@ -55,7 +64,7 @@ def seconds_of(events: Any, wall_s: float, on_cpu: bool) -> dict[str, float]:
         if on_cpu and event.thread not in trains:
             continue  # it runs beside the one that trains
         micros = event.self_cpu_time_total if on_cpu else event.self_device_time_total
-        found[part_of(event.name)] += micros / 1e6
+        found["attention" if _is_attentions(event) else part_of(event.name)] += micros / 1e6
     found[REST] += wall_s - sum(found.values())
     return found
 
