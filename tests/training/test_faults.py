@@ -104,6 +104,33 @@ def test_a_signal_before_the_first_step(toy, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def slow_to_write_it_down(rank):
+    """Process 1 is asked to stop; process 0 takes longer over the word for it than the others wait for one who is to leave."""
+    from cola_ds.distributed import signals
+    from cola_ds.training import loop
+    from cola_ds.training.metrics import MetricLogger
+
+    inner, event = loop.train_step, MetricLogger.event
+
+    def step(*args):
+        signals._requested = signal.SIGTERM if rank == 1 else 0
+        return inner(*args)
+
+    def slow(self, what, **facts):
+        if rank == 0 and what == "stopped":
+            time.sleep(12)
+        event(self, what, **facts)
+
+    loop.train_step, MetricLogger.event = step, slow
+
+
+def test_nobody_leaves_before_the_stop_is_written_down(toy, tmp_path):
+    statuses, said = run_job(tmp_path, start(toy, tmp_path), sabotage=slow_to_write_it_down)
+    assert statuses == [75, 75], said
+    assert rows(tmp_path / "run/events.jsonl")[-1]["signal"] == "SIGTERM"
+    assert "stopped on SIGTERM after step 1, with a checkpoint" in said
+
+
 def test_a_second_signal_stops_at_once(toy, tmp_path):
     """Even where the main thread waits inside a collective, for a process that sleeps."""
     words = start(toy, tmp_path)
