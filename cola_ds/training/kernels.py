@@ -25,7 +25,7 @@ def check_kernels(config: ModelConfig, model: Any) -> bool:
     cannot be had."""
     if config.kernels == "torch":
         return False
-    if config.kernels == "auto" and (config.compile or config.dtype == "fp32"):  # fp32 is there for its last bits
+    if config.kernels == "auto" and config.dtype == "fp32":  # fp32 is there for its last bits
         return False
     why = "model.compile compiles what they do" if config.compile else _why_not(model)
     if config.kernels == "liger" and why is not None:

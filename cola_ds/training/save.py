@@ -53,9 +53,8 @@ def stop_here(chain: Chain, signum: int) -> None:
     if not written:
         raise TrainingFailedError(f"stopped on {name} at step {step}, but no checkpoint could be written there")
     chain.logger.event("stopped", **position(chain), signal=name)
-    collectives.broadcast_object(
-        None
-    )  # nobody leaves before it is written: a launcher ends those who are still here then
+    # Nobody leaves before it is written: a launcher, and the watch, end those who are still here then.
+    collectives.broadcast_object(None)
     raise StoppedError(f"stopped on {name} after step {step}, with a checkpoint")
 
 

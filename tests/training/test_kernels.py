@@ -53,6 +53,9 @@ def test_on_cuda_they_are_for_models_that_liger_knows(monkeypatch, liger):
     assert kernels.check_kernels(ModelConfig(path="x", dtype="bf16"), llama)
     assert not kernels.check_kernels(ModelConfig(path="x", dtype="bf16", kernels="torch"), llama)
     assert not kernels.check_kernels(ModelConfig(path="x", dtype="fp32"), llama)
+    assert not kernels.check_kernels(ModelConfig(path="x", dtype="bf16", compile=True), llama)
+    with pytest.raises(UserError, match=r"liger is not for this run: model.compile compiles what they do; use torch"):
+        kernels.check_kernels(ModelConfig(path="x", dtype="bf16", compile=True, kernels="liger"), llama)
     assert kernels.check_kernels(ModelConfig(path="x", dtype="fp32", kernels="liger"), llama)
     assert not kernels.check_kernels(ModelConfig(path="x", dtype="bf16"), opt)
     with pytest.raises(UserError, match="Liger has none for opt"):
