@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +102,35 @@ def clear_release_cache() -> None:
         raise _gone(f"cache around {name.removeprefix('_PartitionedParameterCoordinator')}")
     for cache in caches:
         cache.cache_clear()
+
+
+# -- what is gathered when ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def steps_traced_alone(engine: Any) -> Iterator[None]:
+    """Forward passes inside the block leave no trace that training would go by (0.19.8, stage 3).
+
+    Of a step DeepSpeed records which module follows which, and keeps a weight whole from the forward pass to the backward pass. A
+    trace of forward passes alone has no second use of any weight. And what it finds there it remembers by module and place, also
+    when another trace has come: from then on every step would gather every weight twice.
+    """
+    if not hasattr(engine.optimizer, "grad_position"):  # below stage 3, or nothing is trained
+        yield
+        return
+    coordinator = _part(_part(engine.optimizer, "parameter_offload"), "get_param_coordinator")()
+    before = _modules_in_order(coordinator) if _part(coordinator, "is_complete_trace")() else None
+    try:
+        yield
+    finally:
+        if before is None or _modules_in_order(coordinator) is not before:
+            if not _part(coordinator, "is_invalid_trace")():
+                _part(coordinator, "_invalidate_trace")()
+            clear_release_cache()
+
+
+def _modules_in_order(coordinator: Any) -> Any:
+    return _part(coordinator, "_PartitionedParameterCoordinator__submodule_order")
 
 
 # -- where parameters and fp32 masters are -----------------------------------------------------------------------------

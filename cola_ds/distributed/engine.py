@@ -28,6 +28,7 @@ from cola_ds.distributed.deepspeed_internals import (
     forget_modules,
     look_at_gradients_together,
     loss_scale,
+    steps_traced_alone,
     take_down_engine,
 )
 from cola_ds.errors import UserError, first_line
@@ -200,7 +201,7 @@ def evaluating(engine: Engine) -> Iterator[None]:
     was_training = engine.module.training  # the engine itself does not keep count
     engine.eval()
     try:
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad(), uncompiled(), steps_traced_alone(engine):
             yield
     finally:
         engine.train(was_training)

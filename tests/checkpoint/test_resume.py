@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.support.runs import record, three_links, train_in
-from tests.support.toys import REPOSITORY, rows
+from tests.support.toys import REPOSITORY, TOP_RUNG, rows
 
 SHARDED = str(REPOSITORY / "tests/support/zero3_sharded.json")
 
@@ -17,6 +17,12 @@ VARIANTS = {
     "bf16 plain gathered": {"model": {"dtype": "bf16"}, "chain": {"merge": "plain", "tie": "gathered"}},
     "stage 2": {"deepspeed": str(REPOSITORY / "ds_configs/zero2.json")},
     "stage 2 bf16": {"deepspeed": str(REPOSITORY / "ds_configs/zero2.json"), "model": {"dtype": "bf16"}},
+    "top rung": {**TOP_RUNG, "optim": {"global_batch_size": 4, "micro_batch_size": 1}},
+    "top rung bf16": {
+        **TOP_RUNG,
+        "model": {**TOP_RUNG["model"], "dtype": "bf16"},
+        "optim": {"global_batch_size": 4, "micro_batch_size": 1},
+    },
     "offload": {"deepspeed": str(REPOSITORY / "ds_configs/zero3_offload_cpu.json")},
     "sgd": {"optim": {"name": "sgd"}},
     "adagrad": {"optim": {"name": "adagrad", "schedule_over": "link", "warmup_steps": 2}},
@@ -69,10 +75,19 @@ def test_in_every_precision_engine_and_optimizer(toy, whole, tmp_path, variant):
     assert record(tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize(("sizes", "stop"), [((2, 1), 6), ((1, 2), 6), ((2, 4), 6), ((4, 2), 6), ((4, 1, 2), 3)])
-def test_at_another_world_size(toy, tmp_path, sizes, stop):
+@pytest.mark.parametrize(
+    ("sizes", "stop", "variant"),
+    [
+        *((sizes, 6, "fp32") for sizes in ((2, 1), (1, 2), (2, 4), (4, 2))),
+        ((4, 1, 2), 3, "fp32"),
+        ((4, 1, 2), 3, "top rung"),
+    ],
+)
+def test_at_another_world_size(toy, tmp_path, sizes, stop, variant):
     """Within fp32's tolerance, with the same examples."""
-    config = three_links(toy, lora={"rank": [8, 4], "dropout": 0.0}, chain={"length": 2}, run={"log_every_steps": 1})
+    config = three_links(
+        toy, **VARIANTS[variant], lora={"rank": [8, 4], "dropout": 0.0}, chain={"length": 2}, run={"log_every_steps": 1}
+    )
     train_in(tmp_path / "straight", config, world_size=2)
     stops = [("step", stop), ("step", 2)][: len(sizes) - 1]
     train_in(tmp_path / "stopped", config, world_size=sizes, stops=stops)

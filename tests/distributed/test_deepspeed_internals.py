@@ -81,6 +81,10 @@ def at_stage_3(process):
         expect_gone(lambda: internals.shard(bias), name)
         setattr(bias, name, kept)
 
+    offload = optimizer.__dict__.pop("parameter_offload")
+    expect_gone(internals.steps_traced_alone(engine).__enter__, "parameter_offload")
+    optimizer.parameter_offload = offload
+
     # Each of the four places keeps the old engine, and none does afterwards.
     assert "pre_bwd_fn" in model[2].__dict__
     assert "_z3_optimizer" in weight.__dict__

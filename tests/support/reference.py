@@ -23,8 +23,15 @@ def tokenized(path, tokenizer):
     ]
 
 
-def chain_of_lora(config, knots):
-    """Train as a run's dict says. Returns the losses and the model, with every link merged into it."""
+def length(example):
+    return sum(map(len, example))
+
+
+def chain_of_lora(config, knots, chosen=None):
+    """Train as a run's dict says. Returns the losses and the model, with every link merged into it.
+
+    `chosen(lengths, step)` names a step's examples where their order is not that of an epoch: of packed rows.
+    """
     model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
     data = tokenized(config["data"]["train"], AutoTokenizer.from_pretrained(config["model"]["path"]))
     optim, alpha, size = config["optim"], config["lora"]["alpha"], config["optim"]["global_batch_size"]
@@ -46,8 +53,9 @@ def chain_of_lora(config, knots):
         for step in range(start, knot):
             epoch, i = divmod(step, math.ceil(len(data) / size))
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
+            examples = chosen(list(map(length, data)), step) if chosen else order[i * size : (i + 1) * size]
             # In the order of their lengths: the sum is the same, and the last bit of it too.
-            batch = sorted((data[k] for k in order[i * size : (i + 1) * size]), key=lambda e: len(e[0]) + len(e[1]))
+            batch = sorted((data[k] for k in examples), key=length)
             width = max(len(p) + len(c) for p, c in batch)
             ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in batch])
             labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in batch])

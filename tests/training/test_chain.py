@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cola_ds.config.loading import load_config
 from cola_ds.distributed.launcher import Process
 from tests.support.distributed import process_group, run_distributed
-from tests.support.toys import ARCHITECTURES, REPOSITORY, run_config, save_model, save_run, save_sums
+from tests.support.toys import ARCHITECTURES, REPOSITORY, TOP_RUNG, run_config, save_model, save_run, save_sums
 
 ENGINES = {
     "zero3": str(REPOSITORY / "tests/support/zero3_sharded.json"),
@@ -124,14 +124,17 @@ def through_a_knot(process, path):
 
 @pytest.fixture(
     scope="module",
-    params=[(1, 4), pytest.param((2, 3), marks=pytest.mark.core), (2, 4), (4, 3)],
-    ids="{0[0]}-4to{0[1]}".format,
-)
+    params=[
+        (1, 4, {}), pytest.param((2, 3, {}), marks=pytest.mark.core), (2, 4, {}), (4, 3, {}),
+        (2, 3, TOP_RUNG), (2, 4, TOP_RUNG),
+    ],
+    ids=lambda param: f"{param[0]}-4to{param[1]}{'-top' if param[2] else ''}",
+)  # fmt: skip
 def knot(request, toy, tmp_path_factory):
     """What each process found; the second link has another LoRA rank, or the same one and starts in place."""
-    world_size, next_rank = request.param
+    world_size, next_rank, sections = request.param
     folder = tmp_path_factory.mktemp("knot")
-    config = run_config(*toy, folder / "run", lora={"rank": [4, next_rank]}, optim={"micro_batch_size": 2})
+    config = run_config(*toy, folder / "run", **sections, lora={"rank": [4, next_rank]}, optim={"micro_batch_size": 2})
     return run_distributed(through_a_knot, world_size, save_run(folder / "run.yaml", config))
 
 
@@ -340,12 +343,16 @@ def count_through_knots(process, path):
 
 @pytest.mark.parametrize(
     ("engine", "dtype", "ranks"),
-    [("zero3", "bf16", 512), ("zero3", "fp32", [512, 256] * 13 + [512]), ("zero2", "fp32", 512)],
-)
+    [
+        ("zero3", "bf16", 512), ("zero3", "fp32", [512, 256] * 13 + [512]), ("zero2", "fp32", 512),
+        ("top", "fp32", [512, 256] * 13 + [512]),
+    ],
+)  # fmt: skip
 def test_nothing_grows_over_many_knots(toy, tmp_path, engine, dtype, ranks):
+    sections = TOP_RUNG if engine == "top" else {"deepspeed": ENGINES[engine], "model": {}}
     config = run_config(
-        *toy, tmp_path / "run", model={"dtype": dtype}, chain={"length": 27}, lora={"rank": ranks},
-        optim={"max_steps": 27, "global_batch_size": 2, "micro_batch_size": 1}, deepspeed=ENGINES[engine],
+        *toy, tmp_path / "run", **{**sections, "model": {**sections["model"], "dtype": dtype}}, chain={"length": 27},
+        lora={"rank": ranks}, optim={"max_steps": 27, "global_batch_size": 2, "micro_batch_size": 1},
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
     for counts in run_distributed(count_through_knots, 2, path, timeout_s=300):
@@ -398,14 +405,16 @@ def check_export(found, out):
     torch.testing.assert_close(exported, logits, rtol=1e-5, atol=1e-2 if half else 1e-5)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt2"])
-def test_export_gives_the_engines_logits(tmp_path, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "is_top"), [(name, is_top) for name in ARCHITECTURES if name != "gpt2" for is_top in (False, True)]
+)
+def test_export_gives_the_engines_logits(tmp_path, architecture, is_top):
     model = save_model(tmp_path / "model", architecture)
     targets = "all-linear" if architecture != "llama" else ["q_proj", "v_proj"]
     bias = "lora_only" if architecture in ("opt", "qwen2") else "none"
     config = run_config(
         model, save_sums(tmp_path / "train.jsonl", 20), tmp_path / "run", lora={"targets": targets, "bias": bias},
-        chain={"length": 3}, optim={"lr": 1e-2},
+        chain={"length": 3}, optim={"lr": 1e-2}, **(TOP_RUNG if is_top else {}),
     )  # fmt: skip
     path = save_run(tmp_path / "run.yaml", config)
     check_export(run_distributed(export_and_compare, 2, path, tmp_path / "merged")[0], tmp_path / "merged")

@@ -21,13 +21,15 @@ def engine(path, **zero):
     return str(path)
 
 
-def gathers_of_a_step(process, path):
-    """The names of the parameters that passes gather in the fourth step, of two micro steps. (What is resident is gathered once,
-    at a step's end, and not by a pass.)"""
+def gathers_of_a_step(process, path, evaluations=()):
+    """The names of the parameters that passes gather in the fourth step. (What is resident is gathered once, at a step's end, and
+    not by a pass.) Before the steps of those numbers there is an evaluation."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
+    from cola_ds.distributed import accelerator
     from cola_ds.training import loop
     from cola_ds.training.build import build_chain
+    from cola_ds.training.knot import batch_loss
     from cola_ds.training.prepare import prepare
     from cola_ds.training.state import step_examples
 
@@ -44,6 +46,8 @@ def gathers_of_a_step(process, path):
 
     Coordinator._PartitionedParameterCoordinator__all_gather_params_ = gather
     for step in range(4):
+        for _ in range(evaluations.count(step)):
+            batch_loss(chain, step_examples(chain, step).micro_batches[0].to(accelerator.device()))
         gathered.clear()
         loop.train_step(chain.engine, step_examples(chain, step), 1e-3, chain.world_size)
     return sorted(gathered)
@@ -64,6 +68,21 @@ def test_nothing_is_gathered_twice(toy, tmp_path, zero, expected):
     found = run_distributed(gathers_of_a_step, 2, save_run(tmp_path / "run.yaml", config))
     kinds = {"adapters" if "lora_" in name else "base" for name in found[0]}
     assert kinds == expected, found[0]
+
+
+@pytest.mark.parametrize("evaluations", [(), (0, 0, 0), (0, 1, 2), (0, 3), (3, 3, 3)])
+def test_a_step_gathers_once_whatever_was_evaluated_before(toy, tmp_path, evaluations):
+    """Weights that are not resident stay whole from the forward pass to the backward pass: also where DeepSpeed has seen forward
+    passes alone, which it would otherwise take for what a step is."""
+    sizes = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 2000}
+    config = run_config(
+        *toy, tmp_path / "run", chain={"length": 1}, optim={"micro_batch_size": 4},
+        deepspeed=engine(tmp_path / "ds.json", stage=3, **sizes),
+    )  # fmt: skip
+    found = run_distributed(gathers_of_a_step, 2, save_run(tmp_path / "run.yaml", config), evaluations)
+    assert found[0] == found[1]
+    assert len(found[0]) > 10
+    assert len(set(found[0])) == len(found[0])
 
 
 def losses(folder):

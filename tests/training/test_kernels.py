@@ -47,6 +47,22 @@ def test_without_cuda_or_the_package_torch_has_it(monkeypatch):
         kernels.check_kernels(ModelConfig(path="x", kernels="liger"), model)
 
 
+def test_a_package_that_cannot_be_imported_is_one_line(monkeypatch, tmp_path):
+    """As one that does not go with this torch or Transformers."""
+    package = tmp_path / "liger_kernel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AttributeError('no triton.language here\\nand more')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(kernels.accelerator, "kind", lambda: "cuda")
+    model = skeleton("llama")
+    assert not kernels.check_kernels(ModelConfig(path="x", dtype="bf16"), model)
+    said = r"liger-kernel cannot be imported here \(.*no triton.language here\); use torch$"
+    with pytest.raises(UserError, match=said):
+        kernels.check_kernels(ModelConfig(path="x", kernels="liger"), model)
+
+
 def test_on_cuda_they_are_for_models_that_liger_knows(monkeypatch, liger):
     monkeypatch.setattr(kernels.accelerator, "kind", lambda: "cuda")
     llama, opt = skeleton("llama"), skeleton("opt")
