@@ -124,12 +124,24 @@ def test_what_is_more_than_the_heads_logits_is_not_fused(folders):
     assert first == {name: (name in ("llama", "tied", "opt"),) * 2 for name in folders}
 
 
+class Plain:
+    """What of an engine the proof needs: DeepSpeed's own takes no fp16 on a CPU."""
+
+    optimizer = None
+
+    def __init__(self, module):
+        self.module = module
+        self.eval, self.train = module.eval, module.train
+
+    def __call__(self, *args, **words):
+        return self.module(*args, **words)
+
+
 def allowed_in_fp16(process, folder):
     process_group(process)
-    return fused_loss.allow(make_engine(str(folder), "fp16"))
+    return fused_loss.allow(Plain(plain_model(str(folder)).half()))
 
 
 def test_more_ids_than_fp16_counts_to_are_proved_too(tmp_path):
-    """The largest number in fp16 is 65,504: a proof by counting would find infinities, and these minus themselves are none."""
-    folder = save_model(tmp_path, vocab_size=70_000)
-    assert run_distributed(allowed_in_fp16, 2, folder) == [True, True]
+    """The largest number in fp16 is 65,504: a proof by counting would find infinities, and their differences are no numbers."""
+    assert run_distributed(allowed_in_fp16, 1, save_model(tmp_path, vocab_size=70_000)) == [True]

@@ -312,14 +312,13 @@ def test_a_window_that_no_text_fills_changes_nothing(tmp_path):
 # -- under ZeRO-3, at every number of processes ------------------------------------------------------------------------
 
 
-def make_engine(folder, dtype="fp32"):
+def make_engine(folder):
     from cola_ds.config.schema import ModelConfig
     from cola_ds.distributed.engine import build_engine, load_model
 
     config = json.loads((REPOSITORY / "tests/support/zero3_sharded.json").read_text(encoding="utf-8"))
     config |= {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
-    config |= {"fp16": {"enabled": True}} if dtype == "fp16" else {}
-    model = lora_on(load_model(ModelConfig(path=str(folder), dtype=dtype), config))
+    model = lora_on(load_model(ModelConfig(path=str(folder), dtype="fp32"), config))
     return build_engine(model, config, lambda params: torch.optim.SGD(params, lr=0.0))
 
 
