@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,23 @@ def _alone() -> dict[str, str]:
     return {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
+
+
+def allow_open_files(world_size: int) -> UserError | None:
+    """Let process 0 have as many files open as connections to the others take, up to the hard limit; what is to be said where
+    that is too low. Each other process has one to torch's store and one to the watch, and while they meet one more."""
+    needed = 3 * world_size + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < needed:
+        soft = needed if hard == unlimited else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == unlimited or soft >= 2 * world_size + 64:
+        return None
+    return UserError(
+        f"process 0 of {world_size} needs some {needed} open files, and may have {hard}; raise the hard limit (ulimit -Hn), "
+        "under Slurm that of slurmd"
+    )
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ds.distributed.launcher import Process, slurm_nodes
+from cola_ds.distributed.launcher import Process, allow_open_files, slurm_nodes
 from cola_ds.errors import ArrivalError, UserError, first_line, some_of
 
 _GRACE_S = 3.0  # for an answer of a process that is there
@@ -129,7 +129,9 @@ class Host(_Side):
         super().__init__(process, end)
         self.peers: dict[int, _Peer] = {}
         self.server: socket.socket | None = None
-        self.problem: UserError | None = None
+        self.problem = allow_open_files(process.world_size)
+        if self.problem:
+            return
         port, both = int(os.environ["MASTER_PORT"]), socket.has_dualstack_ipv6()
         try:
             family = socket.AF_INET6 if both else socket.AF_INET

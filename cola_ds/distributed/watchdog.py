@@ -3,7 +3,7 @@
 Each process keeps a connection to process 0, and says every second what it is doing. A process that dies closes its
 connection at once, however it died; one that is stopped, or whose machine is gone, falls silent; one that hangs goes on
 talking but does not move: processes run the same sequence of `heartbeat`s, so the one that made the fewest is the one that the
-others wait for. All of it runs in threads of its own, beside the training.
+others wait for. All of it runs in three threads of its own, beside the training, however many processes there are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import faulthandler
 import json
 import os
 import secrets
+import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,17 @@ class _Peer:
             self.moved = self.heard
         self.host, self.pid, self.beats = said["host"], said["pid"], said["beats"]
         self.doing, self.armed = said["doing"], said["armed"]
+
+
+@dataclass(eq=False)
+class _Incoming:
+    """A connection, and what has come through it that is not a whole message yet."""
+
+    link: socket.socket
+    rank: int | None = None
+    """Who is at its other end; None: it has not said so yet."""
+    held: bytes = b""
+    since: float = field(default_factory=time.monotonic)
 
 
 _current: Watch | None = None
@@ -142,19 +154,23 @@ class Watch:
         self._server: socket.socket | None = None
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
+        self._waker, self._wakes = socket.socketpair()
+        """What is sent through the first one ends the wait of the thread that listens."""
         self._looks = 0
         self._supervised = slurmstepd()
 
     def listen(self) -> dict[str, Any]:
         """On process 0: open the port. Returns what the others need to `join`."""
         self._token = secrets.token_hex(16)
-        self._server = socket.create_server(("", 0), family=socket.AF_INET)
+        self._server = socket.create_server(("", 0), family=socket.AF_INET, backlog=4096)
         return {"port": self._server.getsockname()[1], "token": self._token}
 
     def start(self, world_size: int) -> None:
         """On process 0: wait for the others in the background, and watch them."""
         self._peers = {rank: _Peer() for rank in range(world_size)}
-        self._thread(self._accept)
+        self._expected = world_size - 1
+        self._thread(self._talk)
+        self._thread(lambda: self._listen(None))
         self._thread(self._look)
 
     def join(self, address: str, port: int, token: str) -> None:
@@ -165,26 +181,25 @@ class Watch:
         self._peers[0] = _Peer()
         link.sendall(json.dumps({"token": token, "rank": self.rank}).encode().ljust(_HELLO_BYTES))
         self._thread(self._talk)
-        self._thread(lambda: self._hear(0, link))
+        self._thread(lambda: self._listen(_Incoming(link, rank=0)))
         self._thread(self._look)
 
     def leave(self, status: int) -> None:
         """Say goodbye to the others."""
         self._left = True
-        for link in list(self._links.values()):
-            with contextlib.suppress(OSError):
-                self._say(link, {"bye": status})
+        self._say({"bye": status}, list(self._links.values()))
 
     def stop(self) -> None:
         """End every thread and close every connection."""
         self._left = True
         self._stopped.set()
-        if self._server:
-            shut(self._server)
-        while self._threads:  # the one that accepts may begin another, and connect it
+        self._waker.send(b"\0")
+        while self._threads:  # the one that listens may connect another, and the one that talks wait for it
             for link in list(self._links.values()):
                 shut(link)
             self._threads.pop(0).join()
+        self._waker.close()
+        self._wakes.close()
 
     # -- threads -------------------------------------------------------------------------------------------------------
 
@@ -193,75 +208,118 @@ class Watch:
         self._threads.append(thread)
         thread.start()
 
-    def _say(self, link: socket.socket, message: dict[str, Any]) -> None:
-        with self._lock:
-            link.sendall(json.dumps(message).encode() + b"\n")
+    def _say(self, message: dict[str, Any], links: Iterable[socket.socket]) -> None:
+        said = json.dumps(message).encode() + b"\n"
+        for link in links:
+            with contextlib.suppress(OSError), self._lock:
+                link.sendall(said)
 
     def _state(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid(), "beats": _beats, "doing": _doing, "armed": _armed}
 
     def _talk(self) -> None:
         while not self._left:
-            for link in list(self._links.values()):
-                with contextlib.suppress(OSError):
-                    self._say(link, self._state())
+            self._say(self._state(), list(self._links.values()))
             self._stopped.wait(_EVERY_S)
 
-    def _accept(self) -> None:
-        self._thread(self._talk)
-        assert self._server is not None
-        expected = len(self._peers) - 1
-        while expected:
-            try:
-                link, _ = self._server.accept()
-            except OSError:
-                if self._stopped.is_set():
-                    return
-                raise
-            rank = self._greet(link)
-            if rank is None:
-                link.close()
-                continue
-            expected -= 1
-            self._links[rank] = link
-            with contextlib.suppress(OSError):
-                self._say(link, self._state())  # at once: it may be stopped before it talks, and must have been named
-            self._thread(lambda rank=rank, link=link: self._hear(rank, link))  # type: ignore[misc]
-        self._server.close()
+    def _listen(self, incoming: _Incoming | None) -> None:
+        """Take what the others say, on process 0 of all who connect and elsewhere of process 0, until the watch is over."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakes, selectors.EVENT_READ)
+            if incoming:
+                selector.register(incoming.link, selectors.EVENT_READ, incoming)
+            if self._server:
+                selector.register(self._server, selectors.EVENT_READ)
+            strangers: list[_Incoming] = []
+            while not self._stopped.is_set():
+                for key, _ in selector.select(_EVERY_S):
+                    if key.fileobj is self._server:
+                        with contextlib.suppress(OSError):  # whoever it was has gone
+                            link, _ = self._server.accept()
+                            strangers.append(_Incoming(link))
+                            selector.register(link, selectors.EVENT_READ, strangers[-1])
+                    elif key.data and not self._take(key.data):
+                        selector.unregister(key.fileobj)
+                        if key.data.rank is None:
+                            strangers.remove(key.data)
+                            key.data.link.close()
+                if self._server and not self._expected:
+                    selector.unregister(self._server)
+                    self._server.close()
+                    self._server = None
+                strangers = [each for each in strangers if each.rank is None]
+                for each in [each for each in strangers if time.monotonic() - each.since > _GRACE_S]:
+                    strangers.remove(each)
+                    selector.unregister(each.link)
+                    each.link.close()
+        if self._server:
+            self._server.close()
 
-    def _greet(self, link: socket.socket) -> int | None:
-        """Who has connected; None for a stranger, who does not know the token."""
-        link.settimeout(1)
-        deadline, held = time.monotonic() + _GRACE_S, b""
+    def _take(self, incoming: _Incoming) -> bool:
+        """Take what has come through a connection; whether there may be more."""
         try:
-            while len(held) < _HELLO_BYTES and time.monotonic() < deadline:
-                held += link.recv(_HELLO_BYTES - len(held))
-            hello = json.loads(held)
-            known = secrets.compare_digest(str(hello["token"]).encode(), self._token.encode())
-            rank = hello["rank"]
+            came = incoming.link.recv(2**16)
+        except OSError:
+            came = b""
+        incoming.held += came
+        if incoming.rank is None and len(incoming.held) >= _HELLO_BYTES:
+            hello, incoming.held = incoming.held[:_HELLO_BYTES], incoming.held[_HELLO_BYTES:]
+            incoming.rank = self._greet(incoming.link, hello)
+            if incoming.rank is None:
+                return False
+        if incoming.rank is None:
+            return bool(came)
+        *lines, incoming.held = incoming.held.split(b"\n")
+        if all(self._hear(incoming.rank, line) for line in lines) and came:
+            return True
+        if not came:
+            self._lost(incoming.rank)
+        return False
+
+    def _greet(self, link: socket.socket, hello: bytes) -> int | None:
+        """Who has connected; None for a stranger, who does not know the token."""
+        try:
+            said = json.loads(hello)
+            known = secrets.compare_digest(str(said["token"]).encode(), self._token.encode())
+            rank = said["rank"]
         except Exception:  # whatever a stranger's bytes may raise
             return None
-        link.settimeout(None)
-        return rank if known and rank in self._peers and rank not in self._links else None
+        if not known or rank not in self._peers or rank in self._links:
+            return None
+        self._links[rank] = link
+        self._expected -= 1
+        self._say(self._state(), [link])  # at once: it may be stopped before it talks, and must have been named
+        return int(rank)
 
-    def _hear(self, rank: int, link: socket.socket) -> None:
-        """Take what a process says, until it says goodbye or its connection ends."""
+    def _hear(self, rank: int, line: bytes) -> bool:
+        """Take a message; whether that process will say more."""
         peer = self._peers[rank]
-        with contextlib.suppress(OSError, ValueError), link.makefile("rb") as lines:
-            for line in lines:
-                said = json.loads(line)
-                if "bye" in said:
-                    self._links.pop(rank, None)
-                    self._peers.pop(rank, None)
-                    if said["bye"] != 0:
-                        # Launchers end the others; if this one does not, they would wait.
-                        self._stopped.wait(2 * _GRACE_S)
-                        self._die(f"process {rank} on {peer.host} ended with status {said['bye']}", [], said["bye"])
-                    return
-                if "end" in said:
-                    self._die(said.get("why"), said["end"])
-                peer.take(said)
-        if not self._left:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            self._lost(rank)
+            return False
+        if "bye" in said:
+            self._links.pop(rank, None)
+            self._peers.pop(rank, None)
+            if said["bye"] != 0:
+                self._thread(lambda: self._ended(rank, peer, said["bye"]))
+            return False
+        if "end" in said:
+            self._die(said.get("why"), said["end"])
+            return False
+        peer.take(said)
+        return True
+
+    def _ended(self, rank: int, peer: _Peer, status: int) -> None:
+        """A process has ended by itself. Launchers end the others; if this one does not, they would wait."""
+        self._stopped.wait(2 * _GRACE_S)
+        self._die(f"process {rank} on {peer.host} ended with status {status}", [], status)
+
+    def _lost(self, rank: int) -> None:
+        """A connection has ended without a goodbye."""
+        peer = self._peers.get(rank)
+        if peer is not None and not self._left:
             self._die(f"process {rank} on {peer.host} (pid {peer.pid}) died; it was at {peer.doing}", [])
         self._peers.pop(rank, None)
 
@@ -319,9 +377,7 @@ class Watch:
             # one process a node, once process 0 is gone
             if reason and (self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"):
                 print(f"cola-ds: {reason}", file=sys.stderr, flush=True)
-        for link in list(self._links.values()):
-            with contextlib.suppress(OSError):
-                self._say(link, {"end": dump, "why": reason if tell else None})
+        self._say({"end": dump, "why": reason if tell else None}, list(self._links.values()))
         with contextlib.suppress(OSError):
             if self.rank in dump:
                 print(
