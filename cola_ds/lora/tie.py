@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.shards import (
     collective_bytes,
+    copies,
     gathered,
-    host_room,
-    is_sharded,
     local_shard,
     numel,
     writable_part,
 )
 from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
+from cola_ds.lora.remainders import Remainder
 from cola_ds.run.peft_files import bias_name, layers_of, lora_names
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
@@ -49,18 +49,17 @@ def link_is_finite(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def tie_link(
-    model: nn.Module, remainders: dict[str, Tensor], local: bool, exact: bool, last: bool, keep_tensors: bool
+    model: nn.Module, remainders: dict[str, Remainder], local: bool, exact: bool, last: bool, keep_tensors: bool
 ) -> TiedLink:
     """Tie (merge): W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
 
     `local` gathers A and B alone; otherwise W is gathered too, and process 0 changes it for all. `remainders` holds, for
-    each layer in bf16 or fp16, the fp32 remainder of this process's part on the host. It is filled at the first knot, unless
-    that is the `last` one: then nothing would use it.
+    each layer in bf16 or fp16, the remainder of this process's part on the host. It is filled at the first knot, unless that is
+    the `last` one: then nothing would use it.
     """
     tied = TiedLink()
     delta_squares: list[Tensor] = []
-    own_squares: list[Tensor] = []  # of this process's shards
-    copied_squares: list[Tensor] = []  # of weights that every process holds
+    squares: list[Tensor] = []  # this process's share of the remainders'
     for name, layer in lora_layers(model).items():
         learnt = [layer.lora_A, layer.lora_B]
         if layer.bias is not None and layer.bias.requires_grad:
@@ -70,9 +69,9 @@ def tie_link(
             weight, start = local_shard(layer.weight) if local else (writable_part(layer.weight), 0)
             before = remainders.get(name)
             if weight.dtype != torch.float32 and before is None and not last:
-                remainders[name] = host_room(weight.numel())
+                remainders[name] = Remainder.of(weight, exact)
             square = _add_link(layer, weight, start, before, remainders.get(name), exact)
-            (own_squares if is_sharded(layer.weight) else copied_squares).append(square)
+            squares.append(square / copies(layer.weight))
             factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
             if keep_tensors:
@@ -82,14 +81,13 @@ def tie_link(
         tied.bytes_moved += collective_bytes(learnt) + collective_bytes(whole, write=True)
     # Reading a number from the device below also waits for the copies of remainders to the host.
     nothing = torch.zeros((), dtype=torch.float64, device=accelerator.device())
-    own_square = collectives.all_reduce_sum(sum(own_squares, nothing))
-    tied.remainder_square = float(own_square + sum(copied_squares, nothing))
+    tied.remainder_square = float(collectives.all_reduce_sum(sum(squares, nothing)))
     tied.delta_square = float(sum(delta_squares, nothing))
     return tied
 
 
 def _add_link(
-    layer: LoRALinear, weight: Tensor, start: int, before: Tensor | None, after: Tensor | None, exact: bool
+    layer: LoRALinear, weight: Tensor, start: int, before: Remainder | None, after: Remainder | None, exact: bool
 ) -> Tensor:
     """Add a layer's link to a flat part of its weight that begins at `start`, with the remainder of `before`; the new one goes to
     `after`. None: there is none. -> (), the new remainder's squared norm"""
@@ -99,11 +97,11 @@ def _add_link(
     for begin in range(0, weight.numel(), _ELEMENTS_AT_ONCE):
         piece = slice(begin, min(begin + _ELEMENTS_AT_ONCE, weight.numel()))
         delta = delta_slice(layer.lora_A, layer.lora_B, layer.scaling, start + begin, piece.stop - begin)
-        remainder = nothing if before is None else before[piece].to(device, non_blocking=True)
+        remainder = nothing if before is None else before.read(begin, weight[piece], device)
         left = add_link(weight[piece], delta, remainder, exact)
         square += torch.linalg.vector_norm(left, dtype=torch.float64).square()
         if after is not None:
-            after[piece].copy_(left, non_blocking=True)
+            after.write(begin, weight[piece], left)
     return square
 
 

@@ -13,7 +13,7 @@ from cola_ds.distributed.shards import whole_state_dict
 from cola_ds.run.folder import RunDir
 from cola_ds.run.model_folder import write_model_folder
 from cola_ds.training.flops import profiled_flops, training_flops
-from cola_ds.training.prepare import Prepared
+from cola_ds.training.prepared import Prepared
 from cola_ds.training.state import Chain
 
 
@@ -24,8 +24,8 @@ def finish(chain: Chain, prepared: Prepared, loading_s: float) -> None:
         _save_whole_model(chain, prepared)
     chain.logger.close()
     peak = int(collectives.all_reduce_max([accelerator.peak_memory_bytes()])[0])
-    remainders = torch.tensor([sum(r.numel() for r in chain.state.remainders.values())], device=accelerator.device())
-    remainder_bytes = 4 * int(collectives.all_reduce_sum(remainders))
+    held = torch.tensor([sum(r.kept.nbytes for r in chain.state.remainders.values())], device=accelerator.device())
+    remainder_bytes = int(collectives.all_reduce_sum(held))
     if chain.folder:
         assert chain.facts is not None
         wall_time_s = chain.facts.elapsed_s + time.perf_counter() - chain.facts.since

@@ -32,7 +32,8 @@ def peft_here(process, path):
 
     from cola_ds.config.deepspeed_json import complete
     from cola_ds.data.batcher import Batcher
-    from cola_ds.distributed.engine import build_engine, load_model
+    from cola_ds.distributed.engine import build_engine
+    from cola_ds.distributed.loading import load_model
     from cola_ds.distributed.shards import gathered
     from cola_ds.evaluation.loss import loss_sum
     from cola_ds.lora.layers import draw_lora_A

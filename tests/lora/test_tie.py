@@ -139,7 +139,7 @@ def tie_three_links(process, path):
         if link < 3:
             extend_chain(chain)
             chain.state.link += 1
-    found["remainders"] = sum(r.numel() for r in chain.state.remainders.values())
+    found["remainders"] = sum(r.kept.numel() for r in chain.state.remainders.values())
     return found
 
 
