@@ -24,6 +24,7 @@ from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.shards import gathered, local_shard, numel, writable_part
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
+from cola_ds.lora.remainders import Remainder
 from cola_ds.lora.tie import tie_link
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
@@ -34,7 +35,7 @@ _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
 
 
 def restore_model(
-    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Tensor]
+    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder]
 ) -> None:
     """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
 
@@ -60,7 +61,7 @@ def restore_model(
 
 
 def _tie_again(
-    model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Tensor],
+    model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Remainder],
     local: bool, exact: bool, last: bool = False,
 ) -> None:  # fmt: skip
     """Tie a link that process 0 has read, as the run did. Collective."""
@@ -82,7 +83,7 @@ def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
     """
     facts = collectives.on_rank_0(lambda: _facts_of_run(run, base))
     inject(model, facts["layers"], dropout=0.0, train_bias=False)
-    remainders: dict[str, Tensor] = {}
+    remainders: dict[str, Remainder] = {}
     for link in facts["links"]:
         tensors = read_link(Path(link["file"])) if reads else {}
         last = link is facts["links"][-1]

@@ -44,6 +44,10 @@ _UNSUPPORTED_ZERO = {
     "zenflow": None,
     "super_offload": False,
 }
+_INSTEAD = dict.fromkeys(
+    ("zero_hpz_partition_size", "mics_shard_size"), "remove it, and set model.shards=node in the run's YAML"
+)
+"""hpZ's second copy of the weights does not see a knot; MiCS is gone from DeepSpeed."""
 
 
 def read_engine_config(config: RunConfig) -> dict[str, Any]:
@@ -160,7 +164,8 @@ def _check_zero(zero: Any, path: str) -> None:
         raise UserError(f"{path}: zero_optimization.stage is {shown}; a chain runs at stage 2 or 3, or auto")
     for key, harmless in _UNSUPPORTED_ZERO.items():
         if not _is(zero.get(key, harmless), harmless):
-            raise UserError(f"{path}: zero_optimization.{key} {_shown(zero[key])} is not supported; remove it")
+            instead = _INSTEAD.get(key, "remove it")
+            raise UserError(f"{path}: zero_optimization.{key} {_shown(zero[key])} is not supported; {instead}")
     for key in ("offload_param", "offload_optimizer"):
         section = {} if zero.get(key) is None else zero[key]
         if not isinstance(section, dict):

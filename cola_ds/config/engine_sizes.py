@@ -12,8 +12,11 @@ DeepSpeed's own sizes are made for pretraining large models. What they cost wher
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from cola_ds.errors import some_of
 
 SHARE = 0.7
 """How much of a process's memory the estimate of stage 2 may fill: it knows neither fragmentation nor what else is held."""
@@ -63,13 +66,13 @@ class Need:
 
 
 def need(
-    shapes: Shapes, element_bytes: int, tokens: int, *, recomputes: bool = False, keeps_remainders: bool = False
+    shapes: Shapes, element_bytes: int, tokens: int, *, recomputes: bool = False, remainder_bytes: int = 0
 ) -> Need:
     """What one process needs at stage 2, estimated with care: whole base weights, the adapters' states as if they were not
     sharded, and activations of a micro batch of `tokens` tokens.
 
-    `recomputes`: activation checkpointing. `keeps_remainders`: fp32 remainders of the target layers, which each process then
-    keeps whole on its host. The host also holds the weights once, as they are loaded.
+    `recomputes`: activation checkpointing. `remainder_bytes`: what a remainder of a target layer's weight takes, which each
+    process then keeps on its host. The host also holds the weights once, as they are loaded.
     """
     width = shapes.width
     if recomputes:  # one block's, and the input of each
@@ -79,7 +82,7 @@ def need(
     )  # logits, and theirs, in fp32
     weights = shapes.total * element_bytes
     device = weights + shapes.trained * _TRAINED_BYTES + kept
-    remainders = 4 * shapes.targets if keeps_remainders else 0
+    remainders = remainder_bytes * shapes.targets
     return Need(device=device, host=weights + remainders, remainders=remainders)
 
 
@@ -96,6 +99,44 @@ def choose_stage(needed: Need, device_bytes: int, host_bytes: int, one: bool) ->
         if wanted > SHARE * there:
             return 3, f"stage 2 needs {of}: more than {SHARE:.0%}"
     return 2, f"needs {needed.device / 2**30:.1f} GiB a process, of {device_bytes / 2**30:.1f} GiB"
+
+
+def nodes_of(hosts: Sequence[str]) -> list[list[int]]:
+    """The ranks on each host, `hosts` naming that of every rank. Nodes are in the order of their first ranks, ranks in theirs: at
+    any placement."""
+    found: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        found.setdefault(host, []).append(rank)
+    return list(found.values())
+
+
+def why_not_alike(hosts: Sequence[str]) -> str | None:
+    """Why nodes cannot keep shards each for itself, where they have different numbers of processes; None: they can."""
+    sizes = {hosts[ranks[0]]: len(ranks) for ranks in nodes_of(hosts)}
+    if len(set(sizes.values())) == 1:
+        return None
+    return (
+        f"nodes have different numbers of processes: {some_of([f'{count} on {host}' for host, count in sizes.items()])}"
+    )
+
+
+def choose_shards(
+    needed: Need, shapes: Shapes, element_bytes: int, node_size: int, device_bytes: int, host_bytes: int, one: bool
+) -> tuple[bool, str]:
+    """Whether every node keeps the base in shards of its own at stage 3, as each process has the memory for that; and why, for
+    people. `needed` is what stage 2 needs; the others are as for `choose_stage`. `node_size`: processes on a node.
+    """
+    weights = shapes.total * element_bytes
+    gathered = (
+        2 * max(shapes.weights, default=0) * element_bytes
+    )  # what is computed with, and what is fetched meanwhile
+    remainders = needed.remainders // node_size
+    device = needed.device - weights + weights // node_size + gathered + (remainders if one else 0)
+    for what, wanted, there in (("", device, device_bytes), (" of its host", remainders, host_bytes)):
+        if wanted > SHARE * there:
+            of = f"{wanted / 2**30:.1f} GiB a process, of {there / 2**30:.1f} GiB{what}"
+            return False, f"over all processes: in each node they need {of}: more than {SHARE:.0%}"
+    return True, f"in each node: {device / 2**30:.1f} GiB a process, of {device_bytes / 2**30:.1f} GiB"
 
 
 def with_sizes(zero: dict[str, Any], shapes: Shapes, full: bool, micro_steps: int) -> dict[str, Any]:

@@ -61,6 +61,9 @@ class ModelConfig(Section):
     """Run code that the model's repository brings with it."""
     links: Annotated[Path | None, Mark.PLACE] = None
     """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
+    shards: Annotated[Literal["auto", "world", "node"], Mark.FREE] = "auto"
+    """Where ZeRO-3 keeps frozen weights. node: each node has all of them in shards of its own, and none crosses a node, in a step
+    or at a knot; every node has as many processes. world: in shards over all processes. auto: node where it fits."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "flex", "varlen", "eager"] = "auto"
     """The attention kernel. varlen: the examples of a micro batch one after the other in a row, nothing padded, by torch's own
     varlen on CUDA. auto: varlen where model, device and data can have it, else what Transformers chooses. Tasks, whose candidates
@@ -209,6 +212,8 @@ class RunConfig(Section):
                 )
         if self.method == "zero-shot" and not self.data.has_eval:
             raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
+        if self.method == "full" and self.model.shards == "node":
+            raise ValueError("method full trains every weight, and model.shards node is for frozen ones; use world")
         if self.model.links is not None and self.trains:
             raise ValueError(
                 f"method {self.method} contradicts model.links, which is for evaluation; train a model made by cola-ds export"

@@ -139,10 +139,17 @@ def all_gather_numbers(value: float) -> list[float]:
 
 def least_memory() -> tuple[int, int]:
     """What the process with least memory has, in bytes: where it computes, and on its host. Collective."""
-    hosts = all_gather_texts(socket.gethostname())
-    device_bytes, host_bytes = memory_bytes(hosts.count(hosts[dist.get_rank()]))
+    names = hosts()
+    device_bytes, host_bytes = memory_bytes(names.count(names[dist.get_rank()]))
     least = [-value for value in all_reduce_max([-device_bytes, -host_bytes])]
     return int(least[0]), int(least[1])
+
+
+def all_gather_ints(mine: Tensor) -> list[list[int]]:
+    """One int64 tensor (n,) per process, of one length, in the order of their ranks. Collective."""
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    return [held.tolist() for held in theirs]
 
 
 def all_gather_bytes(mine: Tensor) -> list[Tensor]:
@@ -200,6 +207,11 @@ def all_gather_texts(text: str, size: int = 256) -> list[str]:
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(theirs, mine)
     return [bytes(held.tolist()).rstrip(b"\0").decode(errors="replace") for held in theirs]
+
+
+def hosts() -> list[str]:
+    """The name of every process's host, in the order of their ranks. Collective."""
+    return all_gather_texts(socket.gethostname())
 
 
 def all_gather_objects(value: Any) -> list[Any]:

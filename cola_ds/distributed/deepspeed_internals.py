@@ -6,6 +6,7 @@ was read. Neither torch nor deepspeed is imported with this module.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -159,7 +160,7 @@ def master_part(optimizer: Any, param: Any) -> MasterPart | None:
 
     if hasattr(param, "ds_id"):
         group, offset, padded = _part(optimizer, "grad_position")[_part(optimizer, "get_param_id")(param)]
-        start = padded * dist.get_rank(_part(param, "ds_process_group"))
+        start = padded * dist.get_rank(group_of(param))
         count = min(max(_part(param, "ds_numel") - start, 0), padded)
         flat = _part(optimizer, "fp32_partitioned_groups_flat")[group]
         return MasterPart(flat, offset, start, count) if count else None
@@ -179,6 +180,11 @@ def flat_masters(optimizer: Any) -> list[Tensor]:
     raise _gone("flat fp32 groups in its optimizers")
 
 
+def group_of(param: Any) -> Any:
+    """The process group among which a ZeRO-3 parameter's shards lie (0.19.8)."""
+    return _part(param, "ds_process_group")
+
+
 def shard(param: Any) -> tuple[Tensor, int]:
     """The flat part of a ZeRO-3 parameter that this process keeps, without its padding, and its place in the whole parameter
     (0.19.8)."""
@@ -189,8 +195,32 @@ def shard(param: Any) -> tuple[Tensor, int]:
     assert status == "NOT_AVAILABLE", f"{param.ds_id} is {status}"
     held = _part(param, "ds_tensor")
     size = _part(held, "ds_numel")
-    start = size * dist.get_rank(_part(param, "ds_process_group"))
+    start = size * dist.get_rank(group_of(param))
     return held.data.narrow(0, 0, min(max(_part(param, "ds_numel") - start, 0), size)), start
+
+
+@contextmanager
+def shards_in(group: Any) -> Iterator[None]:
+    """Shards of parameters that are made inside the block lie on the processes of a group; None: on all. Their first values are
+    those of each process, and go nowhere: the weights are still to come (0.19.8).
+
+    Transformers names no group where it calls deepspeed.zero.Init (5.24).
+    """
+    import deepspeed
+
+    plain = deepspeed.zero.Init
+    _part(plain, "_zero_init_param")
+
+    class Init(plain):  # type: ignore[misc, valid-type]
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    deepspeed.zero.Init = Init if group is None else functools.partial(Init, data_parallel_group=group)
+    try:
+        yield
+    finally:
+        deepspeed.zero.Init = plain
 
 
 # -- gradients that are not finite ------------------------------------------------------------------------------------

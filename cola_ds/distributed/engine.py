@@ -1,13 +1,11 @@
-"""The DeepSpeed engine: loading into shards, building, rebuilding, evaluating.
+"""The DeepSpeed engine: building, rebuilding, evaluating.
 
 Every function here that says "collective" must be called by all processes together.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +15,8 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import nn
 
-from cola_ds.config.dtypes import DTYPES
-from cola_ds.config.schema import ModelConfig
-from cola_ds.distributed.accelerator import device
 from cola_ds.distributed.compilation import uncompiled
 from cola_ds.distributed.deepspeed_internals import (
     forget_modules,
@@ -31,6 +25,8 @@ from cola_ds.distributed.deepspeed_internals import (
     steps_traced_alone,
     take_down_engine,
 )
+from cola_ds.distributed.nodes import trained_by_all
+from cola_ds.distributed.shards import is_sharded
 from cola_ds.errors import UserError, first_line
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
@@ -47,88 +43,6 @@ def check_engine_config(engine_config: dict[str, Any]) -> None:
         raise UserError(f"DeepSpeed refuses the config: {first_line(error)}") from None
 
 
-def load_model(config: ModelConfig, engine_config: dict[str, Any], attention: str | None = None) -> nn.Module:
-    """Load a causal LM; under ZeRO-3 straight into shards, one module at a time. Collective.
-
-    `attention` is Transformers' name of the attention that it gets; None: Transformers chooses.
-
-    Under ZeRO-3, process 0 maps the checkpoint (it is never copied as a whole) and each module goes out to the shards of all
-    processes before the next one is read. At stage 2 every process holds the model, as that stage does.
-
-    Raises UserError for weights that are damaged, incomplete or not safetensors.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
-
-    # transformers shards while this object is alive, and only then: keep it until the model is loaded.
-    sharded = engine_config["zero_optimization"]["stage"] == 3
-    sharding = HfDeepSpeedConfig(engine_config) if sharded else None
-    try:
-        with _freed_memory_goes_back(), _one_voice():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                config.path,
-                revision=config.revision,
-                dtype=getattr(torch, DTYPES[config.dtype].torch_name),
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation=attention,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the weights of model.path {config.path} cannot be loaded: {first_line(error)}") from None
-    del sharding
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
-    if loading["unexpected_keys"] and dist.get_rank() == 0:
-        unused = sorted(loading["unexpected_keys"])
-        print(
-            f"cola-ds: warning: model.path {config.path} has {len(unused)} weights that this architecture does not use, such as "
-            f"{unused[0]}; see whether its config.json is of the same model", file=sys.stderr, flush=True,
-        )  # fmt: skip
-    if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(device())
-    else:  # the engine would move it too, but a restored run ties its links before there is one
-        model.to(device())
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-@contextmanager
-def _one_voice() -> Iterator[None]:
-    """Without the table that transformers prints of weights that are missing or not used: what matters of it takes a line."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-@contextmanager
-def _freed_memory_goes_back() -> Iterator[None]:
-    """Have glibc return large blocks to the kernel as they are freed, and behave as usual afterwards.
-
-    It would keep them for later use. Loading frees a gathered module after another, and would leave each process with more
-    resident memory than the whole model takes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 1)  # another C library: nothing to set
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    mallopt(mmap_threshold, 128 * 1024)
-    try:
-        yield
-    finally:
-        # What glibc's own adjustment arrives at once a program has freed large blocks.
-        mallopt(mmap_threshold, 32 * 2**20)
-        mallopt(trim_threshold, 64 * 2**20)
-
-
 def build_engine(
     model: nn.Module,
     engine_config: dict[str, Any],
@@ -138,7 +52,11 @@ def build_engine(
 
     A model with nothing to train gets an engine that only evaluates.
     """
+    trained_by_all(model)
     trainable = [param for param in model.parameters() if param.requires_grad]
+    for param in trainable:  # its shards lie on all processes, wherever the base's do
+        if not is_sharded(param):
+            param.ds_zero_partition_process_group = dist.get_world_group()  # type: ignore[attr-defined]
     optimizer = make_optimizer(trainable) if trainable else None
     if optimizer is None and engine_config["zero_optimization"]["stage"] < 3:
         # Stages 1 and 2 shard gradients and optimizer states; without an optimizer DeepSpeed refuses them.

@@ -63,7 +63,8 @@ def trained_tensors(engine: Engine) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], count: int) -> dict[str, Tensor]:
-    # Every element is some process's own and zero elsewhere: the sum of their bits as integers is the element, bit for bit.
+    # Every element is some process's own and zero elsewhere: the sum of their bits as integers is the element, bit for bit. A sum
+    # for process 0 alone moves half of what one for all would; a gather would need connections from it to all.
     whole = torch.zeros(count, dtype=torch.int32, device=device())
     begin = 0
     for _, param, kind in piece:
@@ -72,7 +73,7 @@ def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], co
             held = part.flat if kind == "master" else engine.optimizer.optimizer.state[part.flat][kind]
             whole[begin + part.start :][: part.count].copy_(part.of(held.detach()).float().view(torch.int32))
         begin += numel(param)
-    dist.all_reduce(whole)
+    dist.reduce(whole, dst=0)
     if dist.get_rank():
         return {}
     shapes = [getattr(param, "ds_shape", param.shape) for _, param, _ in piece]

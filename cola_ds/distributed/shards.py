@@ -32,8 +32,18 @@ def gathered(params: Iterable[Tensor], write: bool = False) -> Iterator[None]:
 
 
 def is_sharded(param: Tensor) -> bool:
-    """Whether ZeRO-3 keeps the parameter in shards, one per process."""
+    """Whether ZeRO-3 keeps the parameter in shards, one per process (of a node, or of all)."""
     return hasattr(param, "ds_id")
+
+
+def process_group(param: Any) -> Any:
+    """The processes among which a sharded parameter's shards lie."""
+    return deepspeed_internals.group_of(param)
+
+
+def copies(param: Tensor) -> int:
+    """On how many processes each element of a parameter is kept: on one under ZeRO-3, or on one of each node; else on all."""
+    return dist.get_world_size() // (dist.get_world_size(group=process_group(param)) if is_sharded(param) else 1)
 
 
 def local_shard(param: Any) -> tuple[Tensor, int]:
@@ -50,20 +60,21 @@ def local_shard(param: Any) -> tuple[Tensor, int]:
 def writable_part(param: Tensor) -> Tensor:
     """What of a parameter, flat, this process has to change inside `gathered(..., write=True)`.
 
-    Under ZeRO-3 all of it on process 0, whose changes go to all shards, and nothing elsewhere; otherwise all of it everywhere.
+    Under ZeRO-3 all of it on process 0 (of each node, with shards of its own), whose changes go to all shards, and nothing
+    elsewhere; otherwise all of it everywhere.
     """
     flat = param.data.view(-1)
-    return flat[:0] if is_sharded(param) and dist.get_rank() else flat
+    return flat[:0] if is_sharded(param) and dist.get_rank(group=process_group(param)) else flat
 
 
-def host_room(count: int) -> Tensor:
-    """fp32 in host memory, still to be written; pinned where there is an accelerator, so that copies need not wait."""
-    return torch.empty(count, pin_memory=get_accelerator().device_name() != "cpu")
+def host_room(count: int, dtype: torch.dtype) -> Tensor:
+    """Host memory, still to be written; pinned where there is an accelerator, so that copies need not wait."""
+    return torch.empty(count, dtype=dtype, pin_memory=get_accelerator().device_name() != "cpu")
 
 
 def collective_bytes(params: Iterable[Tensor], write: bool = False) -> int:
     """Bytes that the collectives of `gathered` carry for these parameters: an all-gather, and a broadcast if written."""
-    sharded = [p for p in params if is_sharded(p) and dist.get_world_size() > 1]
+    sharded = [p for p in params if is_sharded(p) and dist.get_world_size(group=process_group(p)) > 1]
     return sum(numel(p) * p.element_size() for p in sharded) * (2 if write else 1)
 
 

@@ -19,7 +19,10 @@ from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.session import joined
 from cola_ds.errors import UserError, quoted
 from cola_ds.run.folder import RunDir
-from cola_ds.training.prepare import Checked, check, prepare, settle_engine, summarize, with_data
+from cola_ds.training.prepare import check, prepare, with_data
+from cola_ds.training.prepared import Checked
+from cola_ds.training.settle import settle_engine
+from cola_ds.training.summary import summarize
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def run_config(
     prepared = prepared or with_data(
         checked, process.world_size, lambda: tokenize_together(config.data, checked.tokenizer, model, process)
     )
-    prepared = settle_engine(prepared, process.world_size, collectives.least_memory)
+    prepared = settle_engine(prepared, collectives.hosts(), collectives.least_memory)
     if process.rank == 0:
         print(summarize(prepared, process.world_size), flush=True)
     ran = run_prepared(prepared, process, options, frees)

@@ -11,9 +11,11 @@ from cola_ds.checkpoint.restore import restore_model, tie_run
 from cola_ds.config.schema import RunConfig
 from cola_ds.data.batcher import Batcher
 from cola_ds.distributed import accelerator, collectives, compilation
-from cola_ds.distributed.engine import build_engine, check_engine_config, load_model
+from cola_ds.distributed.engine import build_engine, check_engine_config
 from cola_ds.distributed.launcher import Process
+from cola_ds.distributed.loading import load_model
 from cola_ds.distributed.monitor import Monitor
+from cola_ds.distributed.nodes import make_groups
 from cola_ds.errors import UserError
 from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.layers import inject, start_link
@@ -22,7 +24,7 @@ from cola_ds.run.folder import RunDir
 from cola_ds.training.kernels import use_kernels
 from cola_ds.training.metrics import MetricLogger
 from cola_ds.training.optim import make_optimizer
-from cola_ds.training.prepare import Prepared
+from cola_ds.training.prepared import Prepared
 from cola_ds.training.state import Chain, ChainState
 
 
@@ -47,7 +49,8 @@ def build_chain(
     compiles = config.model.compile and config.trains
     if compiles:
         compilation.check_compiler()
-    model = load_model(config.model, prepared.engine_config, prepared.attention)
+    nodes = make_groups(prepared.nodes) if prepared.nodes else None
+    model = load_model(config.model, prepared.engine_config, prepared.attention, nodes)
     if prepared.kernels:
         use_kernels(model)
     base = collectives.on_rank_0(lambda: _checked_model(config, found))
@@ -74,7 +77,7 @@ def build_chain(
     return Chain(
         config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
         world_size=process.world_size, train=train, held_out=held_out, test=prepared.test,
-        tokenizer=prepared.tokenizer, folder=folder, state=state,
+        tokenizer=prepared.tokenizer, folder=folder, state=state, in_nodes=nodes is not None,
         logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),
     )  # fmt: skip
 

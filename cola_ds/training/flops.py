@@ -13,7 +13,7 @@ from cola_ds.data.text import TokenizedData
 from cola_ds.distributed.profiler import forward_flops
 from cola_ds.errors import first_line
 from cola_ds.lora.layers import inject, start_link
-from cola_ds.training.prepare import Prepared, count_adapters
+from cola_ds.training.prepared import Prepared, count_adapters
 
 _COUNT_WITHIN_S = 60.0
 _EXAMPLES_ALONE = 16  # each takes a forward pass of its own

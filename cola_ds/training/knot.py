@@ -13,6 +13,7 @@ from torch import Tensor
 from cola_ds.data.batch import AnyBatch
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.engine import evaluating, rebuild_engine, restart_optimizer
+from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import lora_layers, start_link
@@ -55,12 +56,14 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
 
 
 def _check_link(chain: Chain) -> None:
-    """Raise TrainingFailedError before anything is changed, where the link is not finite."""
+    """Raise TrainingFailedError before anything is changed, where the link is not finite, or not the same on all nodes."""
     state = chain.state
     if not link_is_finite(chain.engine.module):
         raise TrainingFailedError(
             f"link {state.link} is not finite at step {state.step}; it was neither tied nor saved"
         )
+    if chain.in_nodes:
+        check_alike(chain.engine.module, state.step)
 
 
 def _tie(chain: Chain) -> TiedLink:

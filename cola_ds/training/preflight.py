@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cola_ds.distributed import collectives
 from cola_ds.errors import UserError
 from cola_ds.run import lock
 from cola_ds.run.environment import version_of
-from cola_ds.training.prepare import Prepared
+from cola_ds.training.prepared import Prepared
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
 SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts after a while
@@ -31,7 +30,7 @@ SHARED_WITHIN_S = 10.0  # network file systems show a new file to other hosts af
 def check_ranks_agree(prepared: Prepared) -> None:
     """Raise UserError, on all processes, naming the first one that differs from process 0, and in what. Collective."""
     all_facts = collectives.all_gather_objects(_facts(prepared))
-    differing = differences(all_facts, collectives.all_gather_texts(socket.gethostname()))
+    differing = differences(all_facts, collectives.hosts())
     if differing:
         raise UserError(f"{differing[0]}; make the nodes alike")
 
@@ -91,7 +90,7 @@ def check_shared(folder: Path) -> None:
     deadline = time.monotonic() + SHARED_WITHIN_S
     while not (seen := (lock.holder(folder) or {}).get("id") == expected) and time.monotonic() < deadline:
         time.sleep(0.2)
-    hosts = collectives.all_gather_texts(socket.gethostname())
+    hosts = collectives.hosts()
     for rank, sees in enumerate(collectives.all_gather_numbers(float(seen))):
         if not sees:
             raise UserError(

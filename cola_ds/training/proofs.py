@@ -7,7 +7,7 @@ import torch
 from cola_ds.errors import UserError, first_line
 from cola_ds.evaluation import fused_loss
 from cola_ds.evaluation.separation import check_separation
-from cola_ds.training.prepare import Prepared
+from cola_ds.training.prepared import Prepared
 from cola_ds.training.state import Chain
 
 

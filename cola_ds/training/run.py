@@ -14,7 +14,7 @@ from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.loop import run_chain
 from cola_ds.training.preflight import check_ranks_agree
-from cola_ds.training.prepare import Prepared
+from cola_ds.training.prepared import Prepared
 from cola_ds.training.proofs import prove
 from cola_ds.training.result import finish
 from cola_ds.training.start import begin, lock_and_choose

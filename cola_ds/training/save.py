@@ -13,6 +13,7 @@ from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import collectives, watchdog
 from cola_ds.distributed.engine_state import loss_scale_state, optimizer_scalars, random_state, trained_tensors
+from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import StoppedError, TrainingFailedError
 from cola_ds.training.state import Chain, RunFacts, counters, position
 
@@ -63,6 +64,8 @@ def save_chain(chain: Chain) -> str | None:
     changed then. One that is there for this step already, and verifies, stands: it leads to the same bits.
     """
     step, begin = chain.state.step, time.perf_counter()
+    if chain.in_nodes:
+        check_alike(chain.engine.module, step)
     checkpoints = CheckpointFolder(chain.folder) if chain.folder else None
     if collectives.broadcast_object(
         checkpoints is None or chain.facts is None or checkpoints.sound(checkpoints.at(step))

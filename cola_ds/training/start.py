@@ -21,7 +21,7 @@ from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.build import build_chain
 from cola_ds.training.preflight import check_shared
-from cola_ds.training.prepare import Prepared, count_trainable
+from cola_ds.training.prepared import Prepared, count_trainable
 from cola_ds.training.save import space_needed
 from cola_ds.training.state import Chain, RunFacts, from_counters
 from cola_ds.training.work import work_of
@@ -67,6 +67,7 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
     hosts = collectives.all_gather_texts(platform.node())
     environment = describe_environment(hosts, accelerator.accelerator_name())
     environment["zero_stage"] = prepared.engine_config["zero_optimization"]["stage"]
+    environment["shards"] = "node" if prepared.nodes else "world"
     if folder:  # not before all that can be refused has been accepted
         found = _write_down(chain, prepared, folder, found, environment)
         what = "resumed" if saved else "started"

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from cola_ds.checkpoint.decide import Identity
 from cola_ds.checkpoint.format import Counters
 from cola_ds.config.schema import RunConfig
@@ -17,6 +15,7 @@ from cola_ds.data.batch import StepExamples
 from cola_ds.data.batcher import Batcher
 from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed.engine import Engine
+from cola_ds.lora.remainders import Remainder
 from cola_ds.run.folder import RunDir
 from cola_ds.training.metrics import MetricLogger
 
@@ -50,8 +49,8 @@ class ChainState:
     alone."""
     link_hashes: list[str] = field(default_factory=list)
     """SHA-256 of each tied link's file. On process 0 alone."""
-    remainders: dict[str, Tensor] = field(default_factory=dict)
-    """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties, fp32."""
+    remainders: dict[str, Remainder] = field(default_factory=dict)
+    """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +85,8 @@ class Chain:
     """Of a task: what is scored whenever `held_out`, its dev split, is better than before."""
     tokenizer: Any
     logger: MetricLogger
+    in_nodes: bool
+    """Whether each node keeps the base in shards of its own."""
     folder: RunDir | None
     """Takes the tied links; None on every process but 0."""
     state: ChainState = field(default_factory=ChainState)

@@ -21,7 +21,7 @@ import numpy
 from torch import nn
 
 from cola_ds.data.batch import StepExamples
-from cola_ds.training.prepare import Prepared
+from cola_ds.training.prepared import Prepared
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from cola_ds.config.loading import load_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.data.batcher import Batcher
 from cola_ds.errors import UserError
-from cola_ds.training.prepare import Prepared, prepare
+from cola_ds.training.prepare import prepare
+from cola_ds.training.prepared import Prepared
 from cola_ds.training.work import work_of
 from tests.bench.timed import ArmFailedError, json_rows, timed_run, torchrun
 from tests.bench.work import WORKLOADS, Workload, save_rows

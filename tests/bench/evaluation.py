@@ -141,7 +141,8 @@ def measure(process: Any, model: str, options: dict[str, Any]) -> dict[str, Any]
     import torch
 
     from cola_ds.config.schema import ModelConfig
-    from cola_ds.distributed.engine import build_engine, load_model
+    from cola_ds.distributed.engine import build_engine
+    from cola_ds.distributed.loading import load_model
     from tests.bench.knots import peak_mib, reset_peak, timed
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // process.world_size))

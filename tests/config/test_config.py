@@ -452,7 +452,7 @@ def test_engine_config_is_completed(engine):
         ({**ZERO3, "bf16": {"enabled": False}}, "bf16.enabled false contradicts model.dtype bf16"),
         (
             {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
-            "zero_hpz_partition_size 2 is not supported",
+            "zero_hpz_partition_size 2 is not supported; remove it, and set model.shards=node",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},

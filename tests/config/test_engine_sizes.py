@@ -32,7 +32,7 @@ def test_what_stage_2_needs():
     least = need(SMALL, 2, 0)
     assert least == Need(device=2 * SMALL.total + 24 * SMALL.trained, host=2 * SMALL.total)
     assert need(SMALL, 4, 0).host == 4 * SMALL.total
-    assert need(SMALL, 2, 0, keeps_remainders=True).host == 2 * SMALL.total + 4 * SMALL.targets
+    assert need(SMALL, 2, 0, remainder_bytes=2).host == 2 * SMALL.total + 2 * SMALL.targets
     assert need(SMALL, 2, 10).device - least.device == int(10 * (1.5 * 200 * 2 + 3 * 50 * 4))
     assert need(SMALL, 2, 10, recomputes=True).device < need(SMALL, 2, 10).device
 

@@ -11,6 +11,7 @@ from cola_ds.config.schema import CheckpointConfig, DataConfig, Mark, ModelConfi
 ANSWERS = {
     "model.path": "cp", "model.dtype": "x", "model.revision": "p", "model.trust_remote_code": "", "model.links": "p",
     "model.activation_checkpointing": "", "model.attention": "", "model.compile": "", "model.kernels": "",
+    "model.shards": "f",
     "method": "x",
     "lora.rank": "x", "lora.alpha": "x", "lora.dropout": "", "lora.targets": "x", "lora.bias": "x",
     "chain.length": "", "chain.knots": "", "chain.tie": "", "chain.merge": "x",

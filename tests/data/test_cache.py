@@ -490,7 +490,8 @@ def test_a_folder_that_cannot_be_written(tokenizer, path, tmp_path, monkeypatch,
 
 def test_the_warning_is_summarized_once(toy, tmp_path, monkeypatch):
     from cola_ds.config.schema import RunConfig
-    from cola_ds.training.prepare import prepare, summarize
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
 
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

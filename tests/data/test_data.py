@@ -238,7 +238,8 @@ def test_without_a_prompt_or_bos(prompt, completion, expected, lost):
 
 
 def test_three_losses_are_told_apart(toy, tmp_path):
-    from cola_ds.training.prepare import prepare, summarize
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
 
     rows = [
         {"prompt": "Q0? ", "completion": "answer " * 20},

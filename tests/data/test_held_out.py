@@ -179,7 +179,8 @@ def test_a_batch_of_which_nothing_is_left(tokenizer, tmp_path, monkeypatch):
 
 def test_what_was_lost_is_counted_once(toy, tmp_path):
     from cola_ds.config.schema import RunConfig
-    from cola_ds.training.prepare import prepare, summarize
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
 
     path = write(tmp_path / "t.jsonl", [*pairs(*range(20)), {"prompt": "x" * 90, "completion": "y"}])
     config = run_config(toy[0], path, tmp_path / "run", data={"eval_examples": 5})

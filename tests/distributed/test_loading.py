@@ -1,4 +1,4 @@
-"""Loading under ZeRO-3 goes straight into shards: no process holds the whole model, and all of it arrives."""
+"""Loading under ZeRO-3 goes straight into shards: no process holds the whole model, none sends a weight, all of it arrives."""
 
 import re
 import threading
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cola_ds.config.schema import ModelConfig
-from tests.support.distributed import process_group, run_distributed
+from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.toys import save_model
 
 
@@ -19,7 +19,7 @@ def private_bytes():
 
 
 def load_and_watch(process, path):
-    from cola_ds.distributed.engine import load_model
+    from cola_ds.distributed.loading import load_model
     from cola_ds.distributed.shards import gathered
 
     process_group(process)
@@ -65,3 +65,61 @@ def test_no_process_holds_the_whole_model(tmp_path):
         assert found["digest"] == pytest.approx(expected, rel=1e-9)
         shard = whole / 4
         assert shard * 0.9 < found["peak"] < shard + 8 * largest < whole * 0.55, (found["peak"], whole)
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+MODELS = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama-tied", {}),
+    "opt": ("opt", {}),
+    "qwen2": ("qwen2", {}),
+    "gpt2": ("gpt2", {}),
+    "mixtral": ("llama", MIXTRAL),
+}
+
+
+def load_and_compare(process, models, groups):
+    """By model and dtype: the names of what is not as Transformers loads it, the bytes that collectives carried, and those
+    of the model."""
+    from transformers import AutoModelForCausalLM
+
+    from cola_ds.distributed.loading import load_model
+    from cola_ds.distributed.nodes import make_groups
+    from cola_ds.distributed.shards import gathered
+
+    process_group(process)
+    nodes = make_groups(groups) if groups else None
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    config["train_batch_size"] = process.world_size
+    found = {}
+    for name, folder in models.items():
+        for dtype in ("fp32", "bf16"):
+            config["bf16"] = {"enabled": dtype == "bf16"}
+            with CountedCollectives() as counted:
+                model = load_model(ModelConfig(path=folder, dtype=dtype), config, nodes=nodes)
+            plain = AutoModelForCausalLM.from_pretrained(
+                folder, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+            )
+            expected = dict(plain.named_parameters()) | dict(plain.named_buffers())
+            held = dict(model.named_parameters()) | dict(model.named_buffers())
+            wrong = sorted(held.keys() ^ expected.keys())
+            for key, value in held.items():
+                with gathered([value] if hasattr(value, "ds_id") else []):
+                    if value.dtype != expected[key].dtype or not torch.equal(value.detach(), expected[key].detach()):
+                        wrong.append(key)
+            assert model.generation_config.to_dict() == plain.generation_config.to_dict()
+            assert not model.training
+            whole = sum(p.numel() * p.element_size() for p in plain.parameters())
+            found[f"{name} {dtype}"] = (wrong, counted.bytes, whole)
+    return found
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 2], [1, 3]]], ids=["world", "nodes"])
+def test_what_is_loaded_is_what_transformers_loads(tmp_path, groups):
+    """Mixtral's experts lie in the files one by one, and are fused as they are loaded: these are read on process 0 and sent."""
+    models = {name: str(save_model(tmp_path / name, kind, **sizes)) for name, (kind, sizes) in MODELS.items()}
+    for found in run_distributed(load_and_compare, 4 if groups else 2, models, groups, timeout_s=300):
+        for name, (wrong, moved, whole) in found.items():
+            assert not wrong, (name, wrong)
+            assert (moved > 0.1 * whole) == name.startswith("mixtral"), (name, moved, whole)
+            assert moved < 0.01 * whole or name.startswith("mixtral"), (name, moved, whole)

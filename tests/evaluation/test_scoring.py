@@ -314,7 +314,8 @@ def test_a_window_that_no_text_fills_changes_nothing(tmp_path):
 
 def make_engine(folder):
     from cola_ds.config.schema import ModelConfig
-    from cola_ds.distributed.engine import build_engine, load_model
+    from cola_ds.distributed.engine import build_engine
+    from cola_ds.distributed.loading import load_model
 
     config = json.loads((REPOSITORY / "tests/support/zero3_sharded.json").read_text(encoding="utf-8"))
     config |= {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}

@@ -84,7 +84,9 @@ def measure_knots(process, path):
         engines = sum(type(thing).__name__ in ("DeepSpeedEngine", "DeepSpeedZeRoOffload") for thing in gc.get_objects())
         modules = list(chain.engine.module.modules())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
-        counts.append((allocated, tensors, engines, hooks, sum(r.numel() for r in chain.state.remainders.values())))
+        counts.append(
+            (allocated, tensors, engines, hooks, sum(r.kept.numel() for r in chain.state.remainders.values()))
+        )
     kept = [chain]
     del chain
     take_down(kept)

@@ -105,6 +105,12 @@ def process_group(process: Process) -> None:
     collectives.init_process_group(process)
 
 
+def _ranks_of(group):
+    from torch.distributed import ProcessGroup, get_process_group_ranks
+
+    return get_process_group_ranks(ProcessGroup.unbox(group))
+
+
 class CountedCollectives(TorchDispatchMode):
     """Counts what the collectives inside the block carry, whoever calls them, below DeepSpeed and torch.distributed."""
 
@@ -112,6 +118,8 @@ class CountedCollectives(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[str, int]] = []
         """The operation, and the bytes of what this process ends up with or gives: the larger of outputs and inputs."""
+        self.ranks: list[list[int]] = []
+        """The processes that take part in each."""
 
     @property
     def bytes(self) -> int:
@@ -124,4 +132,6 @@ class CountedCollectives(TorchDispatchMode):
                 for arg in args
             ]
             self.calls.append((func._opname, max(sizes, default=0)))
+            groups = [arg for arg in tree_leaves(args) if isinstance(arg, torch.ScriptObject)]
+            self.ranks.append(_ranks_of(groups[0]) if groups else [])
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
 """Whole runs in processes of a test: stopped at a chosen point, started again, and compared bit by bit."""
 
 import hashlib
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -32,23 +33,27 @@ def three_links(toy, **sections):
     return run_config(model, train, "unused", **options)
 
 
-def run_once(process, path, stop=None, words=None):
-    """Train as the command does. `stop` asks process number 1 (or the last) to stop inside the given place: ("step", 5, 2) in the
-    second micro batch of the step after step 5; ("evaluation", 2) in the second evaluation. Returns the weights' hash, or
-    "stopped".
+def run_once(process, path, stop=None, words=None, hosts=None):
+    """Train as the command does; `hosts` names that of every process, where they are not one node. `stop` asks process number 1
+    (or the last) to stop inside the given place: ("step", 5, 2) in the second micro batch of the step after step 5;
+    ("evaluation", 2) in the second evaluation. Returns the weights' hash, or "stopped".
     """
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.distributed import signals
     from cola_ds.errors import StoppedError
     from cola_ds.training.prepare import prepare
     from cola_ds.training.run import run_prepared as train
+    from cola_ds.training.settle import settle_engine
 
     process_group(process)
     if stop and process.rank == min(1, process.world_size - 1):
         _ask_to_stop(signals, *stop)
     kept = _keep_the_chain()
     try:
-        if not train(prepare(load_config(path), process.world_size), process, ResumeOptions(**(words or {}))):
+        prepared = prepare(load_config(path), process.world_size)
+        if hosts:
+            prepared = settle_engine(prepared, hosts, lambda: (2**40, 2**40))
+        if not train(prepared, process, ResumeOptions(**(words or {}))):
             return "finished"
     except StoppedError:
         return "stopped"
@@ -102,33 +107,34 @@ def _ask_to_stop(signals, place, number, micro_batch=1):
 
 
 def weights_hash(chain):
-    """SHA-256 of every whole parameter's bits, and of what the remainders sum to."""
+    """SHA-256 of every whole parameter's bits, and of what the remainders' bits sum to."""
     import torch
 
     from cola_ds.distributed import accelerator, collectives
-    from cola_ds.distributed.shards import gathered
+    from cola_ds.distributed.shards import copies, gathered
 
     digest = hashlib.sha256()
     for name, param in chain.engine.module.named_parameters():
         with gathered([param]):
             digest.update(name.encode())
             digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    left = torch.tensor(
-        [float(sum(r.double().abs().sum() for r in chain.state.remainders.values()))], dtype=torch.float64
-    )
+    layers = {name: chain.engine.module.get_submodule(name) for name in chain.state.remainders}
+    kept = [r.kept.double().abs().sum() / copies(layers[n].weight) for n, r in chain.state.remainders.items()]
+    left = torch.tensor([float(sum(kept))], dtype=torch.float64)
     digest.update(str(float(collectives.all_reduce_sum(left.to(accelerator.device())))).encode())
     return digest.hexdigest()
 
 
-def train_in(folder: Path, config: dict, world_size=2, stops=(), words=None, end=True, timeout_s=240):
+def train_in(folder: Path, config: dict, world_size=2, stops=(), words=None, end=True, timeout_s=240, hosts=()):
     """Run a config in `folder/run`, stopping at each of `stops` and starting again, unless not to the `end`. `world_size` is a
-    number, or one for each start. Returns what the last start returned."""
+    number, or one for each start; `hosts` names those of each start. Returns what the last start returned."""
     config = {**config, "run": {**config["run"], "dir": str(folder / "run")}}
     folder.mkdir(exist_ok=True)
     path = save_run(folder / "run.yaml", config)
     sizes = world_size if isinstance(world_size, (list, tuple)) else [world_size] * (len(stops) + 1)
-    for size, stop in list(zip(sizes, [*stops, None], strict=True))[: None if end else -1]:
-        found = run_distributed(run_once, size, path, stop, words, timeout_s=timeout_s)
+    starts = itertools.zip_longest(sizes, [*stops, None], hosts)
+    for size, stop, names in list(starts)[: None if end else -1]:
+        found = run_distributed(run_once, size, path, stop, words, names, timeout_s=timeout_s)
         assert len(set(found)) == 1, found
         if stop:
             assert found[0] == "stopped", (stop, found[0])

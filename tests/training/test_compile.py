@@ -89,13 +89,14 @@ def test_what_cannot_be_compiled_is_refused(chain, tmp_path, change, said):
 
 def test_stage_3_where_the_stage_is_chosen_is_refused(chain, tmp_path):
     from cola_ds.data.tokenize import tokenize
-    from cola_ds.training.prepare import check, settle_engine, with_data
+    from cola_ds.training.prepare import check, with_data
+    from cola_ds.training.settle import settle_engine
 
     config = load_config(save_run(tmp_path / "run.yaml", {**chain, "deepspeed": "auto"}))
     checked = check(config)
     prepared = with_data(checked, 2, lambda: tokenize(checked.config.data, checked.tokenizer, checked.config.model))
     with pytest.raises(UserError, match="needs ZeRO stage 2"):
-        settle_engine(prepared, 2, lambda: (1, 1))
+        settle_engine(prepared, ["here"] * 2, lambda: (1, 1))
 
 
 def _without_a_compiler(process):

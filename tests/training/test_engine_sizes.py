@@ -168,7 +168,8 @@ def test_offload_leaves_nothing_to_choose(toy, tmp_path):
 )
 def test_the_stage_of_a_plan(toy, tmp_path, sections, processes, stage):
     """A stage that the JSON says stays, for one process as well."""
-    from cola_ds.training.prepare import prepare, summarize
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
 
     config = run_config(*toy, tmp_path / "run", **{"deepspeed": "auto", **sections})
     prepared = prepare(load_config(save_run(tmp_path / "run.yaml", config)), processes)

@@ -4,7 +4,8 @@ import pytest
 
 from cola_ds.config.loading import load_config
 from cola_ds.errors import UserError
-from cola_ds.training.prepare import prepare, summarize
+from cola_ds.training.prepare import prepare
+from cola_ds.training.summary import summarize
 from tests.support.distributed import run_distributed
 from tests.support.runs import record, run_once, three_links, train_in
 from tests.support.toys import rows, save_model, save_run

@@ -270,7 +270,8 @@ def test_full_fine_tuning_on_a_task(model, tmp_path):
 
 
 def test_texts_too_long_are_counted(model, tmp_path):
-    from cola_ds.training.prepare import prepare, summarize
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
 
     long = [{**row, "sentence": "x" * 200 + row["sentence"]} for row in reviews(1)[:3]]
     config = task_run(

@@ -1,0 +1,196 @@
+"""Loading a causal LM: under ZeRO-3 each process reads its own shards' bytes from the files, and nothing is sent.
+
+Transformers builds the model and says which weight is which, as everywhere. What it would read on process 0 and send to all
+others is read here by whoever keeps it; what it converts on the way, such as experts that are fused, still goes its way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cola_ds.config.dtypes import DTYPES
+from cola_ds.config.schema import ModelConfig
+from cola_ds.distributed.accelerator import device
+from cola_ds.distributed.deepspeed_internals import shards_in
+from cola_ds.distributed.nodes import Nodes, spread
+from cola_ds.distributed.shards import local_shard
+from cola_ds.errors import UserError, first_line
+
+TELLS_EVERY_S = 30.0
+
+
+@dataclass
+class Reading:
+    """How weights came into this process's shards."""
+
+    read_bytes: int = 0
+    sent: list[str] = field(default_factory=list)
+    """The parameters that Transformers' loader has sent to the shards."""
+
+
+def load_model(
+    config: ModelConfig, engine_config: dict[str, Any], attention: str | None = None, nodes: Nodes | None = None
+) -> nn.Module:
+    """Load a causal LM; under ZeRO-3 straight into shards. Collective.
+
+    `attention` is Transformers' name of the attention that it gets; None: Transformers chooses. `nodes`: each of them keeps
+    shards of its own; None: they lie on all processes.
+
+    Under ZeRO-3 every process maps the files, and copies what belongs into its shards. At stage 2 every process holds the model,
+    as that stage does.
+
+    Raises UserError for weights that are damaged, incomplete or not safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers shards while this object is alive, and only then: keep it until the model is loaded.
+    sharded = engine_config["zero_optimization"]["stage"] == 3
+    sharding = HfDeepSpeedConfig(engine_config) if sharded else None
+    reading = Reading()
+    try:
+        with _freed_memory_goes_back(), _one_voice(), _into_shards(nodes, reading):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                revision=config.revision,
+                dtype=getattr(torch, DTYPES[config.dtype].torch_name),
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights of model.path {config.path} cannot be loaded: {first_line(error)}") from None
+    del sharding
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
+    if loading["unexpected_keys"] and dist.get_rank() == 0:
+        unused = sorted(loading["unexpected_keys"])
+        print(
+            f"cola-ds: warning: model.path {config.path} has {len(unused)} weights that this architecture does not use, such as "
+            f"{unused[0]}; see whether its config.json is of the same model", file=sys.stderr, flush=True,
+        )  # fmt: skip
+    if nodes:
+        spread([param for name, param in model.named_parameters() if name in reading.sent], nodes)
+    if reading.sent and dist.get_rank() == 0:
+        print(
+            f"cola-ds: {len(reading.sent)} weights, such as {reading.sent[0]}, are converted as they are loaded: process 0 reads "
+            "and sends them", file=sys.stderr, flush=True,
+        )  # fmt: skip
+    if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device())
+    else:  # the engine would move it too, but a restored run ties its links before there is one
+        model.to(device())
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@contextmanager
+def _into_shards(nodes: Nodes | None, reading: Reading) -> Iterator[None]:
+    """Transformers' loader for ZeRO-3 reads a process's own shards inside the block (read in 5.24)."""
+    from transformers import modeling_utils
+
+    plain_load, plain_files = modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict
+
+    def load(model: Any, state_dict: dict[str, Tensor], load_config: Any = None) -> tuple[list[str], set[str]]:
+        own = _own_weights(model, state_dict, load_config)
+        _read_own(model, own, reading)
+        keys = {key for key, _ in own.values()}
+        rest = {key: value for key, value in state_dict.items() if key not in keys}
+        errors, missing = plain_load(model, rest, load_config)
+        reading.sent = [name for name, _ in model.named_parameters() if name not in own and name not in missing]
+        return errors, missing - own.keys()
+
+    def files(*args: Any, **words: Any) -> dict[str, Tensor]:
+        return plain_files(*args, **{**words, "map_location": "cpu"})  # it maps them: what nobody looks at is not read
+
+    modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict = load, files
+    try:
+        with shards_in(nodes.node if nodes else None):
+            yield
+    finally:
+        modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict = plain_load, plain_files
+
+
+def _own_weights(model: Any, state_dict: dict[str, Tensor], load_config: Any) -> dict[str, tuple[str, Tensor]]:
+    """By parameter, the key and the tensor in the files that it is, as it lies there."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = getattr(load_config, "weight_mapping", None) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = dict(model.state_dict(keep_vars=True))
+    params = dict(model.named_parameters())
+    own = {}
+    for key, tensor in state_dict.items():
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        param: Any = params.get(name)
+        if converted is None and param is not None and tuple(tensor.shape) == tuple(param.ds_shape):
+            own[name] = (key, tensor)
+    return own
+
+
+@torch.no_grad()
+def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]], reading: Reading) -> None:
+    begun = said = time.monotonic()
+    whole = sum(tensor.nbytes for _, tensor in own.values())
+    passed = 0
+    for name, param in model.named_parameters():
+        if name not in own:
+            continue
+        part, start = local_shard(param)
+        tensor = own[name][1].reshape(-1)[start : start + part.numel()]
+        part.copy_(tensor)
+        param._is_hf_initialized = True  # type: ignore[attr-defined]
+        reading.read_bytes += tensor.nbytes
+        passed += own[name][1].nbytes
+        if dist.get_rank() == 0 and time.monotonic() - said > TELLS_EVERY_S:
+            said = time.monotonic()
+            print(f"cola-ds: loading: {passed / whole:.0%} after {said - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Without the table that transformers prints of weights that are missing or not used: what matters of it takes a line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _freed_memory_goes_back() -> Iterator[None]:
+    """Have glibc return large blocks to the kernel as they are freed, and behave as usual afterwards.
+
+    It would keep them for later use. Loading frees a gathered module after another, and would leave each process with more
+    resident memory than the whole model takes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 1)  # another C library: nothing to set
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    mallopt(mmap_threshold, 128 * 1024)
+    try:
+        yield
+    finally:
+        # What glibc's own adjustment arrives at once a program has freed large blocks.
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 64 * 2**20)

@@ -1,0 +1,91 @@
+"""A resolved run for people: what `--dry-run` says, and every start."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+
+from cola_ds.data.text import overlap
+from cola_ds.data.tokens import LOSSES
+from cola_ds.evaluation.attention import shown_name
+from cola_ds.training.prepared import Prepared, count_trainable
+from cola_ds.training.settle import remainder_bytes
+
+
+def summarize(prepared: Prepared, world_size: int) -> str:
+    """The resolved run, for people: links, knots, batches, parameters."""
+    config, step_plan = prepared.config, prepared.step_plan
+    optim = config.optim
+    total = sum(p.numel() for p in prepared.skeleton.parameters())
+    layers = f", {len(prepared.targets)} target layers" if config.trains_lora else ""
+    if prepared.test is not None:
+        data = f"{prepared.test.task.name}: {prepared.sizes}"
+    else:
+        data = f"{len(prepared.train)} training examples"
+        data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+    order, seed = prepared.order, config.run.seed
+    if config.trains and order.capacity is not None:
+        data += f", packed in {order.count(seed, 0)} rows, {order.filled(seed):.1%} full"
+    lost: collections.Counter[str] = collections.Counter()
+    held_out = (
+        None if config.data.holds_out else prepared.held_out
+    )  # of the same rows as `train`, which counts them all
+    for split in (prepared.train, held_out, prepared.test):
+        lost.update(split.lost if split is not None else {})
+    if lost:
+        counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])
+        data += f"; {counts}, too long for data.max_length"
+    data += "".join(f"; {what}" for what in _what_became_of(prepared))
+    what = "examples" if order.capacity is None else f"rows of {order.capacity} tokens"
+    batch = f"{optim.micro_batch_size} {what} x {step_plan.micro_steps} micro steps x {world_size} processes"
+    lines = [
+        f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
+        f"method      {config.method}{layers}",
+        f"data        {data}",
+    ]
+    if config.model.links is not None:
+        lines.insert(1, f"links       those of {config.model.links}")
+    if config.trains:
+        lines.append(f"batch       {step_plan.global_batch_size} = {batch}")
+        per_epoch = "per epoch" if step_plan.epochs.are_even else "in the first epoch"
+        lines.append(f"steps       {step_plan.total_steps} ({step_plan.epochs.steps(0)} {per_epoch})")
+    if config.trains_lora:
+        remainders = remainder_bytes(prepared, world_size)
+        kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
+        lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
+    for link, knot in enumerate(step_plan.knots, start=1) if config.trains else ():
+        name = f"link {link:<7}" if config.trains_lora else "training    "
+        lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
+        steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
+        lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
+    if prepared.stage_reason:
+        stage = prepared.engine_config["zero_optimization"]["stage"]
+        lines.append(f"engine      ZeRO stage {stage}: {prepared.stage_reason}")
+    if prepared.nodes or prepared.shards_reason:
+        where = prepared.shards_reason or f"in each of {len(prepared.nodes or ())} nodes"
+        lines.append(f"shards      {where}")
+    compiled = ", compiled blocks" if config.model.compile and config.trains else ""
+    kernels = "Liger's" if prepared.kernels else "torch's"
+    lines.append(f"kernels     {kernels}; attention: {shown_name(prepared.attention)}{compiled}")
+    lines.append(f"run folder  {config.run.dir}")
+    return "\n".join(lines)
+
+
+def _what_became_of(prepared: Prepared) -> Iterator[str]:
+    """What else is to be known of the rows of text: left out, there twice, on both sides; and of the chat template."""
+    if prepared.found is None:
+        return
+    counts = [tokens.counts for each in prepared.found.splits.values() for tokens in each]
+    dropped = sum((each.dropped for each in counts), collections.Counter())
+    yield from (f"{number} left out: {why}" for why, number in dropped.items())
+    duplicates = sum(tokens.duplicates for each in prepared.found.splits.values() for tokens in each)
+    if duplicates:
+        yield f"{duplicates} rows are there twice" + (
+            ", and left out" if prepared.config.data.duplicates == "drop" else ""
+        )
+    if both := overlap(prepared.found):
+        yield f"{both} rows of data.eval are in data.train too"
+    yield from (
+        f"{number} {what}" for what, number in sum((each.notes for each in counts), collections.Counter()).items()
+    )
+    yield from prepared.found.warnings
