@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 from cola_ds.checkpoint.format import Checkpoint, DamagedError, explain_damage, open_or_refuse, read_checkpoint
 from cola_ds.checkpoint.store import CheckpointFolder
+from cola_ds.config.deepspeed_json import read_engine_config
+from cola_ds.config.inputs import ready_configs
 from cola_ds.config.keys import by_content, default_of, flat_keys, is_fixed, is_free
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan
@@ -174,6 +177,15 @@ def _described(folder: RunDir) -> _Described:
     return _Described(facts["config"], **facts["identity"])
 
 
+def _ready(engine: Any, config: RunConfig) -> str:
+    """Which ready DeepSpeed JSON does say it, for a message; nothing where none does."""
+    for name in ready_configs():
+        with contextlib.suppress(UserError):  # it is for another dtype
+            if engine_facts(read_engine_config(config.model_copy(update={"deepspeed": name}))) == engine:
+                return f", deepspeed={name} does"
+    return ""
+
+
 def _compare(
     where: Path, saved: Described, config: RunConfig, identity: Identity, options: ResumeOptions, finished: bool = False
 ) -> bool:
@@ -194,7 +206,9 @@ def _compare(
         elif before != now:
             changed |= mine or {key: f"{key}: its examples are not those that the run began with"}
     if saved.engine != identity.engine:
-        changed["deepspeed"] = f"deepspeed: {config.deepspeed} does not say what the run began with"
+        changed["deepspeed"] = f"deepspeed: {config.deepspeed} does not say what the run began with" + _ready(
+            saved.engine, config
+        )
     refused = [text for key, text in changed.items() if key not in options.allow_change or is_fixed(key)]
     if refused:
         fixed = sorted(filter(is_fixed, changed))

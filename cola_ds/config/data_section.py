@@ -171,7 +171,13 @@ class DataConfig(Section):
             )
         if self.hub is None and self.task is None and (self.hub_config or self.revision):
             raise ValueError("data.hub_config and data.revision need data.hub")
-        given = self.model_fields_set - {"task", "max_length"}
+        said = self.model_fields_set - {"task", "max_length"}
+        # A value that a key has anyway says nothing: on the command line it takes back what the YAML says.
+        given = {
+            key
+            for key in said
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+        }
         of_tasks = {"dir", "num_train", "num_dev", "num_test", "demonstrations"}
         if self.task is None and (wrong := sorted(given & of_tasks)):
             raise ValueError(f"data.{wrong[0]} needs data.task")

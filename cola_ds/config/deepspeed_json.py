@@ -137,7 +137,7 @@ def _check_keys(engine: dict[str, Any], config: RunConfig, path: str) -> None:
             raise UserError(f"{path}: {key} {_shown(value)} is not supported; remove it")
         if key == "compile":
             raise UserError(
-                f"{path}: compile is not supported; remove it, and set model.compile=true in the run's YAML"
+                f"{path}: compile is not supported; remove it (model.compile=true in the run's YAML compiles the blocks)"
             )
         # gradient_accumulation_steps depends on the number of processes: compared when it is known, in complete().
         if key not in (*derived, "gradient_accumulation_steps", *_SET_ANYWAY, *_ENGINE_FACTS):

@@ -27,20 +27,22 @@ from cola_ds.distributed.deepspeed_internals import (
 )
 from cola_ds.distributed.nodes import trained_by_all
 from cola_ds.distributed.shards import is_sharded
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, cut, first_line, quoted
 
 Engine = Any  # deepspeed.DeepSpeedEngine; deepspeed ships no types
 
 
-def check_engine_config(engine_config: dict[str, Any]) -> None:
-    """Have DeepSpeed check the completed config. Raises UserError naming the key that it refuses. Needs a process group."""
+def check_engine_config(engine_config: dict[str, Any], path: str) -> None:
+    """Have DeepSpeed check the completed config of the JSON at `path`. Raises UserError naming the key that it refuses. Needs a
+    process group."""
     try:
         DeepSpeedConfig(engine_config)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"DeepSpeed refuses {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        key, value = ".".join(map(str, first["loc"])), cut(quoted(first["input"]), 80)
+        raise UserError(f"{cut(path)}: DeepSpeed refuses {key} {value}: {first['msg']}") from None
     except (AssertionError, ValueError, LookupError, TypeError, AttributeError, DeepSpeedConfigError) as error:
-        raise UserError(f"DeepSpeed refuses the config: {first_line(error)}") from None
+        raise UserError(f"{cut(path)}: DeepSpeed refuses the config: {first_line(error)}") from None
 
 
 def build_engine(

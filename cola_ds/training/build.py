@@ -42,7 +42,7 @@ def build_chain(
     config, restored = prepared.config, state is not None
     state = state or ChainState()
     step_plan = prepared.step_plan if state.ended_step is None else prepared.step_plan.ending_at(state.ended_step)
-    check_engine_config({**prepared.engine_json, **prepared.engine_config})
+    check_engine_config({**prepared.engine_json, **prepared.engine_config}, config.deepspeed)
     accelerator.make_deterministic(config.run.deterministic)
     # Dropout alone draws from it, and differs by process.
     torch.manual_seed(config.run.seed + process.rank + process.world_size * state.step)

@@ -75,7 +75,8 @@ def check(config: RunConfig) -> Checked:
     if config.model.compile and config.trains and attention != VARLEN:
         raise UserError(
             f"model.compile needs text and model.attention varlen, and {type(skeleton).__name__} runs with "
-            f"{'a task' if task is not None else shown_name(attention)} here; set model.compile=false"
+            f"{'a task' if task is not None else shown_name(attention)} here; set "
+            f"{'' if task is not None or config.model.attention == 'auto' else 'model.attention=auto or '}model.compile=false"
         )
     return Checked(
         config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
@@ -154,6 +155,10 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
             )
     except Exception as error:  # whatever a folder's files or a missing package make transformers raise
         reason = first_line(error)
+        if re.search("attention|flash|flex", reason, re.IGNORECASE) and model.attention != "auto":
+            raise UserError(
+                f"model.attention {model.attention} is not for this run: {cut(reason, 200)}; use auto"
+            ) from None
         where = "" if local else "is not a folder here, and the hub does not give it: "
         raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
     if getattr(model_config, "quantization_config", None):

@@ -56,6 +56,8 @@ class Arms:
     """The rows, the JSONs and the runs of one comparison, in a folder."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
+        if not Path(args.model, "config.json").is_file():
+            raise UserError(f"{args.model} is no model's folder")
         self.args, self.folder = args, folder
         self.model = str(Path(args.model).resolve())
         self.workload: Workload = WORKLOADS[args.workload]

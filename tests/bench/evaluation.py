@@ -232,6 +232,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--lengths", type=int, nargs=2, default=(50, 250), help="of prompts, in tokens")
     args = parser.parse_args()
+    if args.model is not None and not Path(args.model, "config.json").is_file():
+        parser.error(f"{args.model} is no model's folder")
+    if not (REPOSITORY / f"ds_configs/{args.deepspeed}.json").is_file():
+        parser.error(f"--deepspeed {args.deepspeed} is none of ds_configs")
+    if min(args.examples, args.rounds, args.batch_size, args.processes, args.new_tokens) < 1:
+        parser.error("--examples, --rounds, --batch-size, --processes and --new-tokens must be at least 1")
     args.command = " ".join(["python -m tests.bench.evaluation", *sys.argv[1:]])
     os.environ["HF_HUB_OFFLINE"] = "1"
     options = {key: value for key, value in vars(args).items() if key not in ("model", "command", "processes")}

@@ -34,6 +34,10 @@ def test_a_run_that_named_a_ready_json_by_its_path_goes_on_by_its_name(tmp_path)
     other = dataclasses.replace(same, engine={**engine, "prescale_gradients": True})
     with pytest.raises(UserError, match="deepspeed: zero3 does not say what the run began with"):
         choose_start(RunDir(tmp_path), now, other, ResumeOptions(), None)
+    default = RunConfig.model_validate({**BEFORE, "deepspeed": "auto"})  # what a YAML without the key says now
+    by_default = dataclasses.replace(same, engine=read_engine_config(default))
+    with pytest.raises(UserError, match="deepspeed: auto does not say what the run began with, deepspeed=zero3 does"):
+        choose_start(RunDir(tmp_path), default, by_default, ResumeOptions(), None)
 
 
 def test_keys_that_came_later_had_their_defaults(tmp_path):

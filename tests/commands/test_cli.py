@@ -296,7 +296,7 @@ def test_what_deepspeed_itself_refuses_is_one_line_too(run_file, tmp_path):
     )
     done, seconds = under_two_processes(run_file, f"deepspeed={tmp_path / 'engine.json'}")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("DeepSpeed refuses reduce_buket_size") == 1
+    assert done.stderr.count("engine.json: DeepSpeed refuses reduce_buket_size 5: ") == 1
     assert "Traceback" not in done.stderr
     assert seconds < 60
     assert not (tmp_path / "run").exists()

@@ -446,7 +446,7 @@ def test_engine_config_is_completed(engine):
         ({**ZERO3, "scheduler": {}}, "remove scheduler; the run's YAML says it"),
         (
             {**ZERO3, "compile": {"deepcompile": True}},
-            "compile is not supported; remove it, and set model.compile=true",
+            "compile is not supported; remove it (model.compile=true",
         ),
         ({**ZERO3, "fp16": {"enabled": True}}, "fp16.enabled true contradicts model.dtype bf16"),
         ({**ZERO3, "bf16": {"enabled": False}}, "bf16.enabled false contradicts model.dtype bf16"),
@@ -555,7 +555,7 @@ def refused_by_deepspeed(process, contents):
     said = []
     for content in contents:
         with pytest.raises(UserError) as caught:
-            check_engine_config({**content, "train_batch_size": 1})
+            check_engine_config({**content, "train_batch_size": 1}, "mine.json")
         said.append(str(caught.value))
     return said
 
@@ -570,7 +570,7 @@ def test_what_deepspeed_trips_over_is_one_line():
     ]
     (found,) = run_distributed(refused_by_deepspeed, 1, contents)
     for said in found:
-        assert re.match("DeepSpeed refuses the config: .", said)
+        assert re.match("mine.json: DeepSpeed refuses the config: .", said)
         assert len(said.splitlines()) == 1
 
 

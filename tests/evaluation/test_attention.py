@@ -163,6 +163,22 @@ def test_long_examples_have_the_gradients_of_short_steps(length, heads, key_head
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "flash_attention_2"), ("gpt2", "flex")])
+def test_what_transformers_cannot_have_is_refused_by_its_key(tmp_path, kind, attention):
+    from cola_ds.config.loading import load_config
+    from cola_ds.training.prepare import prepare
+
+    config = run_config(
+        save_model(tmp_path / "model", kind), save_sums(tmp_path / "train.jsonl", 9), tmp_path / "run",
+        model={"attention": attention}, method="full", chain={"length": 1},
+    )  # fmt: skip
+    with pytest.raises(UserError) as raised:
+        prepare(load_config(save_run(tmp_path / "run.yaml", config)), 1)
+    said = str(raised.value)
+    assert said.startswith(f"model.attention {attention} is not for ") and said.endswith("; use auto"), said
+    assert "\n" not in said and len(said) < 300
+
+
 def test_other_names_are_those_of_transformers():
     model = skeleton("llama")
     for name, expected in [("sdpa", "sdpa"), ("eager", "eager")]:

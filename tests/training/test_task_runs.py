@@ -304,6 +304,18 @@ def test_mistakes_are_one_line(model, tmp_path, words, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_yaml_of_text_becomes_a_tasks_on_the_command_line(model, tmp_path):
+    """What a key says anyway contradicts nothing."""
+    config = task_run(model, tmp_path, "sst2", reviews(3), reviews(2))
+    task, folder = config["data"].pop("task"), config["data"].pop("dir")
+    config["data"] |= {"train": "train.jsonl", "eval": "dev.jsonl", "packing": "none"}
+    path = save_run(tmp_path / "run.yaml", config)
+    words = [f"data.task={task}", f"data.dir={folder}"]
+    assert load_config(path, [*words, "data.train=null", "data.eval=null"]).data.task == "sst2"
+    with pytest.raises(UserError, match=r"data\.eval contradicts data\.task"):
+        load_config(path, words)
+
+
 def test_a_bad_row_is_named(model, tmp_path):
     bad = [*reviews(2), {"sentence": "no label"}]
     path = save_run(tmp_path / "run.yaml", task_run(model, tmp_path, "sst2", bad, reviews(2)))
