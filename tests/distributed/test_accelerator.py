@@ -147,12 +147,11 @@ def test_a_batch_is_pinned_for_a_gpu_alone():
 
 def load_on_meta(process, path, engine_config):
     """Where a model is loaded to, with a device that is not the host: torch's meta device."""
-    from cola_ds.distributed import engine
-    from cola_ds.distributed.loading import load_model
+    from cola_ds.distributed import loading
 
     process_group(process)
-    engine.device = lambda: torch.device("meta")
-    model = load_model(load_config(path).model, engine_config)
+    loading.device = lambda: torch.device("meta")
+    model = loading.load_model(load_config(path).model, engine_config)
     return sorted({tensor.device.type for tensor in (*model.parameters(), *model.buffers())})
 
 
