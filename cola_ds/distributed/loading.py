@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,15 +27,6 @@ from cola_ds.distributed.shards import local_shard
 from cola_ds.errors import UserError, first_line
 
 TELLS_EVERY_S = 30.0
-
-
-@dataclass
-class Reading:
-    """How weights came into this process's shards."""
-
-    read_bytes: int = 0
-    sent: list[str] = field(default_factory=list)
-    """The parameters that Transformers' loader has sent to the shards."""
 
 
 def load_model(
@@ -58,9 +48,9 @@ def load_model(
     # transformers shards while this object is alive, and only then: keep it until the model is loaded.
     sharded = engine_config["zero_optimization"]["stage"] == 3
     sharding = HfDeepSpeedConfig(engine_config) if sharded else None
-    reading = Reading()
+    sent: list[str] = []
     try:
-        with _freed_memory_goes_back(), _one_voice(), _into_shards(nodes, reading):
+        with _freed_memory_goes_back(), _one_voice(), _into_shards(nodes, sent):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 revision=config.revision,
@@ -85,10 +75,10 @@ def load_model(
             f"{unused[0]}; see whether its config.json is of the same model", file=sys.stderr, flush=True,
         )  # fmt: skip
     if nodes:
-        spread([param for name, param in model.named_parameters() if name in reading.sent], nodes)
-    if reading.sent and dist.get_rank() == 0:
+        spread([param for name, param in model.named_parameters() if name in sent], nodes)
+    if sent and dist.get_rank() == 0:
         print(
-            f"cola-ds: {len(reading.sent)} weights, such as {reading.sent[0]}, are converted as they are loaded: process 0 reads "
+            f"cola-ds: {len(sent)} weights, such as {sent[0]}, are converted as they are loaded: process 0 reads "
             "and sends them", file=sys.stderr, flush=True,
         )  # fmt: skip
     if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
@@ -102,19 +92,20 @@ def load_model(
 
 
 @contextmanager
-def _into_shards(nodes: Nodes | None, reading: Reading) -> Iterator[None]:
-    """Transformers' loader for ZeRO-3 reads a process's own shards inside the block (read in 5.24)."""
+def _into_shards(nodes: Nodes | None, sent: list[str]) -> Iterator[None]:
+    """Transformers' loader for ZeRO-3 reads a process's own shards inside the block; what it still sends to them is
+    added to `sent`, by name (read in 5.24)."""
     from transformers import modeling_utils
 
     plain_load, plain_files = modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict
 
     def load(model: Any, state_dict: dict[str, Tensor], load_config: Any = None) -> tuple[list[str], set[str]]:
         own = _own_weights(model, state_dict, load_config)
-        _read_own(model, own, reading)
+        _read_own(model, own)
         keys = {key for key, _ in own.values()}
         rest = {key: value for key, value in state_dict.items() if key not in keys}
         errors, missing = plain_load(model, rest, load_config)
-        reading.sent = [name for name, _ in model.named_parameters() if name not in own and name not in missing]
+        sent.extend(name for name, _ in model.named_parameters() if name not in own and name not in missing)
         return errors, missing - own.keys()
 
     def files(*args: Any, **words: Any) -> dict[str, Tensor]:
@@ -147,7 +138,7 @@ def _own_weights(model: Any, state_dict: dict[str, Tensor], load_config: Any) ->
 
 
 @torch.no_grad()
-def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]], reading: Reading) -> None:
+def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
     begun = said = time.monotonic()
     whole = sum(tensor.nbytes for _, tensor in own.values())
     passed = 0
@@ -155,10 +146,8 @@ def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]], reading: Rea
         if name not in own:
             continue
         part, start = local_shard(param)
-        tensor = own[name][1].reshape(-1)[start : start + part.numel()]
-        part.copy_(tensor)
+        part.copy_(own[name][1].reshape(-1)[start : start + part.numel()])
         param._is_hf_initialized = True  # type: ignore[attr-defined]
-        reading.read_bytes += tensor.nbytes
         passed += own[name][1].nbytes
         if dist.get_rank() == 0 and time.monotonic() - said > TELLS_EVERY_S:
             said = time.monotonic()

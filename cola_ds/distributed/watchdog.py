@@ -170,7 +170,7 @@ class Watch:
         self._peers = {rank: _Peer() for rank in range(world_size)}
         self._expected = world_size - 1
         self._thread(self._talk)
-        self._thread(lambda: self._listen(None))
+        self._thread(lambda: self._receive(None))
         self._thread(self._look)
 
     def join(self, address: str, port: int, token: str) -> None:
@@ -181,7 +181,7 @@ class Watch:
         self._peers[0] = _Peer()
         link.sendall(json.dumps({"token": token, "rank": self.rank}).encode().ljust(_HELLO_BYTES))
         self._thread(self._talk)
-        self._thread(lambda: self._listen(_Incoming(link, rank=0)))
+        self._thread(lambda: self._receive(_Incoming(link, rank=0)))
         self._thread(self._look)
 
     def leave(self, status: int) -> None:
@@ -222,7 +222,7 @@ class Watch:
             self._say(self._state(), list(self._links.values()))
             self._stopped.wait(_EVERY_S)
 
-    def _listen(self, incoming: _Incoming | None) -> None:
+    def _receive(self, incoming: _Incoming | None) -> None:
         """Take what the others say, on process 0 of all who connect and elsewhere of process 0, until the watch is over."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._wakes, selectors.EVENT_READ)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cola_ds.config.deepspeed_json import complete, read_engine_config
-from cola_ds.config.schema import RunConfig
+from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.config.steps import resolve
 from cola_ds.data.candidates import check_joinable
 from cola_ds.data.order import Order
@@ -138,8 +138,29 @@ def _model_path(path: str) -> str:
     return str(Path(path).resolve())
 
 
+def _on_meta(model_config: Any, model: ModelConfig) -> Any:
+    """The model without its weights. Raises UserError where the attention is why Transformers does not make it."""
+    from transformers import AutoModelForCausalLM
+
+    def make(attention: str | None) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
+            )
+
+    name = transformers_name(model.attention)
+    try:
+        return make(name)
+    except Exception as error:  # ImportError of a package that is missing, ValueError of a model that does not take it
+        if name is None:
+            raise
+        make(None)  # where that fails as well, it is the model
+        said = cut(first_line(error), 200)
+        raise UserError(f"model.attention {model.attention} is not for this run: {said}; use auto") from None
+
+
 def _describe_model(config: RunConfig) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -147,18 +168,11 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
     local = os.path.isdir(model.path)
     try:
         model_config = AutoConfig.from_pretrained(model.path, **options)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
-                model_config,
-                trust_remote_code=model.trust_remote_code,
-                attn_implementation=transformers_name(model.attention),
-            )
+        skeleton = _on_meta(model_config, model)
+    except UserError:
+        raise
     except Exception as error:  # whatever a folder's files or a missing package make transformers raise
         reason = first_line(error)
-        if re.search("attention|flash|flex", reason, re.IGNORECASE) and model.attention != "auto":
-            raise UserError(
-                f"model.attention {model.attention} is not for this run: {cut(reason, 200)}; use auto"
-            ) from None
         where = "" if local else "is not a folder here, and the hub does not give it: "
         raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
     if getattr(model_config, "quantization_config", None):

@@ -31,7 +31,7 @@ def settle_engine(prepared: Prepared, hosts: Sequence[str], memory: Callable[[],
     process. `memory` says what the process with least has, in bytes: where it computes, and on its host. It is asked (collective,
     if it is) where something is left to be chosen. Raises UserError for node shards that cannot be had."""
     config, zero = prepared.config, prepared.engine_config["zero_optimization"]
-    shapes, reason = shapes_of(prepared), ""
+    shapes, reason = _shapes_of(prepared), ""
     if zero["stage"] == "auto":
         stage, reason = _stage(prepared, shapes, len(hosts), memory)
         check_compilable(config, stage)
@@ -50,10 +50,10 @@ def _stage(
     config = prepared.config
     if config.method == "full":
         return 3, "method full trains every weight"
-    if world_size == 1:
-        return 2, "one process has nothing to shard"  # nor does it need stage 3's hooks on every module
     if config.model.shards == "node":
         return 3, "model.shards is node"
+    if world_size == 1:
+        return 2, "one process has nothing to shard"  # nor does it need stage 3's hooks on every module
     return choose_stage(_need(prepared, shapes), *memory(), one=_computes_on_host())
 
 
@@ -102,7 +102,7 @@ def _longest_row(prepared: Prepared) -> int:
     return prepared.order.capacity or max(map(int, prepared.train.lengths))
 
 
-def shapes_of(prepared: Prepared) -> Shapes:
+def _shapes_of(prepared: Prepared) -> Shapes:
     config, skeleton = prepared.config, prepared.skeleton
     parameters = list(skeleton.parameters())
     layers = [skeleton.get_submodule(name) for name in prepared.targets]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
     """Build the chain, put it where its checkpoint left it, and write down that it has begun. Collective."""
     saved, found = start.saved, start.found
     chain = build_chain(prepared, process, folder, from_counters(saved.chain) if saved else None, found)
-    hosts = collectives.all_gather_texts(platform.node())
+    hosts = collectives.hosts()
     environment = describe_environment(hosts, accelerator.accelerator_name())
     environment["zero_stage"] = prepared.engine_config["zero_optimization"]["stage"]
     environment["shards"] = "node" if prepared.nodes else "world"

@@ -28,7 +28,7 @@ def tokenize_together(config: DataConfig, tokenizer: Any, model: ModelConfig, pr
 
     Raises UserError, on all processes, for what one of them finds wrong.
     """
-    hosts = collectives.all_gather_texts(socket.gethostname())
+    hosts = collectives.hosts()
     folder = cache_folder(config)
     leader = process.rank if folder is None else _leader(folder, process.rank, hosts)
 

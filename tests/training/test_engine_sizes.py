@@ -164,7 +164,13 @@ def test_offload_leaves_nothing_to_choose(toy, tmp_path):
 
 @pytest.mark.parametrize(
     ("sections", "processes", "stage"),
-    [({}, 1, 2), ({}, 2, 2), ({"method": "full", "chain": {"length": 1}}, 2, 3), ({"deepspeed": "zero3"}, 1, 3)],
+    [
+        ({}, 1, 2),
+        ({}, 2, 2),
+        ({"method": "full", "chain": {"length": 1}}, 2, 3),
+        ({"deepspeed": "zero3"}, 1, 3),
+        ({"model": {"shards": "node"}}, 1, 3),
+    ],
 )
 def test_the_stage_of_a_plan(toy, tmp_path, sections, processes, stage):
     """A stage that the JSON says stays, for one process as well."""
