@@ -10,7 +10,9 @@ import ctypes
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ def load_model(
     sharding = HfDeepSpeedConfig(engine_config) if sharded else None
     sent: list[str] = []
     try:
-        with _freed_memory_goes_back(), _one_voice(), _into_shards(nodes, sent):
+        with _freed_memory_goes_back(), _one_voice(), _into_shards(nodes, sent) if sharded else nullcontext():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 revision=config.revision,
@@ -97,7 +99,8 @@ def _into_shards(nodes: Nodes | None, sent: list[str]) -> Iterator[None]:
     added to `sent`, by name (read in 5.24)."""
     from transformers import modeling_utils
 
-    plain_load, plain_files = modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict
+    plain_load = _piece("modeling_utils", "_load_state_dict_into_zero3_model")
+    plain_files = _piece("modeling_utils", "load_state_dict")
 
     def load(model: Any, state_dict: dict[str, Tensor], load_config: Any = None) -> tuple[list[str], set[str]]:
         own = _own_weights(model, state_dict, load_config)
@@ -119,13 +122,24 @@ def _into_shards(nodes: Nodes | None, sent: list[str]) -> Iterator[None]:
         modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict = plain_load, plain_files
 
 
+def _piece(module: str, name: str) -> Any:
+    """What Transformers promises nobody. Raises UserError where it is gone."""
+    try:
+        return getattr(import_module(f"transformers.{module}"), name)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"Transformers {version('transformers')} has no {module}.{name} as 5.24.0 has; pip install transformers==5.24.0"
+        ) from None
+
+
 def _own_weights(model: Any, state_dict: dict[str, Tensor], load_config: Any) -> dict[str, tuple[str, Tensor]]:
     """By parameter, the key and the tensor in the files that it is, as it lies there."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
+    kinds = ("WeightRenaming", "WeightConverter")
     mapping = getattr(load_config, "weight_mapping", None) or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings, converters = (
+        [entry for entry in mapping if isinstance(entry, _piece("core_model_loading", kind))] for kind in kinds
+    )
+    rename_source_key = _piece("core_model_loading", "rename_source_key")
     known = dict(model.state_dict(keep_vars=True))
     params = dict(model.named_parameters())
     own = {}

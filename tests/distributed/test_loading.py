@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cola_ds.config.schema import ModelConfig
+from cola_ds.errors import UserError
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.toys import save_model
 
@@ -123,3 +124,15 @@ def test_what_is_loaded_is_what_transformers_loads(tmp_path, groups):
             assert not wrong, (name, wrong)
             assert (moved > 0.1 * whole) == name.startswith("mixtral"), (name, moved, whole)
             assert moved < 0.01 * whole or name.startswith("mixtral"), (name, moved, whole)
+
+
+def test_a_piece_of_transformers_that_is_gone_is_one_line(monkeypatch):
+    from transformers import modeling_utils
+
+    from cola_ds.distributed.loading import _into_shards
+
+    monkeypatch.delattr(modeling_utils, "_load_state_dict_into_zero3_model")
+    with pytest.raises(
+        UserError, match=r"has no modeling_utils\._load_state_dict_into_zero3_model as 5\.24\.0 has; pip install"
+    ):
+        _into_shards(None, []).__enter__()
