@@ -210,4 +210,6 @@ def complete(engine: dict[str, Any], config: RunConfig, step_plan: StepPlan) -> 
         complete[config.model.dtype] = {**engine.get(config.model.dtype, {}), "enabled": True}
     complete |= _SET_HERE
     complete.setdefault("steps_per_print", 2**31)
+    # DeepSpeed's own clock of a step, which it then never tells, waits for the device before and after each.
+    complete.setdefault("timers", {"throughput": {"enabled": False}})
     return complete

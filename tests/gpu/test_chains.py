@@ -171,8 +171,9 @@ def test_an_export_has_the_engines_weights_and_logits(ran):
             assert not steps.any(), name
         elif dtype == torch.float32:
             torch.testing.assert_close(value, ran["weights"][name], rtol=1e-6, atol=1e-8)
-        else:  # tied on the CPU, whose products may round the last bit of fp32 otherwise
-            assert (int(steps.max()) <= 1) and float((steps > 0).float().mean()) <= 2e-3, name
+        else:  # tied on the CPU, whose products may round the last bit of fp32 otherwise: a plain merge so at each knot
+            most = 1 if ran["merge"] == "exact" else len(KNOTS)
+            assert (int(steps.max()) <= most) and float((steps > 0).float().mean()) <= 2e-3, name
     torch.testing.assert_close(ran["exported logits"], ran["logits"], rtol=0, atol=LOGITS[ran["dtype"]])
 
 
