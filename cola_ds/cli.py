@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         streams.harden()
     args = parse(argv)
     args.run = {
-        "train": _train, "evaluate": _evaluate, "export": _export, "doctor": _doctor, "data": _data, "inspect": _inspect,
-        "sweep": _sweep, "report": _report,
+        "train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "doctor": _doctor, "data": _data,
+        "inspect": _inspect, "sweep": _sweep, "report": _report,
     }[args.command]  # fmt: skip
     process = None
     try:
@@ -180,6 +180,30 @@ def _export(args: argparse.Namespace, process: Process) -> None:
 
     quiet_libraries(process)
     print(f"wrote {export(args.run_dir, args.to, args.out, args.overrides)}")
+
+
+def _plan(args: argparse.Namespace, process: Process) -> None:
+    table = [int(word) if word.strip().isdecimal() else 0 for word in args.table.split(",")] if args.table else []
+    if min(args.nodes, args.gpus, *table) < 1:
+        raise UserError("--nodes, --gpus and --table take numbers from 1, --table several with commas: 1,2,4")
+    from cola_ds.config.loading import load_config
+
+    config = load_config(args.config, args.overrides)
+    from cola_ds.commands.plan import plan, size_of
+    from cola_ds.plan.run import Cluster
+    from cola_ds.training.api import quiet_libraries
+
+    quiet_libraries(process)
+    host = None if args.host_memory is None else int(size_of(args.host_memory, "--host-memory"))
+    cluster = Cluster(
+        nodes=args.nodes, per_node=args.gpus, device=args.device, memory=int(size_of(args.memory, "--memory")), host_memory=host,
+        network=size_of(args.network, "--network", rate=True),
+        node_network=size_of(args.node_network, "--node-network", rate=True), disk=size_of(args.disk, "--disk", rate=True),
+    )  # fmt: skip
+    text, wrong = plan(config, cluster, table)
+    _print(text)
+    if wrong is not None:
+        raise UserError(wrong)
 
 
 def _doctor(args: argparse.Namespace, process: Process) -> None:

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "training": MIDDLE | {"lora", "evaluation", "checkpoint"},
     "sweep": LOWER | {"run"},
     "report": LOWER | {"run", "sweep"},
-    "commands": MIDDLE | {"lora", "evaluation", "checkpoint", "training"},
+    "plan": MIDDLE | {"lora", "evaluation", "training"},
+    "commands": MIDDLE | {"lora", "evaluation", "checkpoint", "training", "plan"},
 }
 MAY_IMPORT["cli"] = {*MAY_IMPORT}
 ALSO = {("sweep", "cola_ds.distributed.signals")}  # a sweep passes on the signals that its runs listen to

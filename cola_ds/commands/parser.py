@@ -23,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cola-ds", description="Chain of LoRA under DeepSpeed ZeRO-3.")
     parser.add_argument("--version", action=_Version, nargs=0, help="say which version this is, and stop")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_add_train, _add_evaluate, _add_export, _add_doctor, _add_data, _add_inspect, _add_sweep, _add_report):
+    for add in (
+        _add_train, _add_evaluate, _add_export, _add_plan, _add_doctor, _add_data, _add_inspect, _add_sweep, _add_report,
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -125,6 +127,37 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument("--out", required=True, metavar="DIR")
     export.add_argument("overrides", nargs="*", metavar="model.path=FOLDER", help="where the base model lies now")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _add_command(
+        commands,
+        "plan",
+        "say what a run will need on a cluster, before it is there: memory, traffic, time",
+        [
+            "cola-ds plan run.yaml --nodes 8 --gpus 8 --memory 80GiB",
+            "cola-ds plan run.yaml --gpus 8 --device A100 --memory 40GiB --host-memory 1TiB optim.micro_batch_size=1",
+            "cola-ds plan run.yaml --gpus 8 --table 1,2,4,8,16",
+        ],
+    )
+    plan.add_argument("config", metavar="RUN.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="G", help="GPUs of a node, each with one process (1)")
+    plan.add_argument(
+        "--device", default="H100", metavar="NAME", help="what they are, as torch names it; or cpu (H100)"
+    )
+    plan.add_argument("--memory", default="80GiB", metavar="SIZE", help="what each of them has (80GiB)")
+    plan.add_argument("--host-memory", metavar="SIZE", help="what a node's host has")
+    plan.add_argument("--network", default="50GB/s", metavar="RATE", help="of a node to the others, each way (50GB/s)")
+    plan.add_argument(
+        "--node-network",
+        default="300GB/s",
+        metavar="RATE",
+        help="of a GPU to the others of its node, each way (300GB/s)",
+    )
+    plan.add_argument("--disk", default="2GB/s", metavar="RATE", help="at which a node reads files (2GB/s)")
+    plan.add_argument("--table", metavar="N,N,...", help="a row for each of these numbers of nodes instead")
 
 
 def _add_doctor(commands: Any) -> None:

@@ -98,22 +98,26 @@ def rows_per_step(config: RunConfig) -> int:
     return rows
 
 
+def micro_steps_of(config: RunConfig, world_size: int) -> int:
+    """Micro steps of a step: gradient accumulation. Raises UserError for a global batch that does not divide so."""
+    size, per_micro_step = rows_per_step(config), config.optim.micro_batch_size * world_size
+    if size % per_micro_step:
+        raise UserError(_does_not_divide(config, size, world_size, per_micro_step))
+    return size // per_micro_step
+
+
 def resolve(config: RunConfig, rows: int | Callable[[int], int], world_size: int) -> StepPlan:
     """Derive steps, knots and gradient accumulation; `rows` are those of an epoch, or what says so of each, from 0.
 
     Raises UserError when the global batch does not divide over micro batches and processes, a knot lies outside the run, or a
     warm-up outlasts its link.
     """
-    optim = config.optim
-    per_micro_step = optim.micro_batch_size * world_size
-    size = rows_per_step(config)
-    if size % per_micro_step:
-        raise UserError(_does_not_divide(config, size, world_size, per_micro_step))
+    optim, size, micro_steps = config.optim, rows_per_step(config), micro_steps_of(config, world_size)
     epochs = Epochs(rows, size)
     total_steps = optim.max_steps or epochs.start(optim.epochs or 1)
     knots = place_knots(config.chain.knots, config.chain.length, total_steps, epochs)
     step_plan = StepPlan(
-        epochs=epochs, global_batch_size=size, total_steps=total_steps, knots=knots, micro_steps=size // per_micro_step
+        epochs=epochs, global_batch_size=size, total_steps=total_steps, knots=knots, micro_steps=micro_steps
     )
     shortest = min(step_plan.link_steps(link) for link in range(1, config.chain.length + 1))
     if optim.warmup_steps >= shortest:

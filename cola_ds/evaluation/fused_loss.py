@@ -78,6 +78,19 @@ def allow(engine: Engine) -> bool:
 
 
 @contextmanager
+def as_fused(model: nn.Module, kind: str, fused: bool) -> Iterator[None]:
+    """Take a model on the meta device for one that `allow` has found fit, if it is `fused`, on a device of that kind."""
+    _ELEMENTS_AT_ONCE["meta"] = _ELEMENTS_AT_ONCE.get(kind, _ELEMENTS_AT_ONCE_ELSEWHERE)
+    if fused:
+        _FUSED.add(model)
+    try:
+        yield
+    finally:
+        del _ELEMENTS_AT_ONCE["meta"]
+        _FUSED.discard(model)
+
+
+@contextmanager
 def _head_of(model: Any, forward: Any) -> Iterator[None]:
     """The model with another forward function of its output head, whose hooks stay: under ZeRO-3 they gather its weight."""
     head = model.get_output_embeddings()

@@ -27,7 +27,7 @@ from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
 from cola_ds.training.kernels import check_kernels
-from cola_ds.training.prepared import Checked, Prepared
+from cola_ds.training.prepared import Checked, Described, Prepared
 from cola_ds.training.settle import settle_engine
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
@@ -47,13 +47,14 @@ def _memory_here(processes: int) -> tuple[int, int]:
     return memory_bytes(processes)
 
 
-def check(config: RunConfig) -> Checked:
-    """Every check of a config that needs neither weights nor the rows of its data. Raises UserError."""
+def describe(config: RunConfig, weights: bool = False) -> Described:
+    """Every check of a config that needs neither tokenizer nor data; with `weights`, also that a folder of the model has some.
+    Raises UserError."""
     engine_json = read_engine_config(config)
     config = config.model_copy(
-        update={"model": config.model.model_copy(update={"path": _model_path(config.model.path)})}
+        update={"model": config.model.model_copy(update={"path": _model_path(config.model.path, weights)})}
     )
-    tokenizer, skeleton = _describe_model(config)
+    skeleton = _skeleton_of(config.model)
     targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) else None
@@ -62,6 +63,14 @@ def check(config: RunConfig) -> Checked:
         max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
     if limit and max_length > limit:
         raise UserError(f"data.max_length {max_length} is more than the model's {limit} positions")
+    return Described(config=config, engine_json=engine_json, skeleton=skeleton, targets=targets, max_length=max_length)
+
+
+def check(config: RunConfig) -> Checked:
+    """Every check of a config that needs neither weights nor the rows of its data. Raises UserError."""
+    described = describe(config, weights=True)
+    config, skeleton, max_length = described.config, described.skeleton, described.max_length
+    tokenizer = load_tokenizer(config.model)
     task = None
     if config.data.task is not None:
         task = load_task(config, tokenizer, max_length)
@@ -79,8 +88,8 @@ def check(config: RunConfig) -> Checked:
             f"{'' if task is not None or config.model.attention == 'auto' else 'model.attention=auto or '}model.compile=false"
         )
     return Checked(
-        config=config, engine_json=engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=targets, task=task,
-        attention=attention,
+        config=config, engine_json=described.engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=described.targets,
+        task=task, attention=attention,
         kernels=check_kernels(config.model, skeleton),
     )  # fmt: skip
 
@@ -123,7 +132,7 @@ def order_of(train: TokenizedData | TaskData, config: RunConfig) -> Order:
     return Order(train.lengths, train.source_sizes, train.source_weights, capacity)
 
 
-def _model_path(path: str) -> str:
+def _model_path(path: str, weights: bool) -> str:
     """A local folder's absolute path, so that the run's folder can be used from elsewhere; a hub name as it is."""
     if not os.path.isdir(path):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or len(path) > 96:
@@ -134,7 +143,8 @@ def _model_path(path: str) -> str:
         return path
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"model.path {cut(path)} has no config.json: it is not a model's folder")
-    check_folder(Path(path))
+    if weights:
+        check_folder(Path(path))
     return str(Path(path).resolve())
 
 
@@ -159,10 +169,9 @@ def _on_meta(model_config: Any, model: ModelConfig) -> Any:
         raise UserError(f"model.attention {model.attention} is not for this run: {said}; use auto") from None
 
 
-def _describe_model(config: RunConfig) -> tuple[Any, Any]:
+def _skeleton_of(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    model = config.model
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     check_no_adapter(model)
     local = os.path.isdir(model.path)
@@ -177,4 +186,4 @@ def _describe_model(config: RunConfig) -> tuple[Any, Any]:
         raise UserError(f"model.path {cut(model.path)}: {where}{reason}") from None
     if getattr(model_config, "quantization_config", None):
         raise UserError(f"model.path {model.path} is quantised, which is not supported; use the model it was made from")
-    return load_tokenizer(model), skeleton
+    return skeleton

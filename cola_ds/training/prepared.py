@@ -16,6 +16,19 @@ from cola_ds.data.tokenize import Found
 
 
 @dataclass(frozen=True, kw_only=True)
+class Described:
+    """A config whose DeepSpeed JSON, model and targets fit each other: all that the model's config.json tells."""
+
+    config: RunConfig
+    engine_json: dict[str, Any]
+    skeleton: Any
+    """The model on the meta device: its modules and shapes."""
+    targets: list[str]
+    max_length: int
+    """Tokens of the longest row that there can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """A config whose DeepSpeed JSON, model and targets fit each other, and whose files are there. No data has been read but a
     task's."""
@@ -82,7 +95,7 @@ class Prepared:
         return Identity(engine_facts(self.engine_json), train, held_out)
 
 
-def count_trainable(prepared: Prepared, link: int) -> int:
+def count_trainable(prepared: Prepared | Described, link: int) -> int:
     """Parameters that `link` trains: A and B (and biases, if asked), or all of them with method full."""
     config = prepared.config
     if config.method == "full":
@@ -94,7 +107,7 @@ def count_trainable(prepared: Prepared, link: int) -> int:
     return count_adapters(prepared, link) + biases
 
 
-def count_adapters(prepared: Prepared, link: int) -> int:
+def count_adapters(prepared: Prepared | Described, link: int) -> int:
     """Elements of A and B of all layers in `link`."""
     layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
     return prepared.config.lora_ranks[link - 1] * sum(layer.in_features + layer.out_features for layer in layers)

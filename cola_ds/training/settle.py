@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,47 +24,69 @@ from cola_ds.config.engine_sizes import (
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, cut
 from cola_ds.lora.remainders import remainder_dtype
-from cola_ds.training.prepared import Prepared, count_trainable
+from cola_ds.training.prepared import Described, Prepared, count_trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """What the engine becomes: as in Prepared."""
+
+    zero: dict[str, Any]
+    stage_reason: str
+    nodes: list[list[int]] | None
+    shards_reason: str
 
 
 def settle_engine(prepared: Prepared, hosts: Sequence[str], memory: Callable[[], tuple[int, int]]) -> Prepared:
     """The same, its engine's stage and sizes known, and whether each node has shards of its own. `hosts` names that of every
     process. `memory` says what the process with least has, in bytes: where it computes, and on its host. It is asked (collective,
     if it is) where something is left to be chosen. Raises UserError for node shards that cannot be had."""
-    config, zero = prepared.config, prepared.engine_config["zero_optimization"]
-    shapes, reason = _shapes_of(prepared), ""
-    if zero["stage"] == "auto":
-        stage, reason = _stage(prepared, shapes, len(hosts), memory)
-        check_compilable(config, stage)
-        zero = {**zero, "stage": stage}
-    nodes, shards_reason = _nodes(prepared, shapes, zero["stage"], hosts, memory)
-    zero = with_sizes(zero, shapes, config.method == "full", prepared.step_plan.micro_steps)
+    longest = prepared.order.capacity or max(map(int, prepared.train.lengths))
+    settled = settle(
+        prepared, prepared.engine_config["zero_optimization"], prepared.step_plan.micro_steps, longest, hosts, memory,
+        computes_on_host(),
+    )  # fmt: skip
     return dataclasses.replace(
-        prepared, engine_config={**prepared.engine_config, "zero_optimization": zero}, stage_reason=reason, nodes=nodes,
-        shards_reason=shards_reason,
+        prepared, engine_config={**prepared.engine_config, "zero_optimization": settled.zero},
+        stage_reason=settled.stage_reason, nodes=settled.nodes, shards_reason=settled.shards_reason,
     )  # fmt: skip
 
 
+def settle(
+    model: Prepared | Described, zero: dict[str, Any], micro_steps: int, longest: int, hosts: Sequence[str],
+    memory: Callable[[], tuple[int, int]], one: bool,
+) -> Settled:  # fmt: skip
+    """As `settle_engine`, of a model whose longest row has `longest` tokens; `one`: it computes on the host."""
+    shapes, reason = _shapes_of(model), ""
+    needed = _need(model, shapes, longest)
+    if zero["stage"] == "auto":
+        stage, reason = _stage(model.config, needed, len(hosts), memory, one)
+        check_compilable(model.config, stage)
+        zero = {**zero, "stage": stage}
+    nodes, shards_reason = _nodes(model.config, needed, shapes, zero["stage"], hosts, memory, one)
+    zero = with_sizes(zero, shapes, model.config.method == "full", micro_steps)
+    return Settled(zero, reason, nodes, shards_reason)
+
+
 def _stage(
-    prepared: Prepared, shapes: Shapes, world_size: int, memory: Callable[[], tuple[int, int]]
+    config: RunConfig, needed: Need, world_size: int, memory: Callable[[], tuple[int, int]], one: bool
 ) -> tuple[int, str]:
-    config = prepared.config
     if config.method == "full":
         return 3, "method full trains every weight"
     if config.model.shards == "node":
         return 3, "model.shards is node"
     if world_size == 1:
         return 2, "one process has nothing to shard"  # nor does it need stage 3's hooks on every module
-    return choose_stage(_need(prepared, shapes), *memory(), one=_computes_on_host())
+    return choose_stage(needed, *memory(), one=one)
 
 
 def _nodes(
-    prepared: Prepared, shapes: Shapes, stage: int, hosts: Sequence[str], memory: Callable[[], tuple[int, int]]
-) -> tuple[list[list[int]] | None, str]:
+    config: RunConfig, needed: Need, shapes: Shapes, stage: int, hosts: Sequence[str], memory: Callable[[], tuple[int, int]],
+    one: bool,
+) -> tuple[list[list[int]] | None, str]:  # fmt: skip
     """The ranks of each node, where each has shards of its own; None where they lie on all processes. And why, if that was
     chosen."""
-    config, nodes = prepared.config, nodes_of(hosts)
-    wanted = config.model.shards
+    nodes, wanted = nodes_of(hosts), config.model.shards
     if wanted == "node" and stage != 3:
         raise UserError(f"model.shards node needs ZeRO stage 3, and {cut(config.deepspeed)} means stage {stage} here")
     if wanted == "world" or stage != 3 or len(nodes) == 1:
@@ -78,31 +101,27 @@ def _nodes(
     if why is not None:
         return None, f"over all processes: {why}"
     fits, reason = choose_shards(
-        _need(prepared, shapes), shapes, DTYPES[config.model.dtype].element_bytes, len(nodes[0]), *memory(),
-        one=_computes_on_host(),
+        needed, shapes, DTYPES[config.model.dtype].element_bytes, len(nodes[0]), *memory(), one=one
     )  # fmt: skip
     return nodes if fits else None, reason
 
 
-def _computes_on_host() -> bool:
+def computes_on_host() -> bool:
+    """Whether what a process computes with lies in its host's memory."""
     from cola_ds.distributed.accelerator import kind
 
     return kind() == "cpu"
 
 
-def _need(prepared: Prepared, shapes: Shapes) -> Need:
-    config = prepared.config
+def _need(model: Prepared | Described, shapes: Shapes, longest: int) -> Need:
+    config = model.config
     return need(
-        shapes, DTYPES[config.model.dtype].element_bytes, config.optim.micro_batch_size * _longest_row(prepared),
-        recomputes=config.model.activation_checkpointing, remainder_bytes=_bytes_a_remainder(config),
+        shapes, DTYPES[config.model.dtype].element_bytes, config.optim.micro_batch_size * longest,
+        recomputes=config.model.activation_checkpointing, remainder_bytes=bytes_a_remainder(config),
     )  # fmt: skip
 
 
-def _longest_row(prepared: Prepared) -> int:
-    return prepared.order.capacity or max(map(int, prepared.train.lengths))
-
-
-def _shapes_of(prepared: Prepared) -> Shapes:
+def _shapes_of(prepared: Prepared | Described) -> Shapes:
     config, skeleton = prepared.config, prepared.skeleton
     parameters = list(skeleton.parameters())
     layers = [skeleton.get_submodule(name) for name in prepared.targets]
@@ -129,10 +148,10 @@ def remainder_bytes(prepared: Prepared, world_size: int) -> int:
     if prepared.engine_config["zero_optimization"]["stage"] == 3:
         copies = 1 if prepared.nodes is None else len(prepared.nodes)
     elements = sum(prepared.skeleton.get_submodule(name).weight.numel() for name in prepared.targets)
-    return _bytes_a_remainder(prepared.config) * elements * copies
+    return bytes_a_remainder(prepared.config) * elements * copies
 
 
-def _bytes_a_remainder(config: RunConfig) -> int:
+def bytes_a_remainder(config: RunConfig) -> int:
     """Of one element of a target weight; 0 where nothing is kept."""
     if config.model.dtype == "fp32" or config.chain.length == 1:
         return 0

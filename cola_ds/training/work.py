@@ -21,7 +21,7 @@ import numpy
 from torch import nn
 
 from cola_ds.data.batch import StepExamples
-from cola_ds.training.prepared import Prepared
+from cola_ds.training.prepared import Described, Prepared
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ def pairs(lengths: list[int], window: int | None) -> int:
 
 def work_of(prepared: Prepared) -> list[LinkWork]:
     """The work of each link, in order. Raises ValueError for a model whose work is not that of a dense transformer."""
-    return [_link_work(prepared, lora_rank) for lora_rank in prepared.config.lora_ranks]
+    return [link_work(prepared, lora_rank) for lora_rank in prepared.config.lora_ranks]
 
 
-def _link_work(prepared: Prepared, lora_rank: int) -> LinkWork:
+def link_work(prepared: Prepared | Described, lora_rank: int) -> LinkWork:
+    """The work of a link of that LoRA rank. Raises ValueError as `work_of` does."""
     skeleton, targets = prepared.skeleton, set(prepared.targets)
     config = skeleton.config.get_text_config()
     if getattr(config, "num_experts_per_tok", None):
@@ -78,7 +79,7 @@ def _link_work(prepared: Prepared, lora_rank: int) -> LinkWork:
     return LinkWork(per_token, per_prediction, _attention(config, number))
 
 
-def _first_trained_block(prepared: Prepared, config: Any) -> tuple[str, int]:
+def _first_trained_block(prepared: Prepared | Described, config: Any) -> tuple[str, int]:
     """The first block that has a target: its name, and its number from 0. The number of blocks where none has; 0 where all is
     trained, or where it cannot be told."""
     for name, module in prepared.skeleton.named_modules():

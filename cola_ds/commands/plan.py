@@ -1,0 +1,183 @@
+"""`cola-ds plan`: what a run will need on a cluster, from its YAML and the model's config.json alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from cola_ds.config.schema import RunConfig
+from cola_ds.errors import UserError, quoted
+from cola_ds.evaluation.attention import shown_name
+from cola_ds.plan.recommend import nodes_that_fit, recommend, smallest
+from cola_ds.plan.run import FITS, LIBRARIES, OF_PEAK, Cluster, Plan, plan_run
+from cola_ds.training.prepare import describe
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_GIB = 2**30
+
+
+def size_of(text: str, option: str, rate: bool = False) -> float:
+    """Bytes, such as 80GiB or 1.5TB; with `rate` bytes a second, such as 50GB/s. Raises UserError."""
+    found = re.fullmatch(
+        r"([0-9]*\.?[0-9]+)\s*([KMGT]?i?)B?" + ("(?:/s)?" if rate else ""), text.strip(), re.IGNORECASE
+    )
+    number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    if not number or number == float("inf"):
+        raise UserError(f"{option} {quoted(text)} must be a size like {'50GB/s' if rate else '80GiB'}")
+    return number
+
+
+def plan(config: RunConfig, cluster: Cluster, table: Sequence[int] = ()) -> tuple[str, str | None]:
+    """What a run needs there, for people, and what keeps it from fitting, with what would; None: it fits. Raises UserError for a
+    config that contradicts itself there."""
+    described = describe(config)
+    if table:
+        plans = [plan_run(described, dataclasses.replace(cluster, nodes=nodes)) for nodes in table]
+        return _table(plans), None
+    found = plan_run(described, cluster)
+    lines = [*_head(found), *_memory(found), *_traffic(found), *_time(found)]
+    choice = recommend(found)
+    if found.fits:
+        if choice is not None:
+            lines.append(f"faster      {' '.join(choice.overrides)}: {_needs(choice.plan)}, {_step(choice.plan)}")
+        return "\n".join([*lines, *_assumed(found)]), None
+    return "\n".join([*lines, *_assumed(found)]), _why_not(found)
+
+
+def _why_not(found: Plan) -> str:
+    cluster, choice = found.cluster, recommend(found)
+    said = f"this does not fit: {_needs(found)}"
+    if choice is not None:
+        return f"{said}; with {' '.join(choice.overrides)} it does: {_needs(choice.plan)}"
+    least, nodes = smallest(found), nodes_that_fit(found)
+    if least is not None:
+        said += (
+            f", and the least that it can do with is {_needs(least.plan)} ({' '.join(least.overrides) or 'as it is'})"
+        )
+    if nodes is None:
+        return f"{said}; use devices with more memory, or a shorter data.max_length"
+    return f"{said}; {nodes} nodes of {cluster.per_node} would do"
+
+
+def _needs(plan: Plan) -> str:
+    cluster = plan.cluster
+    there = f"{_gib(cluster.memory * FITS)} ({FITS:.0%} of {_gib(cluster.memory)})"
+    said = f"{_gib(plan.total_device)} a process, of {there}"
+    if cluster.host_memory is not None and plan.total_host > FITS * cluster.host_memory:
+        said += f", and {_gib(plan.total_host)} of a node's host, which has {_gib(cluster.host_memory)}"
+    return said
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.1f} GiB"
+
+
+def _head(plan: Plan) -> list[str]:
+    config, cluster, layout, settled = plan.described.config, plan.cluster, plan.layout, plan.settled
+    total = sum(layout.base.values())
+    stage = f"ZeRO stage {layout.stage}" + (f": {settled.stage_reason}" if settled.stage_reason else "")
+    batch = (
+        f"{config.optim.micro_batch_size} rows of {plan.described.max_length} tokens x {plan.micro_steps} micro steps"
+    )
+    lines = [
+        f"cluster     {cluster.nodes} nodes x {cluster.per_node} processes, on {cluster.device} with {_gib(cluster.memory)}",
+        f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
+        f"method      {config.method}, {layout.trained:,} trainable parameters at most",
+        f"batch       {batch} x {cluster.processes} processes",
+        f"engine      {stage}",
+    ]
+    if layout.stage == 3 and cluster.nodes > 1:
+        where = "in each node" if layout.in_nodes else "over all processes"
+        lines.append(f"shards      {settled.shards_reason or where}")
+    return lines
+
+
+def _memory(plan: Plan) -> list[str]:
+    cluster, memory = plan.cluster, plan.memory
+    lines = ["", f"memory of a process, of {_gib(cluster.memory)}, {FITS:.0%} of which may be filled"]
+    here = [*memory.device, *memory.host] if cluster.on_host else memory.device
+    lines += [_line(line.what, line.bytes) for line in here]
+    if cluster.on_host:
+        lines.append(_line("Python and libraries", LIBRARIES // 4))
+    lines.append(_line("in all", plan.total_device))
+    if not cluster.on_host:
+        lines += ["", "on the host, a process"]
+        lines += [_line(line.what, line.bytes) for line in memory.host]
+        lines.append(_line("Python and libraries", LIBRARIES))
+    of = "" if cluster.host_memory is None else f" of {_gib(cluster.host_memory)}"
+    return [*lines, f"a node's host: {_gib(plan.total_host)}{of}"]
+
+
+def _line(what: str, size: int) -> str:
+    return f"{size / 2**20:13,.1f} MiB  {what}"
+
+
+def _traffic(plan: Plan) -> list[str]:
+    knot_inside, knot_across = (0, plan.knot_bytes) if plan.cluster.nodes > 1 else (plan.knot_bytes, 0)
+    return [
+        "",
+        "sent for a process, in bytes",
+        f"  a step    {plan.inside:,} within its node, {plan.across:,} between nodes",
+        f"  of it     {plan.gathered_bytes:,} base weights, {plan.trained_bytes:,} gradients and new values of what is trained",
+        f"  a knot    {knot_inside:,} within its node, {knot_across:,} between nodes",
+        f"checkpoint  {plan.checkpoint_bytes:,} bytes, the last one",
+        "",
+    ]
+
+
+def _time(plan: Plan) -> list[str]:
+    lines = [f"loading     {plan.load_s:.1f} s of reading"]
+    seconds = plan.seconds
+    if "computing" in seconds:
+        lines.append(
+            f"step        {_step(plan)}: " + ", ".join(f"{taken:.3g} s {what}" for what, taken in seconds.items())
+        )
+    else:
+        said = ", ".join(f"{taken:.3g} s {what}" for what, taken in seconds.items())
+        lines.append(f"step        {said}; computing is not known of {plan.cluster.device}")
+    return lines
+
+
+def _step(plan: Plan) -> str:
+    """The seconds of a step: where all overlaps, and where nothing does."""
+    if "computing" not in plan.seconds:
+        return "a step of unknown length"
+    least, most = max(plan.seconds.values()), sum(plan.seconds.values())
+    each = f"{least:.2f} s" if most < 1.05 * least else f"{least:.2f} to {most:.2f} s"
+    return f"{each} a step, {plan.tokens / most:,.0f} tokens/s" + ("" if most < 1.05 * least else " at least")
+
+
+def _assumed(plan: Plan) -> list[str]:
+    cluster, config = plan.cluster, plan.described.config
+    attention = "attention as flash attention keeps it"
+    if config.model.attention == "eager":
+        attention = f"attention {shown_name('eager')}"
+    said = [
+        f"every row has {plan.described.max_length} tokens, all of which are predicted",
+        f"{attention}, torch's kernels (Liger's keep less)",
+        f"{OF_PEAK:.0%} of the peak of {cluster.device}",
+        f"{cluster.network / 1e9:g} GB/s between nodes, {cluster.node_network / 1e9:g} GB/s within one, "
+        f"{cluster.disk / 1e9:g} GB/s from disk",
+    ]
+    return [f"assumed     {said[0]}", *(f"            {each}" for each in said[1:])]
+
+
+def _table(plans: list[Plan]) -> str:
+    columns = (
+        "nodes", "processes", "stage, shards", "GiB a process", "fits", "GiB a node's host", "between nodes, GB a step",
+        "step, s", "tokens/s",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for plan in plans:
+        where = "" if plan.layout.stage < 3 else ", node" if plan.layout.in_nodes else ", world"
+        known = "computing" in plan.seconds
+        most = sum(plan.seconds.values())
+        cells = [
+            str(plan.cluster.nodes), str(plan.cluster.processes), f"{plan.layout.stage}{where}",
+            f"{plan.total_device / _GIB:.1f}", "yes" if plan.fits else "no", f"{plan.total_host / _GIB:.1f}",
+            f"{plan.across / 1e9:.3f}", f"{max(plan.seconds.values()):.2f} to {most:.2f}" if known else "?",
+            f"{plan.tokens / most:,.0f}" if known else "?",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What a run will need, before it has a machine: its memory, its traffic, its time."""

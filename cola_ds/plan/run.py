@@ -1,0 +1,250 @@
+"""A run on a cluster that is not there yet: what it needs, what it sends, and how long a step takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from cola_ds.config.dtypes import DTYPES
+from cola_ds.config.steps import micro_steps_of, rows_per_step
+from cola_ds.data.batch import StepExamples
+from cola_ds.distributed.devices import peak_tflops
+from cola_ds.errors import UserError
+from cola_ds.evaluation.attention import VARLEN
+from cola_ds.plan.memory import Layout, Memory, memory_of
+from cola_ds.plan.micro_step import MicroStep, trace
+from cola_ds.training.prepared import Described, count_trainable
+from cola_ds.training.settle import Settled, bytes_a_remainder, settle
+from cola_ds.training.work import link_work
+
+FITS = 0.9
+"""How much of a device's memory a plan may fill: the rest is CUDA's and NCCL's, and lost between blocks."""
+OF_PEAK = 0.4
+"""What a step reaches of a device's peak: 0.39 was seen on an H200 at Llama-3-8B's shapes with torch's kernels, 0.48 with Liger's
+(launch/README.md)."""
+LIBRARIES = 2 * 2**30
+"""Host memory of a process for Python, torch and CUDA's libraries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What the run is planned for; bytes, and bytes a second."""
+
+    nodes: int
+    per_node: int
+    """Processes, each with a device of its own; on the CPU they share the node's memory."""
+    device: str
+    """Its name as torch gives it, such as H100; cpu."""
+    memory: int
+    """Of a device."""
+    host_memory: int | None
+    """Of a node."""
+    network: float
+    """Of a node, each way."""
+    node_network: float
+    """Of a device to the others of its node, each way."""
+    disk: float
+    """At which a node reads files."""
+    host_link: float = 25e9
+    """Of a device to its host, where weights are offloaded."""
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def on_host(self) -> bool:
+        return self.device == "cpu"
+
+    def memory_of_a_process(self) -> tuple[int, int]:
+        """Where it computes, and on its host."""
+        host = 2**62 if self.host_memory is None else self.host_memory // self.per_node
+        return (self.memory, host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs there."""
+
+    described: Described
+    cluster: Cluster
+    settled: Settled
+    layout: Layout
+    memory: Memory
+    micro_steps: int
+    gathered_bytes: int
+    """Of base weights, by a process in a step."""
+    trained_bytes: int
+    """Of gradients of what is trained and its new values, by a process in a step."""
+    knot_bytes: int
+    flops: float | None
+    """Of a step on one device; None: not known (a model with experts)."""
+    peak: float | None
+    """FLOP/s of the device; None: not known."""
+
+    @property
+    def total_device(self) -> int:
+        """Of a process where it computes; on the CPU that is all."""
+        return self.memory.device_bytes + (self.memory.host_bytes + LIBRARIES // 4 if self.cluster.on_host else 0)
+
+    @property
+    def total_host(self) -> int:
+        """Of a node's host."""
+        each = self.total_device if self.cluster.on_host else self.memory.host_bytes + LIBRARIES
+        return each * self.cluster.per_node
+
+    @property
+    def fits(self) -> bool:
+        there = self.cluster.memory * FITS >= self.total_device
+        host = self.cluster.host_memory
+        return there and (host is None or self.total_host <= FITS * host)
+
+    @property
+    def across(self) -> int:
+        """Bytes that a process has to do with between nodes in a step."""
+        if self.cluster.nodes == 1:
+            return 0
+        return self.trained_bytes + (0 if self.layout.in_nodes else self.gathered_bytes)
+
+    @property
+    def inside(self) -> int:
+        """And within its node."""
+        if self.cluster.nodes == 1:
+            return self.trained_bytes + self.gathered_bytes if self.cluster.processes > 1 else 0
+        return self.gathered_bytes if self.layout.in_nodes else 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What a step takes of each, were there nothing else: computing (if it is known) and sending."""
+        nodes, cluster = self.cluster.nodes, self.cluster
+        found = {}
+        if self.flops is not None and self.peak is not None:
+            found["computing"] = self.flops / (OF_PEAK * self.peak)
+        found["between nodes"] = self.across * (nodes - 1) / nodes / cluster.network
+        within = (self.inside or self.across) * (cluster.per_node - 1) / cluster.per_node
+        found["within a node"] = within / cluster.node_network
+        if self.layout.offload_param:
+            found["from the host"] = self.gathered_bytes / self.layout.shared_by / cluster.host_link
+        return found
+
+    @property
+    def tokens(self) -> int:
+        return rows_per_step(self.described.config) * self.described.max_length
+
+    @property
+    def load_s(self) -> float:
+        """To read the base from disk: a node its processes' shards, or all of it."""
+        base = sum(self.layout.base.values()) * self.layout.element_bytes
+        share = 1.0 if self.layout.stage < 3 or self.layout.in_nodes else 1 / self.cluster.nodes
+        return base * share / self.cluster.disk
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the last one: masters, moments, and every link before."""
+        config = self.described.config
+        links = [count_trainable(self.described, link) for link in range(1, config.chain.length + 1)]
+        return 12 * links[-1] + (sum(links[:-1]) * self.layout.element_bytes if config.trains_lora else 0)
+
+
+def plan_run(described: Described, cluster: Cluster) -> Plan:
+    """Plan it. Raises UserError for a config that contradicts itself there, and for a model that cannot be traced."""
+    config = described.config
+    if not config.trains:
+        raise UserError(f"method {config.method} trains nothing; a plan is of training: lora, cola or full")
+    micro_steps = micro_steps_of(config, cluster.processes)
+    hosts = [f"node {node}" for node in range(cluster.nodes) for _ in range(cluster.per_node)]
+    settled = settle(
+        described, described.engine_json["zero_optimization"], micro_steps, described.max_length, hosts,
+        cluster.memory_of_a_process, cluster.on_host,
+    )  # fmt: skip
+    layout = _layout(described, cluster, settled)
+    memory = memory_of(layout, _micro_step(described, cluster))
+    gathered = memory.gathers.moved * micro_steps * layout.element_bytes if memory.gathers else 0
+    trained = layout.trained * layout.element_bytes
+    several = cluster.processes > 1
+    knot = trained * (2 if layout.in_nodes else 1) + (
+        2 * layout.targets * layout.element_bytes if layout.gathered_tie else 0
+    )
+    peak = peak_tflops(cluster.device, config.model.dtype)
+    return Plan(
+        described=described, cluster=cluster, settled=settled, layout=layout, memory=memory, micro_steps=micro_steps,
+        gathered_bytes=gathered, trained_bytes=2 * trained if several else 0,
+        knot_bytes=knot if several and config.trains_lora else 0,
+        flops=_flops(described, cluster), peak=None if peak is None else peak * 1e12,
+    )  # fmt: skip
+
+
+def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
+    config, zero, skeleton = described.config, settled.zero, described.skeleton
+    size = DTYPES[config.model.dtype].element_bytes
+    targets = [skeleton.get_submodule(name).weight.numel() for name in described.targets]
+    accumulates = described.engine_json.get("data_types", {}).get("grad_accum_dtype")
+    weights = {
+        name: [(id(weight), weight.numel()) for weight in module.parameters(recurse=False)]
+        for name, module in skeleton.named_modules()
+    }
+
+    def offloads(key: str) -> bool:
+        return (zero.get(key) or {}).get("device", "none") == "cpu"
+
+    return Layout(
+        processes=cluster.processes, per_node=cluster.per_node, stage=zero["stage"], in_nodes=settled.nodes is not None,
+        offload_param=offloads("offload_param"), offload_optimizer=offloads("offload_optimizer"), zero=zero, element_bytes=size,
+        gradient_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulates, size), optimizer=config.optim.name,
+        full=config.method == "full",
+        trained=max(count_trainable(described, link) for link in range(1, config.chain.length + 1)),
+        targets=sum(targets), largest_target=max(targets, default=0), gathered_tie=config.chain.tie == "gathered",
+        remainder_bytes=bytes_a_remainder(config), weights={name: own for name, own in weights.items() if own},
+    )  # fmt: skip
+
+
+def _micro_step(described: Described, cluster: Cluster) -> MicroStep:
+    model = described.config.model
+    facts = _Facts(described, "cpu" if cluster.on_host else "cuda", model.activation_checkpointing)
+    return _traced(facts, described.config.optim.micro_batch_size)
+
+
+class _Facts:
+    """What a trace depends on beside its rows; equal where a trace would be."""
+
+    def __init__(self, described: Described, device: str, recomputes: bool):
+        self.described, self.device, self.recomputes = described, device, recomputes
+
+    def _key(self) -> tuple[Any, ...]:
+        return (id(self.described.skeleton), self.described.max_length, self.device, self.recomputes)
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Facts) and self._key() == other._key()
+
+
+@lru_cache(maxsize=64)
+def _traced(facts: _Facts, rows: int) -> MicroStep:
+    config = facts.described.config
+    joined = config.data.task is None and config.model.attention in ("auto", "varlen")
+    return trace(
+        facts.described.skeleton, facts.described.targets, max(config.lora_ranks) if config.trains_lora else None,
+        (rows, facts.described.max_length), attention=VARLEN if joined else config.model.attention,
+        dtype=getattr(torch, DTYPES[config.model.dtype].torch_name), dropout=config.lora.dropout,
+        biases=config.lora.bias == "lora_only", recomputes=facts.recomputes, device=facts.device,
+    )  # fmt: skip
+
+
+def _flops(described: Described, cluster: Cluster) -> float | None:
+    config = described.config
+    rows, width = rows_per_step(config), described.max_length
+    examples = StepExamples(
+        micro_batches=[], examples=rows, tokens=rows * width, loss_tokens=rows * (width - 1), predictions=rows * (width - 1),
+        indices=[], lengths=[width] * rows,
+    )  # fmt: skip
+    try:
+        work = max(link_work(described, lora_rank).of(examples) for lora_rank in config.lora_ranks)
+    except ValueError:
+        return None
+    again = (4 / 3 if config.method == "full" else 1.5) if config.model.activation_checkpointing else 1.0
+    return work * again / cluster.processes
