@@ -159,6 +159,11 @@ def _varlen_options() -> list[str]:
     return list(inspect.signature(varlen_attn).parameters)
 
 
+def repeats_keys() -> bool:
+    """Whether this torch's varlen wants as many heads of keys and values as of queries: 2.11 does."""
+    return "enable_gqa" not in _varlen_options()
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor, places: Tensor, longest: int, scaling: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -167,8 +172,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, places: Tensor, longest: i
     if "window_size" not in known:  # torch 2.10
         options = {"is_causal": True}
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and "enable_gqa" in known:
+    if groups > 1 and not repeats_keys():
         options["enable_gqa"] = True
-    elif groups > 1:  # torch 2.11
+    elif groups > 1:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     return cast(Tensor, varlen_attn(query, key, value, places, places, longest, longest, scale=scaling, **options))

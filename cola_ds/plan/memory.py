@@ -50,6 +50,8 @@ class Layout:
     gathered_tie: bool
     remainder_bytes: int
     """Of an element of a target; 0: none is kept."""
+    over_gloo: bool
+    """On the CPU. A gather is there twice then, as was measured."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
     """By module, an identity of each of its own weights of the base, and its elements."""
 
@@ -79,6 +81,11 @@ class Layout:
         """Elements of each weight of the base, a tied one once."""
         return {which: numel for module in self.weights.values() for which, numel in module}
 
+    @property
+    def resident(self) -> int:
+        """Elements of the weights that stay whole within a step."""
+        return sum(numel for numel in self.base.values() if numel <= self.sizes.resident)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -104,6 +111,8 @@ def memory_of(layout: Layout, step: MicroStep) -> Memory:
     gathered = None
     if layout.stage == 3 and layout.shared_by > 1:
         gathered = gathers(step, layout.weights, layout.sizes, layout.element_bytes)
+        if layout.over_gloo:
+            device.append(Line("gloo's copy of the largest gather", max(layout.base.values()) * layout.element_bytes))
     passing = _passing(step, gathered)
     updating = [Line("at the update: gradients in fp32, and the optimizer's own", _update_bytes(layout))]
     tying = [Line("at a knot", _knot_bytes(layout))]
@@ -140,12 +149,11 @@ def _weights(layout: Layout) -> list[Line]:
             Line("base weights, whole", sum(base.values()) * size),
             Line("A and B", 0 if layout.full else layout.trained * size),
         ]
-    resident = [numel for numel in base.values() if numel <= layout.sizes.resident]
     shards = sum(-(-numel // layout.shared_by) for numel in base.values())
     several = layout.processes > 1
     return [
         Line("base weights, in shards", 0 if layout.offload_param else shards * size),
-        Line("base weights that stay whole", sum(resident) * size if layout.shared_by > 1 else 0),
+        Line("base weights that stay whole", layout.resident * size if layout.shared_by > 1 else 0),
         Line("A and B, whole", layout.trained * size if several and not layout.full else 0),
         Line("A and B, in shards", 0 if layout.full else -(-layout.trained // layout.processes) * size),
     ]

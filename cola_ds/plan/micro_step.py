@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_iter
 
 from cola_ds.data.batch import PackedBatch
 from cola_ds.errors import UserError, first_line
-from cola_ds.evaluation.attention import VARLEN, varlen_attention
+from cola_ds.evaluation.attention import VARLEN, repeats_keys, varlen_attention
 from cola_ds.evaluation.fused_loss import as_fused
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import inject, lora_layers
@@ -104,10 +105,13 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, repeats: bool = False, **options: Any
 ) -> tuple[Tensor, None]:
-    found = _Attention.apply(*(part.transpose(1, 2) for part in (query, key, value)))
-    return found, None
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    groups = query.shape[2] // key.shape[2]
+    if groups > 1 and repeats:
+        key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
+    return _Attention.apply(query, key, value), None
 
 
 def trace(
@@ -137,7 +141,7 @@ def trace(
         getattr(model.config.get_text_config(), name, None) for name in _CAPS
     )
     try:
-        with as_fused(model, device, fused), _stand_in(model) if takes_it else nullcontext():
+        with as_fused(model, device, fused), _stand_in(model, device) if takes_it else nullcontext():
             _run(model, _batch(count, width), step)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
@@ -147,13 +151,13 @@ def trace(
 
 
 @contextmanager
-def _stand_in(model: Any) -> Iterator[None]:
+def _stand_in(model: Any, device: str) -> Iterator[None]:
     """The stand-in in varlen's place: a model with that is given no mask to make."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionMaskInterface.register(VARLEN, sdpa_mask)
-    AttentionInterface.register(VARLEN, _attention)
+    AttentionInterface.register(VARLEN, partial(_attention, repeats=device == "cuda" and repeats_keys()))
     model.config.get_text_config()._attn_implementation = VARLEN
     try:
         yield

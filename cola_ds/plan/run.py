@@ -162,7 +162,9 @@ def plan_run(described: Described, cluster: Cluster) -> Plan:
     )  # fmt: skip
     layout = _layout(described, cluster, settled)
     memory = memory_of(layout, _micro_step(described, cluster))
-    gathered = memory.gathers.moved * micro_steps * layout.element_bytes if memory.gathers else 0
+    gathered = 0
+    if memory.gathers is not None:  # in each micro step; and once a step what stays whole within it
+        gathered = (memory.gathers.moved * micro_steps + layout.resident) * layout.element_bytes
     trained = layout.trained * layout.element_bytes
     several = cluster.processes > 1
     knot = trained * (2 if layout.in_nodes else 1) + (
@@ -197,7 +199,8 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
         full=config.method == "full",
         trained=max(count_trainable(described, link) for link in range(1, config.chain.length + 1)),
         targets=sum(targets), largest_target=max(targets, default=0), gathered_tie=config.chain.tie == "gathered",
-        remainder_bytes=bytes_a_remainder(config), weights={name: own for name, own in weights.items() if own},
+        remainder_bytes=bytes_a_remainder(config), over_gloo=cluster.on_host,
+        weights={name: own for name, own in weights.items() if own},
     )  # fmt: skip
 
 

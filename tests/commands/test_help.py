@@ -13,7 +13,7 @@ from cola_ds.commands.parser import parse
 from cola_ds.report.paper import PAPER_TABLES
 from cola_ds.run.environment import version_of
 
-COMMANDS = ["train", "evaluate", "export", "doctor", "data", "inspect", "sweep", "report"]
+COMMANDS = ["train", "evaluate", "export", "plan", "doctor", "data", "inspect", "sweep", "report"]
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "numpy", "pyarrow", "pydantic", "safetensors"}
 
 

@@ -1,0 +1,196 @@
+"""`cola-ds plan`: what it counts, against counts of other kinds, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+
+from cola_ds.cli import main
+from cola_ds.commands.plan import size_of
+from cola_ds.lora.layers import find_targets, inject, start_link
+from cola_ds.plan.gathers import Sizes, gathers
+from cola_ds.plan.micro_step import MicroStep, trace
+from tests.support.toys import ARCHITECTURES, run_config, save_model, save_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder that has a config and nothing else: what a plan needs."""
+    whole = save_model(tmp_path_factory.mktemp("whole"))
+    folder = tmp_path_factory.mktemp("config-alone")
+    (folder / "config.json").write_bytes((whole / "config.json").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A run's YAML whose data is not here."""
+
+    def write(**sections):
+        config = run_config(model, tmp_path / "nowhere.jsonl", tmp_path / "run", **sections)
+        return str(save_run(tmp_path / "run.yaml", {**config, "deepspeed": sections.get("deepspeed", "auto")}))
+
+    return write
+
+
+def skeleton_of(folder):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"gpt2"}))
+def test_what_is_kept_is_what_autograd_keeps(tmp_path, architecture):
+    """Torch's own hooks on saved tensors say what a forward pass of the same model keeps, on the CPU, where it computes."""
+    from transformers import AutoModelForCausalLM
+
+    folder, (rows, width) = save_model(tmp_path, architecture), (2, 48)
+    skeleton = skeleton_of(folder)
+    targets = find_targets(skeleton, "all-linear")
+    options = {"attention": "sdpa", "dtype": torch.float32, "device": "cpu"}
+    step = trace(skeleton, targets, 4, (rows, width), **options)
+    real = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
+    inject(real, targets, 0.0, train_bias=False)
+    start_link(real, 1, 4, 4.0, 0, torch.device("cpu"))
+    own = {p.untyped_storage().data_ptr() for p in (*real.parameters(), *real.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = real.base_model(input_ids=torch.randint(5, 100, (rows, width)), use_cache=False)[0]
+    saved = sum(size for size, _ in kept.values()) + hidden.numel() * 4  # and what the loss keeps: its gradient
+    assert step.kept == pytest.approx(saved, rel=0.12)
+    assert step.peak > step.kept
+    again = trace(skeleton, targets, 4, (rows, width), recomputes=True, **options)
+    blocks = skeleton.config.num_hidden_layers
+    assert blocks * hidden.numel() * 4 <= again.kept < step.kept / 2 and again.peak < step.peak
+
+
+def test_counting_lets_nothing_live_for_ever(model):
+    step = trace(skeleton_of(model), ["model.layers.0.mlp.up_proj"], 2, (1, 16), attention=None, dtype=torch.float32)
+    assert step.peaks[-1] < step.kept < step.peak
+    assert [begins for begins, _ in step.visits].count(True) >= [begins for begins, _ in step.visits].count(False)
+
+
+A_B_C = MicroStep(
+    visits=[(True, "a"), (False, "a"), (True, "b"), (False, "b"), (True, "c"), (False, "c"),
+            (True, "c"), (False, "c"), (True, "b"), (False, "b"), (True, "a"), (False, "a")],
+    peaks=[0] * 13,
+)  # fmt: skip
+WEIGHTS = {"a": [(1, 100)], "b": [(2, 200)], "c": [(3, 300), (4, 5)]}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "peak", "moved"),
+    [
+        (Sizes(resident=10, prefetch=0, live=10**9, reuse=0), 300, 2 * 600),  # one at a time, and each anew
+        (Sizes(resident=10, prefetch=0, live=10**9, reuse=10**9), 600, 600),  # all stay until their second use
+        (Sizes(resident=10, prefetch=1, live=10**9, reuse=0), 600, 2 * 600),  # and the next one beside it
+        (Sizes(resident=250, prefetch=0, live=10**9, reuse=0), 300, 2 * 300),  # a and b never leave
+    ],
+)
+def test_gathers_follow_deepspeeds_rules(sizes, peak, moved):
+    found = gathers(A_B_C, WEIGHTS, sizes, 1)
+    assert (found.peak, found.moved) == (peak, moved)
+
+
+def words_of(path, *more):
+    return ["plan", path, "--gpus", "2", *more]
+
+
+def test_a_plan_names_every_share_and_what_is_assumed(run, capsys):
+    assert main(words_of(run(), "--nodes", "2", "--device", "H100", "model.shards=node", "deepspeed=zero3")) == 0
+    said = capsys.readouterr().out
+    lines = [
+        float(found)
+        for found in re.findall(r"^ +([\d.]+) MiB  (?!in all)", said.partition("on the host")[0], re.MULTILINE)
+    ]
+    total = float(re.search(r"([\d.]+) MiB  in all", said)[1])
+    assert sum(lines) == pytest.approx(total, abs=0.1 * len(lines))
+    for word in (
+        "shards      in each node",
+        "base weights, in shards",
+        "activations",
+        "assumed",
+        "H100",
+        "tokens/s",
+        "a knot",
+    ):
+        assert word in said
+
+
+def test_no_base_weight_crosses_a_node_with_shards_of_its_own(run, capsys):
+    across = {}
+    for shards in ("node", "world"):
+        assert main(words_of(run(), "--nodes", "2", f"model.shards={shards}", "deepspeed=zero3")) == 0
+        across[shards] = int(
+            re.search(r"a step .*, ([\d,]+) between nodes", capsys.readouterr().out)[1].replace(",", "")
+        )
+    assert 0 < across["node"] < across["world"] / 10
+
+
+def test_what_does_not_fit_is_refused_with_what_would(run, capsys):
+    path = run(data={"max_length": 64}, optim={"micro_batch_size": 2, "global_batch_size": 8})
+    plan = words_of(path, "--device", "H100", "deepspeed=zero3")
+    assert main([*plan, "--memory", "1GiB"]) == 0
+    needed = float(re.search(r"([\d.]+) MiB  in all", capsys.readouterr().out)[1])
+    assert main([*plan, "--memory", f"{needed / 0.9 * 1.01:.3f}MiB"]) == 0  # the edge: 90% may be filled
+    capsys.readouterr()
+    assert main([*plan, "--memory", f"{needed / 0.9 * 0.99:.3f}MiB"]) == 2
+    said = capsys.readouterr()
+    assert f"{needed:.1f} MiB  in all" in said.out
+    assert re.fullmatch(r"cola-ds: this does not fit: .* a process, of .*; with (\S+=\S+ ?)+ it does: .*\n", said.err)
+    overrides = re.search(r"; with (.*) it does", said.err)[1].split()
+    assert main([*plan, "--memory", f"{needed / 0.9 * 0.99:.3f}MiB", *overrides]) == 0
+    capsys.readouterr()
+    assert main([*plan, "--memory", "1KiB"]) == 2
+    assert "use devices with more memory" in capsys.readouterr().err
+
+
+def test_a_host_may_be_too_small(run, capsys):
+    assert main(words_of(run(), "--host-memory", "1GiB")) == 2
+    assert "of a node's host, which has 1.0 GiB" in capsys.readouterr().err
+
+
+def test_a_table_has_a_row_for_each_number_of_nodes(run, capsys):
+    assert main(words_of(run(), "--table", "1,2")) == 0
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in row] for row in rows[2:]] == [["1", "2", "2"], ["2", "4", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "80 apples"], "--memory '80 apples' must be a size like 80GiB"),
+        (["--network", "fast"], "--network 'fast' must be a size like 50GB/s"),
+        (["--nodes", "0"], "--nodes, --gpus and --table take numbers from 1"),
+        (["--table", "1,x"], "--table several with commas"),
+        (["--nodes", "3"], "does not divide into micro batches of 2 on 6 processes"),
+        (["method=zero-shot", "chain.length=1", "data.eval=dev.jsonl"], "trains nothing"),
+        (["lora.targets=[nothing]"], "matches no layer"),
+    ],
+)
+def test_wrong_calls_are_refused_in_one_line(run, capsys, words, message):
+    assert main(words_of(run(), *words)) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * 2**30), ("1.5TB", 1.5e12), ("64 GB", 64e9), ("123", 123), ("16Gi", 2**34)]
+)
+def test_sizes(text, size):
+    assert size_of(text, "--memory") == size
+
+
+def test_nothing_is_written(run, tmp_path):
+    path = run()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(words_of(path)) == 0
+    assert sorted(tmp_path.rglob("*")) == before
