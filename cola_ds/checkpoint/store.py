@@ -156,8 +156,9 @@ class CheckpointWriter:
     def add_files(self, files: dict[str, dict[str, Any]]) -> None:
         """Files that other processes have written here, as `write_shards` says of them. OSError if one of them is not here."""
         for name, entry in files.items():
-            if (self.scratch / name).stat().st_size != entry["bytes"]:
-                raise OSError(errno.EIO, f"{name} is not as it was written")
+            path = self.scratch / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise OSError(errno.EIO, f"{name} is not here as its process wrote it")
         self.files |= files
 
     def add_link(self, link: int, path: Path, digest: str) -> None:

@@ -1,13 +1,26 @@
 """Checkpoints of method full: each process writes and reads what it keeps, and no process has a whole model of it."""
 
+import shutil
+import threading
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save
 
 from cola_ds.checkpoint import shards
+from cola_ds.checkpoint.format import hash_of, read_checkpoint
+from cola_ds.commands.export import export
+from cola_ds.commands.inspect import inspect
+from cola_ds.distributed import collectives
 from cola_ds.distributed.shards import Part
-from tests.support.runs import record, three_links, train_in
-from tests.support.toys import REPOSITORY, save_model
+from cola_ds.errors import UserError
+from cola_ds.training.save import space_needed
+from tests.distributed.test_loading import private_bytes
+from tests.support.distributed import CountedCollectives, process_group, run_distributed
+from tests.support.runs import record, run_once, three_links, train_in
+from tests.support.toys import REPOSITORY, save_model, save_run
 
 OFFLOAD = str(REPOSITORY / "ds_configs/zero3_offload_cpu.json")
 ZERO_2 = str(REPOSITORY / "ds_configs/zero2.json")
@@ -195,3 +208,175 @@ def test_headers_that_lie(tmp_path, tensors, metadata):
     file.write_bytes(save(tensors, metadata))
     with pytest.raises(ValueError, match=r"its header|in it is no part|of none of the kinds"):
         shards.read_header(file)
+
+
+# -- what each process takes -------------------------------------------------------------------------------------------
+
+
+def train_and_watch(process, path):
+    """What each checkpoint of a run adds to this process's memory at most, and what the collectives carry meanwhile."""
+    from cola_ds.training import save as saving
+
+    inner, seen = saving.save_chain, []
+    shards._ELEMENTS_A_FILE = 2**18  # 1 MiB
+
+    def watched(chain):
+        before, peak, done = private_bytes(), [0], threading.Event()
+
+        def watch():
+            while not done.is_set():
+                peak[0] = max(peak[0], private_bytes())
+                time.sleep(0.001)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        with CountedCollectives() as counted:
+            wrong = inner(chain)
+        done.set()
+        watcher.join()
+        seen.append([peak[0] - before, counted.bytes])
+        return wrong
+
+    saving.save_chain = watched
+    run_once(process, path)
+    return seen
+
+
+def test_no_process_writes_more_than_its_own_part(toy, tmp_path):
+    """Nor has or sends it more: a checkpoint costs 1/4 of 12 bytes a parameter on the disk, and a few MiB of memory."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+    model = save_model(tmp_path / "model", **sizes)
+    options = {"optim": {"max_steps": 2, "micro_batch_size": 1}, "checkpoint": {"every_steps": 1, "keep": 9}}
+    config = three_links(toy, **{**FULL, **options, "model": {"path": str(model)}})
+    config["run"]["dir"] = str(tmp_path / "run")
+    seen = run_distributed(train_and_watch, 4, save_run(tmp_path / "run.yaml", config), timeout_s=400)
+    parameters = sum(tensor.numel() for tensor in model_of(tmp_path / "run").values())
+    for path in (tmp_path / "run/checkpoints").glob("step-*"):
+        sizes = [sum(file.stat().st_size for file in path.glob(f"shard-{rank:05d}-*")) for rank in range(4)]
+        assert all(3 * parameters < size < 1.02 * 3 * parameters for size in sizes), sizes
+        rest = [file for file in path.iterdir() if not file.name.startswith("shard-")]
+        assert sum(file.stat().st_size for file in rest) < 2**17
+    print(parameters, sizes, seen)
+    for saves in seen:
+        assert len(saves) == 2
+        for grown, carried in saves:
+            assert grown < 0.2 * 4 * parameters, (grown, parameters)
+            assert carried < 2**17
+
+
+def test_the_space_that_is_asked_for(config_of, whole):
+    """As much as a run's checkpoints take, and not much more."""
+    from cola_ds.config.schema import RunConfig
+
+    _, _, run = whole()
+    config = RunConfig.model_validate({**config_of(), "run": {"dir": str(run)}})
+    weights = model_of(run)
+    needed = space_needed(config, [sum(tensor.numel() for tensor in weights.values())], len(weights), 2)
+    each = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step-*")]
+    assert max(each) <= needed / (config.checkpoint.keep + 2) < max(each) + 2**18
+
+
+def hash_together(process, path):
+    """How many files this process hashes of a checkpoint, where all help; then where what others say is wrong, or nothing."""
+    process_group(process)
+    asked = []
+    for said in (None, "wrong", "nothing"):
+
+        def work(file, said=said):
+            asked.append(file)
+            return {None: hash_of(file), "wrong": "0" * 64, "nothing": None}[said if process.rank else None]
+
+        collectives.on_rank_0_with_all(
+            lambda ask: read_checkpoint(Path(path), lambda p: ask(list(map(str, p)))).step, work
+        )
+    return len(asked)
+
+
+def test_all_processes_hash(whole):
+    """Each its share; and what another process sees in that place damages nothing."""
+    path = whole()[2] / "checkpoints/step-00000003"
+    files = len(list(path.iterdir())) - 1
+    assert run_distributed(hash_together, 2, str(path)) == [3 * (files // 2), 3 * (files // 2)]
+
+
+def disagree(process):
+    process_group(process)
+    said = []
+    for mistaken in (0, 1, None):
+
+        def action(mistaken=mistaken):
+            if process.rank == mistaken:
+                raise UserError(f"a mistake of process {mistaken}")
+            return f"process {process.rank}"
+
+        for collective in (
+            lambda action=action: collectives.on_all(action),
+            lambda action=action: collectives.on_rank_0_with_all(
+                lambda ask: [*ask(["x"]), action()], lambda entry: entry
+            ),
+        ):
+            try:
+                said.append(str(collective()))
+            except UserError as error:
+                said.append(f"refused: {error}")
+    return "; ".join(said)
+
+
+def test_a_mistake_of_one_is_one_of_all():
+    for rank, said in enumerate(run_distributed(disagree, 2)):
+        mistakes = ["refused: a mistake of process 0"] * 2 + ["refused: a mistake of process 1"]
+        assert said.split("; ") == [*mistakes, "['x', 'process 0']", f"process {rank}", "['x', 'process 0']"]
+
+
+# -- where they come from ----------------------------------------------------------------------------------------------
+
+
+def run_as_before(process, path):
+    """Stop after step 7, with checkpoints as method full wrote them once."""
+    from cola_ds.training import save as saving
+
+    def add(chain, attempt):
+        for piece in saving.trained_tensors(chain.engine):
+            if attempt and piece:
+                attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
+
+    saving._add_shards = add
+    return run_once(process, path, ("step", 7))
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_from_a_checkpoint_of_whole_tensors(config_of, whole, tmp_path, world_size):
+    config = config_of()
+    config["run"]["dir"] = str(tmp_path / "run")
+    assert run_distributed(run_as_before, 2, save_run(tmp_path / "run.yaml", config)) == ["stopped"] * 2
+    old = read_checkpoint(tmp_path / "run/checkpoints/step-00000007")
+    assert (old.shards, "trained-00001.safetensors" in old.files) == ([], True)
+    weights = train_in(tmp_path, config, world_size)
+    expected, rows = whole()[:2]
+    assert read_checkpoint(tmp_path / "run/checkpoints/step-00000012").shards
+    if world_size == 2:
+        assert (weights, record(tmp_path / "run")) == (expected, rows)
+    else:
+        assert record(tmp_path / "run")["evals.jsonl"][-1]["loss"] == pytest.approx(
+            rows["evals.jsonl"][-1]["loss"], rel=1e-5
+        )
+
+
+def test_from_elsewhere_and_from_the_best(config_of, whole, tmp_path):
+    """A copy in another folder becomes one of the run's own; the best is there, and whole."""
+    weights, expected, run = whole()
+    kept = shutil.copytree(run / "checkpoints/step-00000006", tmp_path / "elsewhere/step-00000006")
+    assert train_in(tmp_path, config_of(), words={"resume": str(kept)}) == weights
+    assert record(tmp_path / "run")["result"] == expected["result"]
+    names = {path.name for path in (tmp_path / "run/checkpoints/step-00000006").iterdir()}
+    assert names == {path.name for path in kept.iterdir()} == {
+        "manifest.json", "state.json", "random.safetensors", "shard-00000-00001.safetensors",
+        "shard-00001-00001.safetensors",
+    }  # fmt: skip
+    best = (run / "checkpoints/best").read_text(encoding="utf-8").strip()
+    assert read_checkpoint(run / "checkpoints" / best).shards
+    shown = inspect(str(run))
+    assert f"{best}  checksums hold, " in shown
+    assert "DAMAGED" not in shown
+    exported = export(str(run), "hf", tmp_path / "model")
+    assert (exported / "model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
