@@ -30,7 +30,7 @@ from cola_ds.distributed.engine_state import (
 )
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.shards import Part, gathered, local_shard, numel, shape_of, writable_part
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, first_line
 from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.remainders import Remainder
 from cola_ds.lora.tie import tie_link
@@ -74,7 +74,7 @@ def restore_model(
     if shards := _open_shards(found, process):
         parts = [(name, *local_shard(param)) for name, param in params.items()]
         wanted = [Part(f"master/{name}", shape_of(params[name]), start, part) for name, part, start in parts]
-        _take_own(shards, wanted, params)
+        _take_own(shards, wanted, params, process)
         return
     collectives.on_rank_0(lambda: _check_shapes(found, params))
     with torch.no_grad():
@@ -216,20 +216,31 @@ def _open_shards(found: Checkpoint | None, process: Process) -> _Shards | None:
             )
         names = filter(SHARD.fullmatch, json.loads(manifest.read_bytes())["files"])
         files = [path / name for name in nearest_first(names, process.rank, process.world_size, told["of"])]
-        kinds = read_header(files[0])[0]
+        try:
+            kinds = read_header(files[0])[0]
+        except (ValueError, OSError, SafetensorError) as error:
+            raise _unreadable(path, process, error) from None
         _check_kinds(path, set(kinds))
         return _Shards(path, files, kinds)
 
     return collectives.on_all(look)
 
 
-def _take_own(shards: _Shards, wanted: Iterable[Part], params: dict[str, nn.Parameter]) -> None:
+def _unreadable(path: Path, process: Process, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint {path} cannot be read on {socket.gethostname()} (process {process.rank}): {first_line(error)}"
+    )
+
+
+def _take_own(shards: _Shards, wanted: Iterable[Part], params: dict[str, nn.Parameter], process: Process) -> None:
     """Read what is wanted here. Collective in so far as nobody reads where it does not fit somebody's model."""
 
     def look() -> Any:
         try:
             return find(shards.files, wanted, _expected(shards.kinds, params))
-        except (ValueError, OSError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(shards.path, process, error) from None
+        except ValueError as error:
             raise UserError(f"checkpoint {shards.path} does not fit the model: {error}") from None
 
     take(collectives.on_all(look))
@@ -241,7 +252,7 @@ def restore_engine(engine: Engine, saved: SavedState, found: Checkpoint | None, 
     params = trained(engine)
     shards = _open_shards(found, process)
     if shards:
-        _take_own(shards, own_parts(engine, shards.kinds), params)
+        _take_own(shards, own_parts(engine, shards.kinds), params, process)
     for name, kind, whole in () if shards else _from_process_0(found, params, None):
         set_trained_tensor(engine, kind, params[name], whole)
     set_optimizer_scalars(engine, saved.scalars)
