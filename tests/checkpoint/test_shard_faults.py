@@ -21,10 +21,11 @@ NEWEST, BEFORE = "step-00000004", "step-00000003"
 
 def start(toy, folder, **checkpoint):
     """The words of a command that trains five steps, with a checkpoint at each."""
-    config = three_links(
-        toy, **{**FULL, "optim": {"max_steps": 5}, "eval": {"every": "end"}},
-        checkpoint={"every_steps": 1, "keep": 9, "best": False, **checkpoint},
-    )  # fmt: skip
+    sections = {
+        "optim": {"max_steps": 5}, "eval": {"every": "end"},
+        "checkpoint": {"every_steps": 1, "keep": 9, "best": False, **checkpoint},
+    }  # fmt: skip
+    config = three_links(toy, **{**FULL, **sections})
     config["run"]["dir"] = str(folder / "run")
     folder.mkdir(exist_ok=True)
     return config, ["train", save_run(folder / "run.yaml", config)]
