@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cola_ds.checkpoint.format import Checkpoint, DamagedError, explain_damage, open_or_refuse, read_checkpoint
+from cola_ds.checkpoint.format import Checkpoint, DamagedError, Hashing, explain_damage, open_or_refuse, read_checkpoint
 from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.inputs import ready_configs
@@ -53,9 +53,10 @@ def engine_facts(engine_json: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_start(
-    folder: RunDir, config: RunConfig, identity: Identity, options: ResumeOptions, step_plan: StepPlan
-) -> Checkpoint | str:
-    """The checkpoint to go on from, or "anew", or "finished".
+    folder: RunDir, config: RunConfig, identity: Identity, options: ResumeOptions, step_plan: StepPlan,
+    hashing: Hashing | None = None,
+) -> Checkpoint | str:  # fmt: skip
+    """The checkpoint to go on from, or "anew", or "finished". `hashing` may share out what verifies one.
 
     Raises UserError when the folder holds another run, a config that has changed, checkpoints of which none verifies, or a result
     that is not the run's own.
@@ -68,7 +69,7 @@ def choose_start(
     checkpoints = CheckpointFolder(folder)
     folder.check_is_ours(config)
     if options.resume != "auto":
-        found = _asked_for(Path(options.resume))
+        found = _asked_for(Path(options.resume), hashing)
         here = found.path.resolve().parent == checkpoints.path.resolve()
         if here or not checkpoints.ever_written():
             _compare(found.path, found.state, config, identity, options)
@@ -81,7 +82,7 @@ def choose_start(
         _check_base(folder, config)
         if not more:
             return "finished"
-    newest = _newest(checkpoints)
+    newest = _newest(checkpoints, hashing)
     if newest is not None:
         _compare(newest.path, newest.state, config, identity, options)
     if more:
@@ -113,21 +114,21 @@ def _check_more(folder: RunDir, newest: Checkpoint | None, step_plan: StepPlan) 
         )
 
 
-def _asked_for(path: Path) -> Checkpoint:
+def _asked_for(path: Path, hashing: Hashing | None) -> Checkpoint:
     if os.path.isdir(path / "checkpoints"):
-        newest = _newest(CheckpointFolder(RunDir(path)))
+        newest = _newest(CheckpointFolder(RunDir(path)), hashing)
         if newest is None:
             raise UserError(f"--resume {path}: this run has no checkpoint that can be used")
         return newest
-    return open_or_refuse(path)
+    return open_or_refuse(path, hashing)
 
 
-def _newest(checkpoints: CheckpointFolder) -> Checkpoint | None:
+def _newest(checkpoints: CheckpointFolder, hashing: Hashing | None) -> Checkpoint | None:
     """The newest checkpoint that verifies. Those that do not are named."""
     latest, steps = checkpoints.pointer("latest"), checkpoints.steps()
     for path in steps:
         try:
-            found = read_checkpoint(path)
+            found = read_checkpoint(path, hashing)
         except DamagedError as error:
             _warn(f"{explain_damage(path, error)}; using the one before it")
             continue

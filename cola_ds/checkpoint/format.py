@@ -3,15 +3,20 @@
 RUN_DIR/checkpoints/
   step-00000123/               after 123 steps
     state.json                 counters, config, fingerprints of base and data, knots (SavedState)
-    trained-00001.safetensors  whole fp32 masters and moments of the current link's A and B (method full: of every weight)
+    trained-00001.safetensors  whole fp32 masters and moments of the current link's A and B
     link-0001.safetensors      the tied links, as chain/ has them
     random.safetensors         the random generators of every process
+    shard-00003-00001.safetensors
+                               method full, instead of trained-*: what process 3 keeps of masters and moments (shards.py)
     manifest.json              size and SHA-256 of each of these, and its own
   latest, best                 the names of two of them, for people and tools
 
-Nothing of it depends on the number of processes but the random generators. A folder appears whole or not at all: it is
-written beside, flushed to the disk, and renamed. Which one a run goes on from is decided by what verifies, not by `latest`.
-Of what lies there, only the files that the run itself wrote are ever removed: run.json names them (marker.py).
+Nothing of it depends on the number of processes but the random generators, and into which files method full's state is cut; any
+number of processes reads them. (Method full once wrote whole tensors, too; such checkpoints are still read.)
+
+A folder appears whole or not at all: it is written beside, flushed to the disk, and renamed. Each process hashes the shards that
+it writes; process 0 writes all else, and the manifest last. Which one a run goes on from is decided by what verifies, not by
+`latest`. Of what lies there, only the files that the run itself wrote are ever removed: run.json names them (marker.py).
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +34,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cola_ds.checkpoint.shards import SHARD, first_of, read_header
 from cola_ds.config.inputs import sha256_of
 from cola_ds.errors import UserError, cut, first_line
 from cola_ds.run.marker import CHECKPOINT_FILE
 
 STEP = re.compile(r"step-(\d{8,})")
+Hashing = Callable[[list[Any]], list[str | None]]
+"""Gives the SHA-256 of the files at some paths, as text; None for one that cannot be read."""
 
 
 class _Saved(BaseModel):
@@ -117,6 +125,11 @@ class Checkpoint:
     def step(self) -> int:
         return self.state.chain.step
 
+    @property
+    def shards(self) -> list[str]:
+        """The shard files' names; none where the trained tensors are whole ones."""
+        return sorted(filter(SHARD.fullmatch, self.files))
+
     def trained(self) -> Iterator[tuple[str, Tensor]]:
         """Names such as `master/NAME`, and whole fp32 tensors, one at a time."""
         for name in sorted(file for file in self.files if file.startswith("trained-")):
@@ -147,17 +160,30 @@ class DamagedError(ValueError):
     """A checkpoint that is not what was written: which file, and how."""
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open a checkpoint. Raises DamagedError, before any tensor is read, for a file that is missing, not a plain file,
-    of another size or hash, or not of this format."""
+def read_checkpoint(path: Path, hashing: Hashing | None = None) -> Checkpoint:
+    """Verify and open a checkpoint. `hashing` may share the work out. Raises DamagedError, before any tensor is read, for a file
+    that is missing, not a plain file, of another size or hash, or not of this format."""
     try:
-        return _read(path)
+        return _read(path, hashing or hashes_of)
     except OSError as error:
         raise DamagedError(f"{error.filename or path} cannot be read: {error.strerror}") from None
 
 
-def _read(path: Path) -> Checkpoint:
-    files = verify(path, hashes=True)
+def hashes_of(paths: list[Any]) -> list[str | None]:
+    """A Hashing by this process alone."""
+    return list(map(hash_of, paths))
+
+
+def hash_of(path: str | Path) -> str | None:
+    """SHA-256 of a file; None where it cannot be read."""
+    try:
+        return sha256_of(Path(path))
+    except OSError:
+        return None
+
+
+def _read(path: Path, hashing: Hashing) -> Checkpoint:
+    files = verify(path, hashing)
     try:
         state = SavedState.model_validate_json((path / "state.json").read_bytes())
     except ValidationError as error:
@@ -165,7 +191,10 @@ def _read(path: Path) -> Checkpoint:
         where = ".".join(map(str, first["loc"]))
         raise DamagedError(f"state.json is not of this version's format: {where}: {first['msg']}") from None
     links = {f"link-{link:04d}.safetensors": link for link in range(1, state.chain.link)}
-    missing = sorted((links.keys() | {"random.safetensors", "trained-00001.safetensors"}) - files.keys())
+    trained = {"trained-00001.safetensors"}
+    if any(map(SHARD.fullmatch, files)):
+        trained = {first_of(rank) for rank in range(state.world_size)}
+    missing = sorted((links.keys() | {"random.safetensors"} | trained) - files.keys())
     if missing:
         raise DamagedError(f"{missing[0]} is not in its manifest")
     if not STEP.fullmatch(path.name) or int(path.name[5:]) != state.chain.step:
@@ -180,13 +209,18 @@ def _read(path: Path) -> Checkpoint:
             try:
                 with safe_open(path / name, framework="pt"):
                     pass
+                if SHARD.fullmatch(name):
+                    read_header(path / name)
             except SafetensorError as error:
                 raise DamagedError(f"{name} is not a safetensors file: {first_line(error)}") from None
+            except ValueError as error:
+                raise DamagedError(f"{name} is not a shard: {error}") from None
     return Checkpoint(path, state, list(files))
 
 
-def verify(path: Path, hashes: bool) -> dict[str, str]:
-    """The files of a checkpoint's manifest and their SHA-256; DamagedError where one of them does not hold."""
+def verify(path: Path, hashing: Hashing | None) -> dict[str, str]:
+    """The files of a checkpoint's manifest and their SHA-256; DamagedError where one of them does not hold. Without `hashing`
+    their sizes decide."""
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise DamagedError("it is not a folder of its own, but a link or a file")
     try:
@@ -200,13 +234,15 @@ def verify(path: Path, hashes: bool) -> dict[str, str]:
         raise DamagedError("manifest.json is not a manifest") from None
     if not good:
         raise DamagedError("manifest.json does not match its own hash")
-    for name, size, digest in entries:
+    for name, size, _ in entries:
         if not CHECKPOINT_FILE.fullmatch(name) or name == "manifest.json":
             raise DamagedError(f"manifest.json names {name!r}, which is no file of a checkpoint")
         file = _own_file(path, name)
         if file.stat().st_size != size:
             raise DamagedError(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        if hashes and sha256_of(file) != digest:
+    seen = hashing([path / name for name in files]) if hashing else []
+    for (name, _, digest), found in zip(entries, seen, strict=bool(hashing)):
+        if found != digest and sha256_of(path / name) != digest:  # another process may see another folder there
             raise DamagedError(f"{name} has changed: its SHA-256 does not hold")
     if "state.json" not in files:
         raise DamagedError("state.json is not in its manifest")
@@ -233,11 +269,11 @@ def explain_damage(path: Path, error: DamagedError) -> str:
     return f"checkpoint {path} is damaged: {error}"
 
 
-def open_or_refuse(path: Path) -> Checkpoint:
+def open_or_refuse(path: Path, hashing: Hashing | None = None) -> Checkpoint:
     """A checkpoint that was asked for by name. Raises UserError when it is not there or does not verify."""
     if not os.path.isdir(path):
         raise UserError(f"--resume {cut(str(path))} is not a checkpoint's folder")
     try:
-        return read_checkpoint(path)
+        return read_checkpoint(path, hashing)
     except DamagedError as error:
         raise UserError(f"{explain_damage(path, error)}; it is not loaded") from None

@@ -1,19 +1,27 @@
-"""Restoring a run from a checkpoint. Collective: process 0 reads, and sends to the others."""
+"""Restoring a run from a checkpoint. Collective: process 0 reads, and sends to the others; of a checkpoint in shards (method
+full) each process reads what it keeps."""
 
 from __future__ import annotations
 
+import json
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cola_ds.checkpoint.format import Checkpoint, SavedState
+from cola_ds.checkpoint.format import Checkpoint, SavedState, hash_of
+from cola_ds.checkpoint.shards import SHARD, find, nearest_first, read_header, take
 from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.engine import Engine
 from cola_ds.distributed.engine_state import (
+    own_parts,
     set_loss_scale_state,
     set_optimizer_scalars,
     set_random_state,
@@ -21,8 +29,8 @@ from cola_ds.distributed.engine_state import (
     trained,
 )
 from cola_ds.distributed.launcher import Process
-from cola_ds.distributed.shards import gathered, local_shard, numel, writable_part
-from cola_ds.errors import UserError
+from cola_ds.distributed.shards import Part, gathered, local_shard, numel, shape_of, writable_part
+from cola_ds.errors import UserError, first_line
 from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.remainders import Remainder
 from cola_ds.lora.tie import tie_link
@@ -34,9 +42,19 @@ from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
 _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
 
 
+@dataclass(frozen=True)
+class _Shards:
+    """The shard files of a checkpoint, as one process sees them: those first in which it will find what it keeps."""
+
+    path: Path
+    files: list[Path]
+    kinds: list[str]
+
+
 def restore_model(
-    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder]
-) -> None:
+    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder],
+    process: Process,
+) -> None:  # fmt: skip
     """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
 
     The same arithmetic as at the knots, on the same shards: the same bits. `found` is None on every process but 0.
@@ -53,6 +71,11 @@ def restore_model(
     if config.trains_lora:
         start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if shards := _open_shards(found, process):
+        parts = [(name, *local_shard(param)) for name, param in params.items()]
+        wanted = [Part(f"master/{name}", shape_of(params[name]), start, part) for name, part, start in parts]
+        _take_own(shards, wanted, params, process)
+        return
     collectives.on_rank_0(lambda: _check_shapes(found, params))
     with torch.no_grad():
         for name, _, whole in _from_process_0(found, params, "master"):
@@ -136,12 +159,18 @@ def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> 
     assert found is not None
     shapes = found.shapes()
     kinds = {key.partition("/")[0] for key in shapes} | {"master"}
+    _check_kinds(found.path, kinds)
+    _refuse_misfit(found.path, shapes, _expected(kinds, params))
+
+
+def _check_kinds(path: Path, kinds: set[str]) -> None:
     if not kinds <= _KINDS:
-        raise UserError(
-            f"checkpoint {found.path} holds {', '.join(sorted(kinds - _KINDS))}, which no optimizer here keeps"
-        )
-    sizes = {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in params.items()}
-    _refuse_misfit(found.path, shapes, {f"{kind}/{name}": size for kind in kinds for name, size in sizes.items()})
+        raise UserError(f"checkpoint {path} holds {', '.join(sorted(kinds - _KINDS))}, which no optimizer here keeps")
+
+
+def _expected(kinds: Iterable[str], params: dict[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all masters and moments."""
+    return {f"{kind}/{name}": shape_of(param) for kind in kinds for name, param in params.items()}
 
 
 def _refuse_misfit(path: Path, shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -165,11 +194,66 @@ def _from_process_0(found: Checkpoint | None, params: dict[str, nn.Parameter], k
             yield name, this, collectives.broadcast_tensor(tensor, numel(params[name]))
 
 
+def _open_shards(found: Checkpoint | None, process: Process) -> _Shards | None:
+    """The shards of a checkpoint that process 0 has verified; None where it has whole tensors. Collective. Raises UserError where
+    a process does not see that checkpoint."""
+    told = None
+    if found and found.shards:
+        told = {
+            "path": str(found.path), "manifest": hash_of(found.path / "manifest.json"), "of": found.state.world_size,
+        }  # fmt: skip
+    told = collectives.broadcast_object(told)
+    if told is None:
+        return None
+    path = Path(told["path"])
+
+    def look() -> _Shards:
+        manifest = path / "manifest.json"
+        if hash_of(manifest) != told["manifest"]:
+            raise UserError(
+                f"checkpoint {path} on {socket.gethostname()} (process {process.rank}) is not the one that process 0 sees: each "
+                "process reads its own part of it; put it on a shared file system"
+            )
+        names = filter(SHARD.fullmatch, json.loads(manifest.read_bytes())["files"])
+        files = [path / name for name in nearest_first(names, process.rank, process.world_size, told["of"])]
+        try:
+            kinds = read_header(files[0])[0]
+        except (ValueError, OSError, SafetensorError) as error:
+            raise _unreadable(path, process, error) from None
+        _check_kinds(path, set(kinds))
+        return _Shards(path, files, kinds)
+
+    return collectives.on_all(look)
+
+
+def _unreadable(path: Path, process: Process, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint {path} cannot be read on {socket.gethostname()} (process {process.rank}): {first_line(error)}"
+    )
+
+
+def _take_own(shards: _Shards, wanted: Iterable[Part], params: dict[str, nn.Parameter], process: Process) -> None:
+    """Read what is wanted here. Collective in so far as nobody reads where it does not fit somebody's model."""
+
+    def look() -> Any:
+        try:
+            return find(shards.files, wanted, _expected(shards.kinds, params))
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(shards.path, process, error) from None
+        except ValueError as error:
+            raise UserError(f"checkpoint {shards.path} does not fit the model: {error}") from None
+
+    take(collectives.on_all(look))
+
+
 def restore_engine(engine: Engine, saved: SavedState, found: Checkpoint | None, process: Process) -> None:
     """Give a new engine the masters, moments, step counts and loss scale that the checkpoint's had, and each process its random
     state."""
     params = trained(engine)
-    for name, kind, whole in _from_process_0(found, params, None):
+    shards = _open_shards(found, process)
+    if shards:
+        _take_own(shards, own_parts(engine, shards.kinds), params, process)
+    for name, kind, whole in () if shards else _from_process_0(found, params, None):
         set_trained_tensor(engine, kind, params[name], whole)
     set_optimizer_scalars(engine, saved.scalars)
     set_loss_scale_state(engine, saved.loss_scale)

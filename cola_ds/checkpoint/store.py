@@ -6,13 +6,23 @@ import contextlib
 import errno
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save
 from torch import Tensor
 
-from cola_ds.checkpoint.format import STEP, Checkpoint, DamagedError, SavedState, manifest, read_checkpoint, verify
+from cola_ds.checkpoint.format import (
+    STEP,
+    Checkpoint,
+    DamagedError,
+    SavedState,
+    hashes_of,
+    manifest,
+    read_checkpoint,
+    verify,
+)
 from cola_ds.run.atomic import publish, sync_folder, write_atomically, write_synced
 from cola_ds.run.folder import RunDir
 
@@ -57,7 +67,7 @@ class CheckpointFolder:
         """Whether a checkpoint is there and holds; a very large one by its sizes alone."""
         try:
             size = sum(file.stat().st_size for file in path.iterdir())
-            verify(path, hashes=size <= _HASHED_AGAIN)
+            verify(path, hashes_of if size <= _HASHED_AGAIN else None)
         except (OSError, DamagedError):
             return False
         return self._name(path) not in self.folder.mine.aside
@@ -143,6 +153,14 @@ class CheckpointWriter:
         self.pieces += 1
         self._add(f"trained-{self.pieces:05d}.safetensors", save(tensors))
 
+    def add_files(self, files: dict[str, dict[str, Any]]) -> None:
+        """Files that other processes have written here, as `write_shards` says of them. OSError if one of them is not here."""
+        for name, entry in files.items():
+            path = self.scratch / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise OSError(errno.EIO, f"{name} is not here as its process wrote it")
+        self.files |= files
+
     def add_link(self, link: int, path: Path, digest: str) -> None:
         """A tied link: a copy of its own, so that one damage cannot reach all checkpoints. OSError if it has changed since."""
         content = path.read_bytes()
@@ -164,5 +182,15 @@ class CheckpointWriter:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _add(self, name: str, content: bytes) -> None:
-        write_synced(self.scratch / name, content)
-        self.files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        self.files[name] = _written(self.scratch / name, content)
+
+
+def write_shards(scratch: Path, files: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
+    """Write a process's shard files into the folder of a CheckpointWriter, and say what they are. May raise OSError."""
+    return {name: _written(scratch / name, content) for name, content in files}
+
+
+def _written(path: Path, content: bytes) -> dict[str, Any]:
+    """The file's entry in a manifest."""
+    write_synced(path, content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -36,6 +36,8 @@ from cola_ds.distributed.deepspeed_internals import remove_shared_memory_name
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.rendezvous_sides import port_taken
 from cola_ds.errors import UserError
+
+Value = TypeVar("Value")
 
 
 def init_process_group(
@@ -184,6 +186,44 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
     if "mistake" in answer:
         raise UserError(answer["mistake"])
     return answer["value"]
+
+
+def on_all(action: Callable[[], Value]) -> Value:
+    """What an action returns that every process takes for itself. A UserError of one, all raise. Collective."""
+    answer: list[Value] = []
+    mistake = ""
+    try:
+        answer.append(action())
+    except UserError as error:
+        mistake = str(error)
+    if first := next(filter(None, all_gather_objects(mistake)), None):
+        raise UserError(first)
+    return answer[0]
+
+
+def on_rank_0_with_all(action: Callable[[Callable[[list[Any]], list[Any]]], Any], work: Callable[[Any], Any]) -> Any:
+    """As `on_rank_0`, but the action may share work out: what it is given takes a list, and returns what `work` makes of each
+    entry, on one process or another. Collective."""
+
+    def together(entries: Any) -> list[Any] | None:
+        entries = broadcast_object(entries)
+        if entries is None:
+            return None
+        size = dist.get_world_size()
+        shares = all_gather_objects([work(entry) for entry in entries[dist.get_rank() :: size]])
+        return [shares[number % size][number // size] for number in range(len(entries))]
+
+    def taken() -> Any:
+        try:
+            return action(together)  # type: ignore[arg-type]
+        finally:
+            broadcast_object(None)
+
+    if dist.get_rank() == 0:
+        return on_rank_0(taken)
+    while together(None) is not None:
+        pass
+    return on_rank_0(lambda: None)
 
 
 def broadcast_bytes(tensor: Tensor | None, count: int) -> Tensor:  # -> (count,) uint8, on the host

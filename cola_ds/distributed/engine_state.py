@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from deepspeed import comm as dist
@@ -10,18 +10,26 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from cola_ds.distributed.accelerator import device
-from cola_ds.distributed.deepspeed_internals import flat_masters, loss_scale_state, master_part, set_loss_scale_state
+from cola_ds.distributed.deepspeed_internals import (
+    MasterPart,
+    flat_masters,
+    loss_scale_state,
+    master_part,
+    set_loss_scale_state,
+)
 from cola_ds.distributed.engine import Engine
-from cola_ds.distributed.shards import numel
+from cola_ds.distributed.shards import Part, numel, shape_of
 
 __all__ = [
     "loss_scale_state",
     "optimizer_scalars",
+    "own_parts",
     "random_state",
     "set_loss_scale_state",
     "set_optimizer_scalars",
     "set_random_state",
     "set_trained_tensor",
+    "state_kinds",
     "trained",
     "trained_tensors",
 ]
@@ -42,16 +50,41 @@ def optimizer_scalars(engine: Engine) -> dict[str, float]:
     return found
 
 
+def state_kinds(engine: Engine) -> list[str]:
+    """What the optimizer keeps of every element: its master and, from the first step on, moments."""
+    state = engine.optimizer.optimizer.state
+    return ["master", *sorted({k for values in state.values() for k, value in values.items() if value.numel() > 1})]
+
+
+def own_parts(engine: Engine, kinds: Iterable[str]) -> Iterator[Part]:
+    """What this process keeps of masters and moments, without padding: over all processes every element once. Moments that the
+    optimizer has not begun yet are begun, at zero."""
+    for kind in kinds:
+        for name, param in trained(engine).items():
+            part = master_part(engine.optimizer, param)
+            if part:
+                yield Part(f"{kind}/{name}", shape_of(param), part.start, part.of(_kept(engine, kind, part).detach()))
+
+
+def _kept(engine: Engine, kind: str, part: MasterPart) -> Tensor:
+    """The optimizer's own flat master or moment that a part lies in."""
+    if kind == "master":
+        return part.flat
+    state = engine.optimizer.optimizer.state[part.flat]
+    if kind not in state:
+        state[kind] = torch.zeros_like(part.flat)
+    held: Tensor = state[kind]
+    return held
+
+
 def trained_tensors(engine: Engine) -> Iterator[dict[str, Tensor]]:
     """The fp32 master and the moments of every trained parameter, whole, by names such as `master/NAME` and `exp_avg/NAME`.
 
     In pieces of bounded size: on process 0 tensors in host memory, elsewhere empty dicts. Collective, piece by piece.
     """
-    state = engine.optimizer.optimizer.state
-    moments = sorted({k for values in state.values() for k, value in values.items() if value.numel() > 1})
     piece: list[tuple[str, nn.Parameter, str]] = []
     count = 0
-    for kind in ("master", *moments):
+    for kind in state_kinds(engine):
         for name, param in trained(engine).items():
             if piece and count + numel(param) > _ELEMENTS_AT_ONCE:
                 yield _gather_piece(engine, piece, count)
@@ -70,13 +103,13 @@ def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], co
     for _, param, kind in piece:
         part = master_part(engine.optimizer, param)
         if part:
-            held = part.flat if kind == "master" else engine.optimizer.optimizer.state[part.flat][kind]
-            whole[begin + part.start :][: part.count].copy_(part.of(held.detach()).float().view(torch.int32))
+            held = _kept(engine, kind, part).detach()
+            whole[begin + part.start :][: part.count].copy_(part.of(held).float().view(torch.int32))
         begin += numel(param)
     dist.reduce(whole, dst=0)
     if dist.get_rank():
         return {}
-    shapes = [getattr(param, "ds_shape", param.shape) for _, param, _ in piece]
+    shapes = [shape_of(param) for _, param, _ in piece]
     pieces = whole.cpu().view(torch.float32).split([numel(param) for _, param, _ in piece])
     return {
         f"{kind}/{name}": values.reshape(shape).clone()
@@ -88,13 +121,8 @@ def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], co
 def set_trained_tensor(engine: Engine, kind: str, param: nn.Parameter, whole: Tensor) -> None:
     """Put a whole master or moment (flat, on this process's device) where the engine keeps it."""
     part = master_part(engine.optimizer, param)
-    if part is None:
-        return
-    if kind == "master":
-        held = part.flat.data
-    else:
-        held = engine.optimizer.optimizer.state[part.flat].setdefault(kind, torch.zeros_like(part.flat))
-    part.of(held).copy_(whole[part.start :][: part.count])
+    if part:
+        part.of(_kept(engine, kind, part).detach()).copy_(whole[part.start :][: part.count])
 
 
 @torch.no_grad()

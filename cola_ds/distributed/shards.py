@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -15,9 +16,28 @@ from torch import Tensor, nn
 from cola_ds.distributed import deepspeed_internals
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one process keeps of a tensor of a parameter's shape: of its weight, its fp32 master or a moment."""
+
+    key: str
+    """Such as `master/NAME`."""
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    """Of the first element in the whole parameter, flattened."""
+    values: Tensor
+    """(n,), where this process keeps them: what is written into it is kept."""
+
+
 def numel(param: Tensor) -> int:
     """Elements of the whole parameter, wherever its shards are."""
     return int(getattr(param, "ds_numel", param.numel()))
+
+
+def shape_of(param: Tensor) -> tuple[int, ...]:
+    """Of the whole parameter, wherever its shards are."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 @contextmanager

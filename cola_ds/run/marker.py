@@ -32,7 +32,7 @@ from cola_ds.run.atomic import scratch_beside, write_atomically
 NAME = "run.json"
 _VERSION = 1
 _MOST_BYTES = 2**26
-CHECKPOINT_FILE = re.compile(r"(state|manifest)\.json|(trained-\d{5}|link-\d{4}|random)\.safetensors")
+CHECKPOINT_FILE = re.compile(r"(state|manifest)\.json|(trained-\d{5}|shard-\d{5}-\d{5}|link-\d{4}|random)\.safetensors")
 _OWN = re.compile(
     r"(run\.yaml|(environment|result|deepspeed)\.json|(metrics|evals|knots|events)\.jsonl"
     r"|chain/link-\d{4}/adapter_(config\.json|model\.safetensors)"

@@ -34,7 +34,7 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, f
     chain = None
     try:
         check_ranks_agree(prepared)
-        start = lock_and_choose(prepared, folder, lock, options)
+        start = lock_and_choose(prepared, process, folder, lock, options)
         if start.finished:
             return False
         chain = begin(prepared, process, folder, start, since)

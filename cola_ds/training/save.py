@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from cola_ds.checkpoint.format import Counters, Rows, SavedState, Unlogged
-from cola_ds.checkpoint.store import CheckpointFolder, CheckpointWriter
+from cola_ds.checkpoint.shards import shard_files
+from cola_ds.checkpoint.store import CheckpointFolder, CheckpointWriter, write_shards
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import collectives, watchdog
-from cola_ds.distributed.engine_state import loss_scale_state, optimizer_scalars, random_state, trained_tensors
+from cola_ds.distributed.engine_state import (
+    loss_scale_state,
+    optimizer_scalars,
+    own_parts,
+    random_state,
+    state_kinds,
+    trained_tensors,
+)
 from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import StoppedError, TrainingFailedError
 from cola_ds.training.state import Chain, RunFacts, counters, position
+
+_RANDOM_STATE = 2**13  # bytes
+_PLACE = 2**9  # bytes, at most, by which a shard file says where a tensor in it lies
 
 
 def checkpoint_is_due(chain: Chain) -> bool:
@@ -75,9 +88,12 @@ def save_chain(chain: Chain) -> str | None:
     if attempt:
         attempt.do(lambda writer: _add_links(chain, writer))
         attempt.do(lambda writer: chain.folder.flush_rows() if chain.folder else None)
-    for piece in trained_tensors(chain.engine):
-        if attempt and piece:
-            attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
+    if chain.config.method == "full":
+        _add_shards(chain, attempt)
+    else:
+        for piece in trained_tensors(chain.engine):
+            if attempt and piece:
+                attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
     random_states = collectives.all_gather_bytes(random_state())
     unlogged = chain.logger.state()
     if attempt and checkpoints and chain.facts:
@@ -103,7 +119,16 @@ class _Attempt:
         try:
             self._writer = CheckpointWriter(checkpoints, step)
         except OSError as error:
-            self.wrong = self._explain(error)
+            self.wrong = _explain(self._path, error)
+
+    @property
+    def scratch(self) -> str | None:
+        """The name of the folder that is written into, while nothing has gone wrong."""
+        return self._writer.scratch.name if self._writer and self.wrong is None else None
+
+    def fail(self, wrong: str) -> None:
+        """What another process could not do."""
+        self.wrong = self.wrong or wrong
 
     def do(self, action: Any) -> None:
         if self._writer is None or self.wrong is not None:
@@ -111,7 +136,7 @@ class _Attempt:
         try:
             action(self._writer)
         except OSError as error:
-            self.wrong = self._explain(error)
+            self.wrong = _explain(self._path, error)
 
     def note(self, size: int) -> None:
         self.size = size
@@ -120,10 +145,31 @@ class _Attempt:
         if self._writer and self.wrong is not None:
             self._writer.abandon()
 
-    def _explain(self, error: OSError) -> str:
-        there = next(path for path in (self._path, *self._path.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        return f"{error.strerror or error} ({self._path}, {free / 2**20:,.1f} MiB free); the checkpoints before it stay"
+
+def _explain(path: Path, error: OSError) -> str:
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    return f"{error.strerror or error} ({path}, {free / 2**20:,.1f} MiB free); the checkpoints before it stay"
+
+
+def _add_shards(chain: Chain, attempt: _Attempt | None) -> None:
+    """Have every process write what it keeps, into the folder that process 0 has made: no weight goes to another process, and one
+    that cannot write ends the attempt of all. Collective."""
+    scratch = collectives.broadcast_object(attempt.scratch if attempt else None)
+    if scratch is None:
+        return
+    path, rank, host = Path(chain.config.run.dir) / "checkpoints", chain.train.rank, socket.gethostname()
+    files, wrong = {}, None
+    try:
+        kinds = state_kinds(chain.engine)
+        files = write_shards(path / scratch, shard_files(rank, own_parts(chain.engine, kinds), kinds))
+    except OSError as error:
+        wrong = f"process {rank} on {host}: {_explain(path, error)}"
+    for theirs, went_wrong in collectives.all_gather_objects([files, wrong]):
+        if attempt and went_wrong:
+            attempt.fail(went_wrong)
+        elif attempt:
+            attempt.do(lambda writer, theirs=theirs: writer.add_files(theirs))
 
 
 def _add_links(chain: Chain, writer: CheckpointWriter) -> None:
@@ -153,10 +199,13 @@ def _state(chain: Chain, facts: RunFacts, unlogged: dict[str, Any]) -> SavedStat
     )
 
 
-def space_needed(config: RunConfig, trained: list[int]) -> int:
-    """Bytes that a run's links and checkpoints can take together; `trained` are the elements that each link trains.
+def space_needed(config: RunConfig, trained: list[int], weights: int, world_size: int) -> int:
+    """Bytes that a run's links and checkpoints can take together; `trained` are the elements that each link trains, `weights` the
+    model's parameters.
 
-    The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments and every tied link in each of them.
+    The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments and every tied link in each of them; and
+    what each process adds: its random state, and with method full the headers of its shard files.
     """
     links = sum(trained) * DTYPES[config.model.dtype].element_bytes if config.trains_lora else 0
-    return (config.checkpoint.keep + 2) * (12 * max(trained) + links + 2**17) + links
+    each = _RANDOM_STATE + (3 * weights * _PLACE if config.method == "full" else 0)
+    return (config.checkpoint.keep + 2) * (12 * max(trained) + links + 2**17 + world_size * each) + links

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, engine_facts, links_of
-from cola_ds.checkpoint.format import Checkpoint, SavedState
+from cola_ds.checkpoint.format import Checkpoint, SavedState, hash_of
 from cola_ds.checkpoint.restore import restore_engine, restore_folder
 from cola_ds.data.tokenize import chat_template_of
 from cola_ds.distributed import accelerator, collectives
@@ -36,22 +37,28 @@ class Start:
     """The checkpoint itself, on process 0 alone."""
 
 
-def lock_and_choose(prepared: Prepared, folder: RunDir | None, lock: RunLock | None, options: ResumeOptions) -> Start:
-    """Lock the run folder, and look what is in it. Collective."""
+def lock_and_choose(
+    prepared: Prepared, process: Process, folder: RunDir | None, lock: RunLock | None, options: ResumeOptions
+) -> Start:
+    """Lock the run folder, and look what is in it. Collective: all processes hash what there is to be verified."""
     config = prepared.config
     chosen: Checkpoint | str = ""
 
-    def choose() -> Any:
+    def choose(hashed_by_all: Callable[[list[str]], list[str | None]]) -> Any:
         nonlocal chosen
         assert folder is not None and lock is not None
         lock.take(end_process)
-        chosen = choose_start(folder, config, prepared.identity, options, prepared.step_plan)
+        chosen = choose_start(
+            folder, config, prepared.identity, options, prepared.step_plan,
+            hashing=lambda paths: hashed_by_all([str(path) for path in paths]),
+        )  # fmt: skip
         if config.trains and chosen != "finished":
             trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
-            folder.check_space(space_needed(config, trained))
+            weights = len(list(prepared.skeleton.parameters()))
+            folder.check_space(space_needed(config, trained, weights, process.world_size))
         return chosen if isinstance(chosen, str) else chosen.state.model_dump()
 
-    answer = collectives.on_rank_0(choose)
+    answer = collectives.on_rank_0_with_all(choose, hash_of)
     check_shared(Path(config.run.dir))
     saved = SavedState.model_validate(answer) if isinstance(answer, dict) else None
     if saved:
