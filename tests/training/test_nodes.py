@@ -154,12 +154,7 @@ def bytes_across(process, path, hosts):
     def counted(action):
         with CountedCollectives() as found:
             action()
-        across = [
-            size
-            for (_, size), ranks in zip(found.calls, found.ranks, strict=True)
-            if {hosts[r] for r in ranks} - {hosts[process.rank]}
-        ]
-        return sum(across), found.bytes - sum(across)
+        return found.by_place(hosts, process.rank)
 
     def step():
         train_step(chain.engine, step_examples(chain, chain.state.step), 1e-3, process.world_size)
