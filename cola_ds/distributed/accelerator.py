@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,8 +68,16 @@ def _extensions() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
 
 
-def check_compilation() -> None:
-    """Raise UserError for a lock that an interrupted compilation has left: DeepSpeed would wait for it for ever."""
+def prepare_compilation() -> None:
+    """Have DeepSpeed compile with the ninja of this interpreter's environment. Raises UserError for a lock that an interrupted
+    compilation has left: DeepSpeed would wait for it for ever.
+
+    On another node ssh starts processes (pdsh's, mpirun's) without that environment's PATH. They would find no ninja, or another
+    one, which takes for outdated what the first has compiled: each would compile anew after the other, for a minute.
+    """
+    beside, path = os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)
+    if beside not in path.split(os.pathsep) and os.access(os.path.join(beside, "ninja"), os.X_OK):
+        os.environ["PATH"] = os.pathsep.join([beside, path])
     folder = _extensions()
     for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock")):
         with contextlib.suppress(FileNotFoundError):

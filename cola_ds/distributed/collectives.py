@@ -26,10 +26,10 @@ from torch.distributed import TCPStore
 from cola_ds.distributed import rendezvous
 from cola_ds.distributed.accelerator import (
     backend,
-    check_compilation,
     device,
     interface_variable,
     memory_bytes,
+    prepare_compilation,
     take_device,
 )
 from cola_ds.distributed.deepspeed_internals import remove_shared_memory_name
@@ -56,7 +56,7 @@ def init_process_group(
     agent = rendezvous.by_agent()
     if process.world_size == 1 and not agent and not dist.is_initialized():
         _check_port(int(os.environ["MASTER_PORT"]))
-    check_compilation()
+    prepare_compilation()
     store = None
     if process.world_size > 1 and not agent and not dist.is_initialized():
         # Process 0 keeps it: the group that begins below finds its server.

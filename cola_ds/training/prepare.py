@@ -28,7 +28,7 @@ from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
 from cola_ds.training.kernels import check_kernels
 from cola_ds.training.prepared import Checked, Described, Prepared
-from cola_ds.training.settle import settle_engine
+from cola_ds.training.settle import UNKNOWN, settle_engine
 
 TASK_LENGTH = 2048  # tokens of an example, as MeZO and COLA cut it
 
@@ -38,7 +38,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     as if all of them were on this machine. Raises UserError. No weight is read."""
     checked = check(config)
     prepared = with_data(checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model))
-    return settle_engine(prepared, ["here"] * world_size, partial(_memory_here, world_size))
+    return settle_engine(prepared, [UNKNOWN] * world_size, partial(_memory_here, world_size))
 
 
 def _memory_here(processes: int) -> tuple[int, int]:

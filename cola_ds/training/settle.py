@@ -37,10 +37,14 @@ class Settled:
     shards_reason: str
 
 
+UNKNOWN = ""
+"""The host of a process that is not there yet."""
+
+
 def settle_engine(prepared: Prepared, hosts: Sequence[str], memory: Callable[[], tuple[int, int]]) -> Prepared:
     """The same, its engine's stage and sizes known, and whether each node has shards of its own. `hosts` names that of every
-    process. `memory` says what the process with least has, in bytes: where it computes, and on its host. It is asked (collective,
-    if it is) where something is left to be chosen. Raises UserError for node shards that cannot be had."""
+    process, or is UNKNOWN. `memory` says what the process with least has, in bytes: where it computes, and on its host. It is
+    asked (collective, if it is) where something is left to be chosen. Raises UserError for node shards that cannot be had."""
     longest = prepared.order.capacity or max(map(int, prepared.train.lengths))
     settled = settle(
         prepared, prepared.engine_config["zero_optimization"], prepared.step_plan.micro_steps, longest, hosts, memory,
@@ -89,6 +93,8 @@ def _nodes(
     nodes, wanted = nodes_of(hosts), config.model.shards
     if wanted == "node" and stage != 3:
         raise UserError(f"model.shards node needs ZeRO stage 3, and {cut(config.deepspeed)} means stage {stage} here")
+    if wanted == "node" and len(nodes) == 1 and len(hosts) > 1 and hosts[0] != UNKNOWN:
+        return None, f"over all {len(hosts)} processes: all are on {hosts[0]}"  # or are hosts of one name
     if wanted == "world" or stage != 3 or len(nodes) == 1:
         return None, ""
     why = why_not_alike(hosts)

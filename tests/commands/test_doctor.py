@@ -194,6 +194,7 @@ def test_another_machine(run_file, folder, tmp_path):
 
 def no_ninja(rank):
     os.environ["PATH"] = "/nowhere"
+    sys.executable = "/nowhere/python"  # beside which one would lie
 
 
 def test_nothing_to_compile_with(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -50,6 +51,21 @@ def test_each_process_takes_its_own_device(machine, monkeypatch, count, visible,
     take_device(Process(local_rank + 4, local_rank, 16))
     assert found == [taken]
     assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(taken)  # DeepSpeed goes by it
+
+
+@pytest.mark.parametrize("path", [None, "/usr/bin:/bin"])
+def test_the_environments_own_ninja_compiles(monkeypatch, tmp_path, path):
+    """As ssh starts a process: without the environment's PATH."""
+    from cola_ds.distributed.accelerator import prepare_compilation
+
+    monkeypatch.setenv("PATH", path or "")
+    if path is None:
+        monkeypatch.delenv("PATH")
+    (own := tmp_path / "ninja").touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    prepare_compilation()
+    assert shutil.which("ninja") == str(own)
+    assert shutil.which("sh")
 
 
 @pytest.mark.parametrize(("count", "visible"), [(1, None), (2, "4,5")])

@@ -63,7 +63,7 @@ def killed_while_loading(rank, victim=1):
 
 def killed_when_it_has_arrived(rank):
     """While process 0 has not."""
-    at_call(rank, (0,), "cola_ds.distributed.collectives", "check_compilation", 1, ("sleep", 4))
+    at_call(rank, (0,), "cola_ds.distributed.collectives", "prepare_compilation", 1, ("sleep", 4))
     if rank == 1:
         inner = rendezvous_sides.Guest.meet
 

@@ -151,36 +151,17 @@ def quickstart(toy, tmp_path_factory):
     return overrides, [row["loss"] for row in rows(folder / "metrics.jsonl")]
 
 
-WAYS = ["deepspeed", "torchrun", "mpirun.sh", "srun 2x1", "srun 2x2", "sbatch", "hostfile", "mpirun on two hosts"]
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["deepspeed", "torchrun", "mpirun.sh", "srun"])
 def test_the_same_losses_everywhere(request, quickstart, tmp_path, way):
+    """Those on several machines, beside Slurm's, are in test_node_shards.py."""
     overrides, losses = quickstart
-    overrides = [*overrides, f"run.dir={tmp_path / 'run'}"]
-    run_file = "launch/quickstart/run.yaml"
-    cluster = request.getfixturevalue("cluster") if way not in WAYS[:3] else None
-    if way == "sbatch":
-        job, frozen = cluster.submit(clean_environment(), "--nodes", "2", "--gpus", "1", run_file, *overrides)
-        assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", frozen
-    else:
-        if way in ("hostfile", "mpirun on two hosts"):
-            if shutil.which("pdsh") is None or not os.path.exists("/usr/sbin/sshd"):
-                pytest.skip("ssh between nodes is not installed: apt-get install openssh-server pdsh")
-            (tmp_path / "hosts").write_text("n1 slots=1\n# the second\nn2 slots=1\n", encoding="utf-8")
-            words = ["./launch/hostfile.sh", run_file, str(tmp_path / "hosts"), *overrides]
-            if way != "hostfile":
-                words = ["./launch/mpirun.sh", run_file, "2", *overrides, "--", "--host", "n1:1,n2:1"]
-            words, env = [*cluster.head, *words], {**command("srun", run_file, cluster)[1]}
-        else:
-            words, env = command(way.split()[0], run_file, cluster, overrides)
-            if way == "srun 2x2":
-                words[words.index("--ntasks-per-node=1")] = "--ntasks-per-node=2"
-        done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+    cluster = request.getfixturevalue("cluster") if way == "srun" else None
+    words, env = command(way, "launch/quickstart/run.yaml", cluster, [*overrides, f"run.dir={tmp_path / 'run'}"])
+    done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl")] == pytest.approx(losses, rel=1e-5, abs=1e-5)
     environment = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))
-    assert environment["world_size"] == (4 if way == "srun 2x2" else 2)
+    assert environment["world_size"] == 2
     assert environment["hosts"] == (["n1", "n2"] if cluster else environment["hosts"][:1])
 
 

@@ -124,12 +124,12 @@ def check_close(folder, whole):
     assert found == pytest.approx([row["loss"] for row in whole["metrics.jsonl"]], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("nodes", ["1-2", "2"])
-def test_a_node_is_lost(cluster, toy, whole, tmp_path, nodes):
-    """The job goes on with the other node, and half as many processes; or it is queued again, and waits for the node."""
-    job, frozen = cluster.submit(
-        clean_environment(), "--nodes", nodes, "--tasks", "1", "--time", "10", run_file(toy, tmp_path)
-    )
+@pytest.mark.parametrize(("nodes", "tasks"), [("1-2", "2"), ("2", "1")])
+def test_a_node_is_lost(cluster, toy, whole, tmp_path, nodes, tasks):
+    """The job goes on with the other node, and half as many processes, whose shards are all there is; or it is queued again, and
+    waits for the node."""
+    path = run_file(toy, tmp_path, model={"shards": "node"})
+    job, frozen = cluster.submit(clean_environment(), "--nodes", nodes, "--tasks", tasks, "--time", "10", path)
     wait_for_step(cluster, frozen, tmp_path, 60)
     cluster.do("crash", "n2")
     try:
@@ -147,12 +147,14 @@ def test_a_node_is_lost(cluster, toy, whole, tmp_path, nodes):
     else:
         assert int(cluster.show(job, "Restarts")) == 0
         assert len(resumed) == 1
-    assert all(hosts == (["n1", "n2"] if nodes == "2" else ["n1"]) for hosts in resumed)
+    assert all(hosts == (["n1", "n2"] if nodes == "2" else ["n1", "n1"]) for hosts in resumed)
     check_close(tmp_path, whole)
     if nodes == "2":
         assert json.dumps(record(tmp_path / "run")) == json.dumps(whole)
     else:
         assert "goes on with 1 of 2 nodes" in log(frozen)
+        last = (frozen / "logs/latest/n1.0.log").read_text(encoding="utf-8")
+        assert "shards      over all 2 processes: all are on n1" in last
 
 
 def test_what_failed_stays_failed(cluster, toy, tmp_path):

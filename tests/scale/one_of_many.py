@@ -114,6 +114,7 @@ def main() -> None:
 
     from cola_ds.config.loading import load_config
     from cola_ds.data.tokenize import tokenize
+    from cola_ds.distributed.engine import evaluating
     from cola_ds.distributed.launcher import Process
     from cola_ds.plan.run import Cluster, plan_run
     from cola_ds.training import knot, loop, save
@@ -141,7 +142,7 @@ def main() -> None:
     phases = Phases()
     process = Process(args.rank, args.rank % args.per_node, world_size)
     chain = phases.run("load, inject, engine", lambda: build_chain(prepared, process, None))
-    for option in (-3, -1):
+    for option in (-3, -1):  # which loading has set as it is for a run
         ctypes.CDLL(None).mallopt(option, 65536)
     for step in range(args.steps):
         examples = step_examples(chain, step)
@@ -149,6 +150,8 @@ def main() -> None:
             f"step {step + 1}", lambda examples=examples: loop.train_step(chain.engine, examples, 1e-4, world_size)
         )
     phases.run("checkpoint", lambda: save.save_chain(chain))
+    with evaluating(chain.engine):  # as before a knot: what a step leaves gathered goes
+        pass
     phases.run("tie", lambda: knot.tie_knot(chain))
     phases.run("extend in place", lambda: knot.extend_chain(chain))
     chain.state.link += 1

@@ -125,6 +125,14 @@ class CountedCollectives(TorchDispatchMode):
     def bytes(self) -> int:
         return sum(size for _, size in self.calls)
 
+    def by_place(self, hosts: list[str], rank: int) -> tuple[int, int]:
+        """Bytes of those in which another host's processes take part, and of those within this one's. `hosts` names that of every
+        process; `rank` is this one's."""
+        here = {hosts[rank]}
+        away = [{hosts[other] for other in ranks} - here for ranks in self.ranks]
+        across = sum(size for (_, size), others in zip(self.calls, away, strict=True) if others)
+        return across, self.bytes - across
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             sizes = [

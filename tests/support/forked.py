@@ -23,14 +23,15 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Server:
-    """`with Server(folder) as server`: `server.command` begins a command line."""
+    """`with Server(folder) as server`: `server.command` begins a command line. `within`: the words that start it somewhere else,
+    such as in a node of a cluster, with its network; what it forks is there, too."""
 
-    def __init__(self, folder: Path):
-        self.socket = folder / "forked.socket"
+    def __init__(self, folder: Path, name: str = "forked", within: tuple[str, ...] = ()):
+        self.socket, self.within = folder / f"{name}.socket", within
         self.command = [sys.executable, "-S", "-E", str(Path(__file__).resolve()), str(self.socket)]
 
     def __enter__(self):
-        words = [sys.executable, "-m", "tests.support.forked", "--serve", str(self.socket)]
+        words = [*self.within, sys.executable, "-m", "tests.support.forked", "--serve", str(self.socket)]
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -44,7 +45,8 @@ class Server:
 
     def __exit__(self, *error):
         self.process.kill()
-        self.process.communicate()
+        self.process.stdout.close()  # one in a node lives on, and holds it, until the node is gone
+        self.process.wait()
 
 
 @functools.cache

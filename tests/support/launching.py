@@ -60,6 +60,15 @@ class Cluster:
             assert time.monotonic() < deadline, found
             time.sleep(0.3)
 
+    def carried(self) -> int:
+        """Bytes that have gone from one node to another (or to the head node) so far, with all headers, as the nodes' own network
+        interfaces count them. What processes of one node tell each other is not among them: that is `lo`."""
+        counted = 0
+        for node in ("n1", "n2"):
+            line = re.search(r"^ *eth0: *(.*)$", self.do("on", node, "cat", "/proc/net/dev"), re.MULTILINE)[1].split()
+            counted += int(line[0]) + int(line[8])  # received, sent
+        return counted // 2  # each byte was sent by one and received by the other
+
     def show(self, job: str, field: str) -> str:
         """A field of `scontrol show job`."""
         return re.search(rf"\b{field}=(\S*)", self.do("exec", "scontrol", "show", "job", job))[1]

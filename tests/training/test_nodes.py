@@ -104,14 +104,22 @@ def two_hosts(rank, names=("a", "a", "b", "b")):
     socket.gethostname = lambda: names[rank]
 
 
-@pytest.mark.parametrize("shards", ["auto", "node"])
-def test_a_run_says_where_its_shards_are(toy, tmp_path, shards):
+@pytest.mark.parametrize(
+    ("shards", "names", "said_of_them"),
+    [
+        ("auto", ("a", "a", "b", "b"), "in each node: "),
+        ("node", ("a", "a", "b", "b"), "in each of 2 nodes"),
+        ("node", ("a", "a", "a", "a"), "over all 4 processes: all are on a"),
+    ],
+)
+def test_a_run_says_where_its_shards_are(toy, tmp_path, shards, names, said_of_them):
     config = run_config(*toy[:2], tmp_path / "run", model={"shards": shards}, optim={"max_steps": 2})
     words = ["train", save_run(tmp_path / "run.yaml", config)]
-    statuses, said = run_job(tmp_path / "logs", words, world_size=4, sabotage=two_hosts)
+    statuses, said = run_job(tmp_path / "logs", words, world_size=4, sabotage=two_hosts, arguments=(names,))
     assert statuses == [0] * 4, said
-    assert ("shards      in each node: " if shards == "auto" else "shards      in each of 2 nodes") in said
-    assert json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["shards"] == "node"
+    assert f"shards      {said_of_them}" in said
+    kept = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["shards"]
+    assert kept == ("node" if "b" in names else "world")
 
 
 @pytest.mark.parametrize(
@@ -154,12 +162,7 @@ def bytes_across(process, path, hosts):
     def counted(action):
         with CountedCollectives() as found:
             action()
-        across = [
-            size
-            for (_, size), ranks in zip(found.calls, found.ranks, strict=True)
-            if {hosts[r] for r in ranks} - {hosts[process.rank]}
-        ]
-        return sum(across), found.bytes - sum(across)
+        return found.by_place(hosts, process.rank)
 
     def step():
         train_step(chain.engine, step_examples(chain, chain.state.step), 1e-3, process.world_size)
