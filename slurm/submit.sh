@@ -4,6 +4,7 @@
 #
 #   --nodes N              nodes; MIN-MAX: MAX, and the job goes on with fewer, down to MIN, when nodes are lost (1)
 #   --gpus N               GPUs per node, each with one process
+#   --device NAME, --memory SIZE   what each of them is and has, for the plan that --dry-run prints (H100, 80GiB)
 #   --tasks N              processes per node where there are no GPUs (2)
 #   --cpus N               cores per process
 #   --time T               time limit, as sbatch takes it
@@ -16,7 +17,7 @@
 #   --offline              nothing is fetched from the Hugging Face hub
 #   --fresh                the first start removes what an earlier run left in run.dir
 #   --sbatch OPTION        any other option of sbatch's (may be repeated)
-#   --dry-run              check the run, print the sbatch command, and write nothing
+#   --dry-run              check the run, print the sbatch command and, with --gpus, what `cola-ds plan` says; write nothing
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=../launch/common.sh
@@ -24,7 +25,7 @@ source "$here/../launch/common.sh"
 
 # shellcheck disable=SC2034 # job.env gets some of them by their names
 nodes=1 gpus='' tasks='' signal=USR1@300 max_restarts=50 setup=() container='' mounts='' local_model='' offline='' fresh='' dry_run=''
-options=()
+options=() planned=()
 while [[ ${1:-} == -* ]]; do
   case $1 in
     -h | --help)
@@ -37,6 +38,7 @@ while [[ ${1:-} == -* ]]; do
   case $1 in
     --nodes) nodes=$2 ;;
     --gpus) gpus=$2 ;;
+    --device | --memory) planned+=("$1" "$2") ;;
     --tasks) tasks=$2 ;;
     --cpus) options+=(--cpus-per-task="$2") ;;
     --time | --partition | --account | --qos) options+=("$1=$2") ;;
@@ -69,6 +71,7 @@ for count in $(seq "${counts[0]}" "${counts[1]}"); do
   summary=$(python -m cola_ds train "$@" --dry-run --processes $((count * per_node)))
 done
 echo "$summary"
+[ -z "$dry_run" ] || [ -z "$gpus" ] || python -m cola_ds plan "$@" --nodes "${counts[1]}" --gpus "$gpus" "${planned[@]}"
 field() { sed -n "s/^$1  *//p" <<<"$summary"; }
 run_dir=$(realpath -m "$(field 'run folder')")
 model=$(field model | sed 's/ ([a-z0-9]*), [0-9,]* parameters$//')

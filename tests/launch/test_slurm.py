@@ -241,6 +241,9 @@ def test_dry_run_prints_and_writes_nothing(toy, tmp_path):
     assert command.startswith("sbatch --nodes=2 --ntasks-per-node=2 --signal=USR1@300 ")
     assert r"--time=1:00:00 --account=a\ b --exclusive --gpus-per-node=2 " in command
     assert "8 = 2 examples x 1 micro steps x 4 processes" in done.stdout
+    assert "cluster     2 nodes x 2 processes, on H100 with 80.0 GiB" in done.stdout and "MiB  in all" in done.stdout
+    small = submit("--dry-run", *words, "--device", "A100", "--memory", "1KiB", path)
+    assert small.returncode == 2 and "on A100 with" in small.stdout and "this does not fit" in small.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
