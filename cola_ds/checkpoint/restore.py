@@ -25,7 +25,7 @@ from cola_ds.distributed.shards import gathered, local_shard, numel, writable_pa
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.remainders import Remainder
-from cola_ds.lora.tie import tie_link
+from cola_ds.lora.tie import Factors, tie_link
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
 from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
@@ -35,8 +35,9 @@ _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
 
 
 def restore_model(
-    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder]
-) -> None:
+    model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder],
+    earlier: dict[str, list[Factors]],
+) -> None:  # fmt: skip
     """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
 
     The same arithmetic as at the knots, on the same shards: the same bits. `found` is None on every process but 0.
@@ -48,7 +49,14 @@ def restore_model(
         tensors = read_link(found.link_path(past)) if found else {}
         lora_rank = config.lora_ranks[past - 1]
         _tie_again(
-            model, lora_rank, config.lora.alpha / lora_rank, tensors, remainders, config.chain.tie == "local", exact
+            model,
+            lora_rank,
+            config.lora.alpha / lora_rank,
+            tensors,
+            remainders,
+            earlier,
+            config.chain.tie == "local",
+            exact,
         )
     if config.trains_lora:
         start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
@@ -62,7 +70,7 @@ def restore_model(
 
 def _tie_again(
     model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Remainder],
-    local: bool, exact: bool, last: bool = False,
+    earlier: dict[str, list[Factors]], local: bool, exact: bool, last: bool = False,
 ) -> None:  # fmt: skip
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():
@@ -72,7 +80,7 @@ def _tie_again(
         )
         layer.reset(lora_A, scaling, accelerator.device())
         layer.lora_B.data.copy_(lora_B)
-    tie_link(model, remainders, local=local, exact=exact, last=last, keep_tensors=False)
+    tie_link(model, remainders, earlier, local=local, exact=exact, last=last, keep_tensors=False)
 
 
 def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
@@ -87,7 +95,10 @@ def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
     for link in facts["links"]:
         tensors = read_link(Path(link["file"])) if reads else {}
         last = link is facts["links"][-1]
-        _tie_again(model, link["lora_rank"], link["scaling"], tensors, remainders, facts["local"], facts["exact"], last)
+        # Its links are the base of what is trained on top: no part of that chain's change.
+        _tie_again(
+            model, link["lora_rank"], link["scaling"], tensors, remainders, {}, facts["local"], facts["exact"], last
+        )
     if facts["biases"]:  # the last link's are the run's
         for name, layer in lora_layers(model).items():
             if layer.bias is not None:

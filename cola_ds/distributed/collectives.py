@@ -108,6 +108,11 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
+def falls_to_this_process(number: int) -> bool:
+    """Whether this process takes the thing of that number, where things go round all processes."""
+    return number % dist.get_world_size() == dist.get_rank()
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Add a tensor (on this process's device) element by element over all processes, in place. Collective."""
     dist.all_reduce(values)

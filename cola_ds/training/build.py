@@ -61,7 +61,7 @@ def build_chain(
     if config.model.links is not None:
         tie_run(model, config.model.links, base, reads=process.rank == 0)
     if restored:
-        restore_model(model, config, state.link, found, state.remainders)
+        restore_model(model, config, state.link, found, state.remainders, state.earlier)
     elif config.trains_lora:
         start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, accelerator.device())
     if compiles:

@@ -140,6 +140,7 @@ def tie_three_links(process, path):
             extend_chain(chain)
             chain.state.link += 1
     found["remainders"] = sum(r.kept.numel() for r in chain.state.remainders.values())
+    found["earlier"] = {name: len(links) for name, links in chain.state.earlier.items()}
     return found
 
 
@@ -250,6 +251,17 @@ def test_remainders_are_kept_once(tied):
     elements = 2 * (4 * 33 * 33 + 2 * 33 * 35)
     for way, copies in (("fp32 local exact", 0), ("bf16 local exact", world_size if engine == "zero2" else 1)):
         assert sum(found[way]["remainders"] for found in processes) == copies * elements
+
+
+def test_earlier_links_are_kept_once_and_by_all_alike(tied):
+    """What a knot multiplies them for grows with the links, on each process by its share of the layers; the last link is not
+    kept, and the files of the others are not read again."""
+    world_size, _, processes = tied
+    for way in processes[0]:
+        kept = [found[way]["earlier"] for found in processes]
+        assert sum(map(len, kept)) == 12 == len(set().union(*kept))
+        assert all(len(layers) == 12 / world_size for layers in kept)
+        assert all(links == 2 for layers in kept for links in layers.values())
 
 
 # -- what moves --------------------------------------------------------------------------------------------------------
