@@ -188,15 +188,16 @@ def restore_engine(engine: Engine, saved: SavedState, found: Checkpoint | None, 
 
 
 def _restore_random_state(found: Checkpoint | None, world_size: int, process: Process) -> None:
-    """Each process's own; at another world size they begin anew, from the seed and the step."""
+    """Each process's own; at another world size they begin anew, from the seed and the step.
+
+    All go to all at once: a few KiB of each process, where a message for each would take as long as there are processes.
+    """
     if world_size != process.world_size:
         return
     states = found.random_states() if found else []
     sizes = collectives.broadcast_object([state.numel() for state in states])
-    for rank, size in enumerate(sizes):
-        held = collectives.broadcast_bytes(states[rank] if states else None, size)
-        if rank == process.rank:
-            set_random_state(held)
+    held = collectives.broadcast_bytes(torch.cat(states) if states else None, sum(sizes))
+    set_random_state(held.split(sizes)[process.rank])
 
 
 def restore_folder(folder: RunDir, config: RunConfig, targets: list[str], found: Checkpoint) -> Checkpoint:
