@@ -230,7 +230,8 @@ def _check_names(table: _Table, hosts: list[str], rank: int) -> None:
     watchdog.heartbeat("names of addresses, gathering that")
     taken = collectives.all_gather_numbers(seconds)
     slow = list(dict.fromkeys(host for host, seconds in zip(hosts, taken, strict=True) if seconds > _NAME_S))
-    remedy = "each connection waits for one as a run begins: write the hosts into /etc/hosts there, or repair the reverse DNS"
+    remedy = "connections wait for them as a run begins: repair the reverse DNS, or write lines "
+    remedy += "::ffff:ADDRESS HOST into /etc/hosts"
     warnings = [f"slow on {some_of(slow)}; {remedy}"] if slow else []
     table.row("names", f"at most {max(taken):.2f} s for that of another host's address", [], warnings)
 

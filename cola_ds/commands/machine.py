@@ -84,7 +84,11 @@ def address_towards(host: str) -> str:
 
 
 def name_lookup_s(addresses: list[str]) -> float:
-    """Seconds that the slowest of these addresses' names took; after so many in all, as far as they came."""
+    """Seconds that the slowest of these addresses' names took; after so many in all, as far as they came.
+
+    Asked as torch asks: its sockets speak IPv6, where an IPv4 address is ::ffff:ADDRESS, and a line of /etc/hosts with the bare
+    address is none of that (torch 2.13, glibc 2.36).
+    """
     slowest, since = 0.0, [0.0]
 
     def look_up() -> None:
@@ -92,7 +96,7 @@ def name_lookup_s(addresses: list[str]) -> float:
         for address in addresses:
             since[0] = time.monotonic()
             with contextlib.suppress(OSError):  # one without a name is no worse
-                socket.getnameinfo((address, 0), 0)
+                socket.getnameinfo((address if ":" in address else f"::ffff:{address}", 0), 0)
             slowest = max(slowest, time.monotonic() - since[0])
 
     since[0] = time.monotonic()
