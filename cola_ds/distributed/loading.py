@@ -153,6 +153,8 @@ def _own_weights(model: Any, state_dict: dict[str, Tensor], load_config: Any) ->
 
 @torch.no_grad()
 def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
+    """Fill this process's shards. What process 0 says on the way is how much of the model it has passed, its own part read: the
+    others are about as far with theirs."""
     begun = said = time.monotonic()
     whole = sum(tensor.nbytes for _, tensor in own.values())
     passed = 0
@@ -165,7 +167,10 @@ def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
         passed += own[name][1].nbytes
         if dist.get_rank() == 0 and time.monotonic() - said > TELLS_EVERY_S:
             said = time.monotonic()
-            print(f"cola-ds: loading: {passed / whole:.0%} after {said - begun:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"cola-ds: loading: {passed / 1e9:.1f} of {whole / 1e9:.1f} GB after {said - begun:.0f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 @contextmanager

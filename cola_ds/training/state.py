@@ -92,6 +92,8 @@ class Chain:
     """Whether each node keeps the base in shards of its own."""
     folder: RunDir | None
     """Takes the tied links; None on every process but 0."""
+    loaded: dict[str, float] = field(default_factory=dict)
+    """How long the weights took, their bytes, and GB/s. On process 0 alone."""
     state: ChainState = field(default_factory=ChainState)
     facts: RunFacts | None = None
     """What every checkpoint of the run says alike; None on every process but 0, and where nothing is saved."""
