@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola_ds.commands.export import tie_saved_links
+from cola_ds.commands.merge import tie_saved_links
 from cola_ds.lora.layers import add_link, delta_slice, delta_weight, inner_product
 from tests.bench import rounding
 from tests.support.distributed import CountedCollectives, run_distributed
