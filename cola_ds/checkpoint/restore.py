@@ -25,7 +25,7 @@ from cola_ds.distributed.shards import gathered, local_shard, numel, writable_pa
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.remainders import Remainder
-from cola_ds.lora.tie import Factors, tie_link
+from cola_ds.lora.tie import Links, tie_link
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
 from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
@@ -36,7 +36,7 @@ _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
 
 def restore_model(
     model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder],
-    earlier: dict[str, list[Factors]],
+    earlier: dict[str, Links],
 ) -> None:  # fmt: skip
     """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
 
@@ -70,7 +70,7 @@ def restore_model(
 
 def _tie_again(
     model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Remainder],
-    earlier: dict[str, list[Factors]], local: bool, exact: bool, last: bool = False,
+    earlier: dict[str, Links], local: bool, exact: bool, last: bool = False,
 ) -> None:  # fmt: skip
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():

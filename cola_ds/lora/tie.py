@@ -21,8 +21,9 @@ from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, 
 from cola_ds.lora.remainders import Remainder
 from cola_ds.run.peft_files import bias_name, lora_names
 
-Factors = tuple[Tensor, Tensor, float]
-"""A (r, in), B (out, r) and the scaling of one layer's link."""
+Links = tuple[Tensor, Tensor, Tensor]
+"""Links of one layer side by side, R = the sum of their LoRA ranks: A (R, in), B (out, R), and the scaling of each row of A (R, 1),
+in fp64."""
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
 
@@ -53,7 +54,7 @@ def link_is_finite(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def tie_link(
-    model: nn.Module, remainders: dict[str, Remainder], earlier: dict[str, list[Factors]], local: bool, exact: bool, last: bool,
+    model: nn.Module, remainders: dict[str, Remainder], earlier: dict[str, Links], local: bool, exact: bool, last: bool,
     keep_tensors: bool,
 ) -> TiedLink:  # fmt: skip
     """Tie (merge): W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
@@ -82,9 +83,11 @@ def tie_link(
             factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
             if collectives.falls_to_this_process(number):
-                shared += [inner_product(factors, _on_device(other)) for other in earlier.get(name, ())]
+                if name in earlier:
+                    A, B, scalings = (each.to(accelerator.device()) for each in earlier[name])
+                    shared.append(inner_product((A, B, scalings), factors))
                 if not last:
-                    earlier.setdefault(name, []).append(_on_host(factors))
+                    earlier[name] = _joined(earlier.get(name), layer)
             if keep_tensors:
                 names = (*lora_names(name), bias_name(name))
                 tied.tensors |= {key: p.detach().to("cpu", copy=True) for key, p in zip(names, learnt, strict=False)}
@@ -98,15 +101,13 @@ def tie_link(
     return tied
 
 
-def _on_host(factors: Factors) -> Factors:
-    """A copy that stands when A and B start anew."""
-    lora_A, lora_B, scaling = factors
-    return lora_A.detach().to("cpu", copy=True), lora_B.detach().to("cpu", copy=True), scaling
-
-
-def _on_device(factors: Factors) -> Factors:
-    lora_A, lora_B, scaling = factors
-    return lora_A.to(accelerator.device()), lora_B.to(accelerator.device()), scaling
+def _joined(before: Links | None, layer: LoRALinear) -> Links:
+    """A layer's links on the host, with the one that it has now."""
+    A, B = (half.detach().to("cpu", copy=True) for half in (layer.lora_A, layer.lora_B))
+    scalings = torch.full((len(A), 1), layer.scaling, dtype=torch.float64)
+    if before is None:
+        return A, B, scalings
+    return torch.cat([before[0], A]), torch.cat([before[1], B], dim=1), torch.cat([before[2], scalings])
 
 
 def _add_link(

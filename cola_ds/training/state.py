@@ -16,7 +16,7 @@ from cola_ds.data.batcher import Batcher
 from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed.engine import Engine
 from cola_ds.lora.remainders import Remainder
-from cola_ds.lora.tie import Factors
+from cola_ds.lora.tie import Links
 from cola_ds.run.folder import RunDir
 from cola_ds.training.metrics import MetricLogger
 
@@ -52,7 +52,7 @@ class ChainState:
     """SHA-256 of each tied link's file. On process 0 alone."""
     remainders: dict[str, Remainder] = field(default_factory=dict)
     """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties."""
-    earlier: dict[str, list[Factors]] = field(default_factory=dict)
+    earlier: dict[str, Links] = field(default_factory=dict)
     """By target layer, on the host: the links that were tied before, of the layers that this process minds (`tie_link`)."""
 
 
