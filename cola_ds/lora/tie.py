@@ -22,8 +22,8 @@ from cola_ds.lora.remainders import Remainder
 from cola_ds.run.peft_files import bias_name, lora_names
 
 Links = tuple[Tensor, Tensor, Tensor]
-"""Links of one layer side by side, R = the sum of their LoRA ranks: A (R, in), B (out, R), and the scaling of each row of A (R, 1),
-in fp64."""
+"""Links of one layer side by side: A (R, in), B (out, R), R being the sum of their LoRA ranks, and the scaling of each row of A,
+(R, 1) in fp64."""
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
 
