@@ -49,7 +49,7 @@ class _Saved(BaseModel):
 
 
 class Counters(_Saved):
-    """ChainState without its remainders. A best loss of null: there was no evaluation yet."""
+    """ChainState without what tying the links again gives back. A best loss of null: there was no evaluation yet."""
 
     link: int = Field(ge=1, le=9999)
     step: int = Field(ge=0)

@@ -33,7 +33,7 @@ from cola_ds.distributed.shards import Part, gathered, local_shard, numel, shape
 from cola_ds.errors import UserError, first_line
 from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
 from cola_ds.lora.remainders import Remainder
-from cola_ds.lora.tie import tie_link
+from cola_ds.lora.tie import Links, tie_link
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
 from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
@@ -53,7 +53,7 @@ class _Shards:
 
 def restore_model(
     model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder],
-    process: Process,
+    earlier: dict[str, Links], process: Process,
 ) -> None:  # fmt: skip
     """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
 
@@ -66,7 +66,14 @@ def restore_model(
         tensors = read_link(found.link_path(past)) if found else {}
         lora_rank = config.lora_ranks[past - 1]
         _tie_again(
-            model, lora_rank, config.lora.alpha / lora_rank, tensors, remainders, config.chain.tie == "local", exact
+            model,
+            lora_rank,
+            config.lora.alpha / lora_rank,
+            tensors,
+            remainders,
+            earlier,
+            config.chain.tie == "local",
+            exact,
         )
     if config.trains_lora:
         start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
@@ -85,7 +92,7 @@ def restore_model(
 
 def _tie_again(
     model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Remainder],
-    local: bool, exact: bool, last: bool = False,
+    earlier: dict[str, Links], local: bool, exact: bool, last: bool = False,
 ) -> None:  # fmt: skip
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():
@@ -95,7 +102,7 @@ def _tie_again(
         )
         layer.reset(lora_A, scaling, accelerator.device())
         layer.lora_B.data.copy_(lora_B)
-    tie_link(model, remainders, local=local, exact=exact, last=last, keep_tensors=False)
+    tie_link(model, remainders, earlier, local=local, exact=exact, last=last, keep_tensors=False)
 
 
 def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
@@ -110,7 +117,10 @@ def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
     for link in facts["links"]:
         tensors = read_link(Path(link["file"])) if reads else {}
         last = link is facts["links"][-1]
-        _tie_again(model, link["lora_rank"], link["scaling"], tensors, remainders, facts["local"], facts["exact"], last)
+        # Its links are the base of what is trained on top: no part of that chain's change.
+        _tie_again(
+            model, link["lora_rank"], link["scaling"], tensors, remainders, {}, facts["local"], facts["exact"], last
+        )
     if facts["biases"]:  # the last link's are the run's
         for name, layer in lora_layers(model).items():
             if layer.bias is not None:
@@ -261,15 +271,16 @@ def restore_engine(engine: Engine, saved: SavedState, found: Checkpoint | None, 
 
 
 def _restore_random_state(found: Checkpoint | None, world_size: int, process: Process) -> None:
-    """Each process's own; at another world size they begin anew, from the seed and the step."""
+    """Each process's own; at another world size they begin anew, from the seed and the step.
+
+    All go to all at once: a few KiB of each process, where a message for each would take as long as there are processes.
+    """
     if world_size != process.world_size:
         return
     states = found.random_states() if found else []
     sizes = collectives.broadcast_object([state.numel() for state in states])
-    for rank, size in enumerate(sizes):
-        held = collectives.broadcast_bytes(states[rank] if states else None, size)
-        if rank == process.rank:
-            set_random_state(held)
+    held = collectives.broadcast_bytes(torch.cat(states) if states else None, sum(sizes))
+    set_random_state(held.split(sizes)[process.rank])
 
 
 def restore_folder(folder: RunDir, config: RunConfig, targets: list[str], found: Checkpoint) -> Checkpoint:

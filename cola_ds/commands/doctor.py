@@ -7,6 +7,7 @@ the limit of --wait, and from then on the watch ends all when a process dies or 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import statistics
@@ -28,10 +29,13 @@ from cola_ds.training.preflight import SHARED_WITHIN_S
 _HANG_S = 30.0
 _COMPILATION_S = 240.0  # while a machine compiles what the group needs
 _CLOCKS_APART_S = 1.0
-_COLLECTIVE_BYTES = 4 * 2**20
+_COLLECTIVE_BYTES = 4 * 2**20  # of each process
+_GATHERED_BYTES = 64 * 2**20  # and at most that of all together, which every process has to hold
+_NAME_S = 0.5  # for the name of an address
 _EXCHANGE_BYTES = 8 * 2**20
 LAST_WORDS_S = 3  # before this process ends: for what the others have to say
 _SLOW = 2.0  # times the median pair
+_MOST_ROUNDS = 12  # of pairs: of more than twelve hosts each meets twelve others, or eleven
 _token: Path | None = None
 
 
@@ -124,6 +128,7 @@ def doctor(
     if not problem:
         _check_shared(table, Path(mine["folder"]["where"]), hosts)
         _check_clocks(table, hosts)
+        _check_names(table, hosts, process.rank)
         _check_collectives(table, hosts)
         _check_pairs(table, hosts, process.rank)
     if table.speaks:
@@ -216,20 +221,37 @@ def _check_clocks(table: _Table, hosts: list[str]) -> None:
     table.row("clocks", f"at most {apart:.3f} s from process 0, give or take {taken / 2:.3f}", [], warnings)
 
 
+def _check_names(table: _Table, hosts: list[str], rank: int) -> None:
+    """How long the name of an address takes: torch's store looks up that of every connection, one after another. Collective."""
+    watchdog.heartbeat("names of addresses")
+    theirs = collectives.all_gather_texts(machine.address_towards(os.environ["MASTER_ADDR"]) if rank else "", 64)
+    asked = theirs if rank == 0 else [machine.address_of(os.environ["MASTER_ADDR"])]
+    seconds = machine.name_lookup_s([address for address in dict.fromkeys(asked) if address])
+    watchdog.heartbeat("names of addresses, gathering that")
+    taken = collectives.all_gather_numbers(seconds)
+    slow = list(dict.fromkeys(host for host, seconds in zip(hosts, taken, strict=True) if seconds > _NAME_S))
+    remedy = "connections wait for them as a run begins: repair the reverse DNS, or write lines "
+    remedy += "::ffff:ADDRESS HOST into /etc/hosts"
+    warnings = [f"slow on {some_of(slow)}; {remedy}"] if slow else []
+    table.row("names", f"at most {max(taken):.2f} s for that of another host's address", [], warnings)
+
+
 def _check_collectives(table: _Table, hosts: list[str]) -> None:
     """How long collectives of all processes take. Collective."""
     watchdog.heartbeat("collectives")
-    seconds = collectives.time_collectives(_COLLECTIVE_BYTES)
+    given = min(_COLLECTIVE_BYTES, _GATHERED_BYTES // len(hosts))
+    seconds = collectives.time_collectives(_COLLECTIVE_BYTES, given)
     found = ", ".join(f"{name} {taken * 1e3:.1f} ms" for name, taken in seconds.items())
-    table.row("collectives", f"{_COLLECTIVE_BYTES >> 20} MiB of each of {len(hosts)} processes: {found}")
+    less = "" if given == _COLLECTIVE_BYTES else f" (all-gather: {given >> 10} KiB)"
+    table.row("collectives", f"{_COLLECTIVE_BYTES >> 20} MiB of each of {len(hosts)} processes{less}: {found}")
 
 
 def _check_pairs(table: _Table, hosts: list[str], rank: int) -> None:
-    """How fast each two hosts talk, by one process of each. Collective."""
+    """How fast two hosts talk, by one process of each: all pairs, or of many hosts some pairs of each host. Collective."""
     names = list(dict.fromkeys(hosts))
     seconds: dict[str, float] = {}
     leaders = [hosts.index(name) for name in names]
-    for number, pairs in enumerate(tournament(len(names)), 1):
+    for number, pairs in enumerate(some_rounds(tournament(len(names))), 1):
         watchdog.heartbeat(f"pairs of hosts, round {number}")
         mine = 0.0
         for a, b in pairs:
@@ -245,7 +267,9 @@ def _check_pairs(table: _Table, hosts: list[str], rank: int) -> None:
     slowest = said[max(seconds, key=lambda pair: seconds[pair])]
     slow = [said[pair] for pair in slow_pairs(seconds)]
     warnings = [f"slow: {some_of(slow)}; look at the network between them"] if slow else []
-    table.row("pairs of hosts", f"{len(seconds)}, each way: median {median:.2f} Gbit/s, least {slowest}", [], warnings)
+    pairs_there_are = math.comb(len(names), 2)
+    tried = f"{len(seconds)}" + (f" of {pairs_there_are}" if len(seconds) < pairs_there_are else "")
+    table.row("pairs of hosts", f"{tried}, each way: median {median:.2f} Gbit/s, least {slowest}", [], warnings)
 
 
 def tournament(teams: int) -> list[list[tuple[int, int]]]:
@@ -257,6 +281,12 @@ def tournament(teams: int) -> list[list[tuple[int, int]]]:
         rounds.append([(a, b) for a, b in opposite if a is not None and b is not None])
         seats.insert(1, seats.pop())
     return rounds
+
+
+def some_rounds(rounds: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """At most so many of them, evenly apart."""
+    count = min(len(rounds), _MOST_ROUNDS)
+    return [rounds[number * len(rounds) // count] for number in range(count)]
 
 
 def slow_pairs(seconds: dict[str, float]) -> list[str]:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
+from cola_ds.commands.merge import Merged, lying_weights, tie_saved_links, write_merged
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.errors import UserError, cut, first_line
-from cola_ds.lora.layers import add_link, delta_weight
 from cola_ds.run.atomic import scratch_beside, sync_folder
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.learnt import Learnt, read_learnt
-from cola_ds.run.model_folder import check_is_there, check_no_adapter, write_model_folder
-from cola_ds.run.peft_files import adapter_files, bias_name, layers_of, lora_names, read_link
+from cola_ds.run.model_files import weight_files
+from cola_ds.run.model_folder import (
+    check_is_there,
+    check_no_adapter,
+    copy_description,
+    model_folder,
+    write_model_folder,
+)
+from cola_ds.run.peft_files import adapter_files, layers_of, lora_names, read_link
 
 _OF_BASE = ("model.path=", "model.revision=")
 
@@ -30,7 +36,8 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
     """Write what a finished run has learnt as the new folder `out`, which appears whole or not at all:
 
     hf: the merged model, and all else as the base has it, but for a chat template that the run was given (data.chat_template).
-    The base is loaded into this process's memory, and each link is tied to it as the run did: in order, in the run's dtype.
+    Each link is tied to the base as the run did: in order, in the run's dtype; a layer at a time, from the base's files into
+    files of the same names. A base that Transformers converts as it loads is loaded whole into this process's memory.
     peft: the whole chain as one PEFT adapter, whose LoRA rank is the sum of the links' ranks.
     links: each link as a PEFT adapter of its own, to be merged in order.
 
@@ -128,6 +135,28 @@ def _write_chain(config: RunConfig, learnt: Learnt, out: Path) -> None:
 def _merge(config: RunConfig, learnt: Learnt, out: Path) -> None:
     check_is_there(config.model, f"the base model of {learnt.folder}")
     check_no_adapter(config.model)
+    files = _files_here(config.model)
+    weights = lying_weights(config.model, files) if files else None
+    with ExitStack() as opened:
+        links = [opened.enter_context(safe_open(link.file, framework="pt")) for link in learnt.links]
+        merged = Merged(links, [link.scaling for link in learnt.links], config.chain.merge == "exact")
+        if weights is None or not merged.fits(weights):
+            _merge_whole(config, learnt, out)
+            return
+        learnt.check_base(config.model.path, model_fingerprint(config.model))
+        write_merged(files, weights, DTYPES[config.model.dtype].torch_name, merged, out)
+    copy_description(config.model, out)
+
+
+def _files_here(base: ModelConfig) -> list[Path]:
+    """The base's weights, as far as they are all here; else Transformers fetches them, or says what is wrong with them."""
+    try:
+        return weight_files(model_folder(base))
+    except (UserError, OSError):
+        return []
+
+
+def _merge_whole(config: RunConfig, learnt: Learnt, out: Path) -> None:
     model = _load_base(config.model)
     learnt.check_base(config.model.path, model_fingerprint(config.model))
     links = [read_link(link.file) for link in learnt.links]
@@ -145,17 +174,3 @@ def _load_base(base: ModelConfig) -> torch.nn.Module:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the run's base model {base.path} cannot be loaded: {first_line(error)}") from None
-
-
-@torch.no_grad()
-def tie_saved_links(model: torch.nn.Module, links: list[dict[str, Tensor]], scalings: list[float], exact: bool) -> None:
-    """Merge: W <- W + scaling * B A for each layer and link in order, by the arithmetic of the run's knots (lora/tie.py) on whole
-    weights; trained biases are put in place."""
-    for layer in layers_of(links[0]):
-        weight = model.get_parameter(f"{layer}.weight")
-        remainder = torch.zeros(())
-        for tensors, scaling in zip(links, scalings, strict=True):
-            lora_A, lora_B = (tensors[name] for name in lora_names(layer))
-            remainder = add_link(weight, delta_weight(lora_A, lora_B, scaling), remainder, exact)
-        if bias_name(layer) in links[-1]:
-            model.get_parameter(f"{layer}.bias").copy_(links[-1][bias_name(layer)])

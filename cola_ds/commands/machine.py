@@ -8,6 +8,8 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cola_ds.distributed import accelerator
 from cola_ds.errors import first_line, some_of
 from cola_ds.training.preflight import config_hashes, differences, versions
 
+_LOOKS_UP_S = 10.0
 OTHER_FOLDER = "name another folder (run.dir or --dir)"
 # What each machine must have room in, how many bytes per process at least, and what helps.
 _ROOM = {
@@ -60,6 +63,47 @@ def _free_memory() -> int:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     return min([free, *(limit - used for limit, used in accelerator.memory_limits())])
+
+
+def address_of(host: str) -> str:
+    """The address that a name leads to; empty where it leads nowhere."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return ""
+
+
+def address_towards(host: str) -> str:
+    """This machine's own address on the way to another; empty where there is none. Nothing is sent."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)
+            return str(probe.getsockname()[0])
+    return ""
+
+
+def name_lookup_s(addresses: list[str]) -> float:
+    """Seconds that the slowest of these addresses' names took; after so many in all, as far as they came.
+
+    Asked as torch asks: its sockets speak IPv6, where an IPv4 address is ::ffff:ADDRESS, and a line of /etc/hosts with the bare
+    address is none of that (torch 2.13, glibc 2.36).
+    """
+    slowest, since = 0.0, [0.0]
+
+    def look_up() -> None:
+        nonlocal slowest
+        for address in addresses:
+            since[0] = time.monotonic()
+            with contextlib.suppress(OSError):  # one without a name is no worse
+                socket.getnameinfo((address if ":" in address else f"::ffff:{address}", 0), 0)
+            slowest = max(slowest, time.monotonic() - since[0])
+
+    since[0] = time.monotonic()
+    thread = threading.Thread(target=look_up, daemon=True)  # nothing ends a look-up but its own end
+    thread.start()
+    thread.join(_LOOKS_UP_S)
+    return max(slowest, time.monotonic() - since[0]) if thread.is_alive() else slowest
 
 
 def judge(everyone: list[dict[str, Any]], config: RunConfig | None) -> Iterator[Row]:

@@ -110,6 +110,11 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
+def falls_to_this_process(number: int) -> bool:
+    """Whether this process takes the thing of that number, where things go round all processes."""
+    return number % dist.get_world_size() == dist.get_rank()
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Add a tensor (on this process's device) element by element over all processes, in place. Collective."""
     dist.all_reduce(values)
@@ -260,11 +265,12 @@ def all_gather_objects(value: Any) -> list[Any]:
     return [json.loads(text) for text in all_gather_texts(encoded, int(all_reduce_max([len(encoded)])[0]))]
 
 
-def time_collectives(size: int, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of an all-reduce and an all-gather of so many bytes per process, in the slowest process. Collective."""
-    mine = torch.ones(size // 4, device=device())
+def time_collectives(reduced: int, given: int, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of an all-reduce of so many bytes, and of an all-gather to which each process gives so many, in the slowest
+    process. Collective."""
+    whole, mine = (torch.ones(size // 4, device=device()) for size in (reduced, given))
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    reduce = _median_seconds(lambda: dist.all_reduce(mine), rounds)
+    reduce = _median_seconds(lambda: dist.all_reduce(whole), rounds)
     gather = _median_seconds(lambda: dist.all_gather(theirs, mine), rounds)
     return dict(zip(("all-reduce", "all-gather"), all_reduce_max([reduce, gather]), strict=True))
 

@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from cola_ds.distributed.accelerator import device
 from cola_ds.distributed.deepspeed_internals import shards_in
 from cola_ds.distributed.nodes import Nodes, spread
 from cola_ds.distributed.shards import local_shard
+from cola_ds.distributed.weight_names import names_in_model, transformers_piece
 from cola_ds.errors import UserError, first_line
 
 TELLS_EVERY_S = 30.0
@@ -99,8 +98,8 @@ def _into_shards(nodes: Nodes | None, sent: list[str]) -> Iterator[None]:
     added to `sent`, by name (read in 5.24)."""
     from transformers import modeling_utils
 
-    plain_load = _piece("modeling_utils", "_load_state_dict_into_zero3_model")
-    plain_files = _piece("modeling_utils", "load_state_dict")
+    plain_load = transformers_piece("modeling_utils", "_load_state_dict_into_zero3_model")
+    plain_files = transformers_piece("modeling_utils", "load_state_dict")
 
     def load(model: Any, state_dict: dict[str, Tensor], load_config: Any = None) -> tuple[list[str], set[str]]:
         own = _own_weights(model, state_dict, load_config)
@@ -122,37 +121,22 @@ def _into_shards(nodes: Nodes | None, sent: list[str]) -> Iterator[None]:
         modeling_utils._load_state_dict_into_zero3_model, modeling_utils.load_state_dict = plain_load, plain_files
 
 
-def _piece(module: str, name: str) -> Any:
-    """What Transformers promises nobody. Raises UserError where it is gone."""
-    try:
-        return getattr(import_module(f"transformers.{module}"), name)
-    except (ImportError, AttributeError):
-        raise UserError(
-            f"Transformers {version('transformers')} has no {module}.{name} as 5.24.0 has; pip install transformers==5.24.0"
-        ) from None
-
-
 def _own_weights(model: Any, state_dict: dict[str, Tensor], load_config: Any) -> dict[str, tuple[str, Tensor]]:
     """By parameter, the key and the tensor in the files that it is, as it lies there."""
-    kinds = ("WeightRenaming", "WeightConverter")
-    mapping = getattr(load_config, "weight_mapping", None) or []
-    renamings, converters = (
-        [entry for entry in mapping if isinstance(entry, _piece("core_model_loading", kind))] for kind in kinds
-    )
-    rename_source_key = _piece("core_model_loading", "rename_source_key")
-    known = dict(model.state_dict(keep_vars=True))
+    names = names_in_model(model, state_dict, getattr(load_config, "weight_mapping", None) or [])
     params = dict(model.named_parameters())
     own = {}
-    for key, tensor in state_dict.items():
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        param: Any = params.get(name)
-        if converted is None and param is not None and tuple(tensor.shape) == tuple(param.ds_shape):
-            own[name] = (key, tensor)
+    for key, name in names.items():
+        param: Any = params.get(name or "")
+        if name and param is not None and tuple(state_dict[key].shape) == tuple(param.ds_shape):
+            own[name] = (key, state_dict[key])
     return own
 
 
 @torch.no_grad()
 def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
+    """Fill this process's shards. What process 0 says on the way is how much of the model it has passed, its own part read: the
+    others are about as far with theirs."""
     begun = said = time.monotonic()
     whole = sum(tensor.nbytes for _, tensor in own.values())
     passed = 0
@@ -165,7 +149,10 @@ def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
         passed += own[name][1].nbytes
         if dist.get_rank() == 0 and time.monotonic() - said > TELLS_EVERY_S:
             said = time.monotonic()
-            print(f"cola-ds: loading: {passed / whole:.0%} after {said - begun:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"cola-ds: loading: {passed / 1e9:.1f} of {whole / 1e9:.1f} GB after {said - begun:.0f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 All meet at process 0, which listens at MASTER_ADDR and MASTER_PORT from its first moment on. Each of the others connects at its
 own first moment, and keeps the connection until all have arrived: one that dies closes it, however it died, and one that fails
-says so. The store that the group then begins with is opened at the same port. All of it runs in threads, beside the loading.
+says so. The store that the group then begins with is opened at the same port. All of it runs beside the loading, in a thread:
+process 0 listens to all the others in one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process
-from cola_ds.distributed.rendezvous_sides import Guest, Host, UnreachableError
+from cola_ds.distributed.rendezvous_host import Host
+from cola_ds.distributed.rendezvous_sides import Guest, UnreachableError
 from cola_ds.errors import ArrivalError, some_of
 
 _current: Host | Guest | None = None

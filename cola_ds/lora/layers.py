@@ -48,11 +48,12 @@ def add_link(weight: Tensor, delta: Tensor, remainder: Tensor, exact: bool) -> T
 
 
 def inner_product(
-    first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float]
+    first: tuple[Tensor, Tensor, float | Tensor], second: tuple[Tensor, Tensor, float]
 ) -> Tensor:  # (A, B, scaling) of one layer, twice -> ()
-    """The sum over all elements of delta_weight(first) * delta_weight(second), in fp64, without making either."""
+    """The sum over all elements of delta_weight(first) * delta_weight(second), in fp64, without making either. The first may be
+    several links side by side, with a scaling (r, 1) of each row of A: then it is that of their sum."""
     (A1, B1, scaling1), (A2, B2, scaling2) = first, second
-    return ((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T)).sum() * (scaling1 * scaling2)
+    return ((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T) * (scaling1 * scaling2)).sum()
 
 
 def draw_lora_A(seed: int, link: int, layer: str, shape: tuple[int, int]) -> Tensor:

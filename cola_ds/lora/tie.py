@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +19,11 @@ from cola_ds.distributed.shards import (
 )
 from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
 from cola_ds.lora.remainders import Remainder
-from cola_ds.run.peft_files import bias_name, layers_of, lora_names
+from cola_ds.run.peft_files import bias_name, lora_names
+
+Links = tuple[Tensor, Tensor, Tensor]
+"""Links of one layer side by side: A (R, in), B (out, R), R being the sum of their LoRA ranks, and the scaling of each row of A,
+(R, 1) in fp64."""
 
 _ELEMENTS_AT_ONCE = 2**22  # bounds what a tie takes on the device: about 100 MiB of fp32 temporaries
 
@@ -33,6 +36,8 @@ class TiedLink:
     """Host copies of A, B and trained biases by PEFT's names without their prefix; empty unless wanted."""
     delta_square: float = 0.0
     """Squared norm of the link: of the change that was wanted."""
+    shared: float = 0.0
+    """Inner product of the link and the sum of those before it: |sum + link|^2 = |sum|^2 + |link|^2 + 2 <sum, link>."""
     remainder_square: float = 0.0
     """Squared norm of what rounding has kept out of the weights, over the whole chain."""
     bytes_moved: int = 0
@@ -49,18 +54,21 @@ def link_is_finite(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def tie_link(
-    model: nn.Module, remainders: dict[str, Remainder], local: bool, exact: bool, last: bool, keep_tensors: bool
-) -> TiedLink:
+    model: nn.Module, remainders: dict[str, Remainder], earlier: dict[str, Links], local: bool, exact: bool, last: bool,
+    keep_tensors: bool,
+) -> TiedLink:  # fmt: skip
     """Tie (merge): W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
 
     `local` gathers A and B alone; otherwise W is gathered too, and process 0 changes it for all. `remainders` holds, for
     each layer in bf16 or fp16, the remainder of this process's part on the host. It is filled at the first knot, unless that is
-    the `last` one: then nothing would use it.
+    the `last` one: then nothing would use it. `earlier`, on the host too, has the links tied before of each layer
+    that this process minds: layers go round the processes, so that none has all of them to multiply at each knot.
     """
     tied = TiedLink()
     delta_squares: list[Tensor] = []
     squares: list[Tensor] = []  # this process's share of the remainders'
-    for name, layer in lora_layers(model).items():
+    shared: list[Tensor] = []  # and of what the link has in common with those before it
+    for number, (name, layer) in enumerate(lora_layers(model).items()):
         learnt = [layer.lora_A, layer.lora_B]
         if layer.bias is not None and layer.bias.requires_grad:
             learnt.append(layer.bias)
@@ -74,6 +82,12 @@ def tie_link(
             squares.append(square / copies(layer.weight))
             factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
+            if collectives.falls_to_this_process(number):
+                if name in earlier:
+                    A, B, scalings = (each.to(accelerator.device()) for each in earlier[name])
+                    shared.append(inner_product((A, B, scalings), factors))
+                if not last:
+                    earlier[name] = _joined(earlier.get(name), layer)
             if keep_tensors:
                 names = (*lora_names(name), bias_name(name))
                 tied.tensors |= {key: p.detach().to("cpu", copy=True) for key, p in zip(names, learnt, strict=False)}
@@ -81,9 +95,19 @@ def tie_link(
         tied.bytes_moved += collective_bytes(learnt) + collective_bytes(whole, write=True)
     # Reading a number from the device below also waits for the copies of remainders to the host.
     nothing = torch.zeros((), dtype=torch.float64, device=accelerator.device())
-    tied.remainder_square = float(collectives.all_reduce_sum(sum(squares, nothing)))
+    over_all = collectives.all_reduce_sum(torch.stack([sum(squares, nothing), sum(shared, nothing)]))
+    tied.remainder_square, tied.shared = over_all.tolist()
     tied.delta_square = float(sum(delta_squares, nothing))
     return tied
+
+
+def _joined(before: Links | None, layer: LoRALinear) -> Links:
+    """A layer's links on the host, with the one that it has now."""
+    A, B = (half.detach().to("cpu", copy=True) for half in (layer.lora_A, layer.lora_B))
+    scalings = torch.full((len(A), 1), layer.scaling, dtype=torch.float64)
+    if before is None:
+        return A, B, scalings
+    return torch.cat([before[0], A]), torch.cat([before[1], B], dim=1), torch.cat([before[2], scalings])
 
 
 def _add_link(
@@ -112,17 +136,3 @@ def restart_link(model: nn.Module, link: int, seed: int) -> None:
         part, start = local_shard(layer.lora_A)
         lora_A = draw_lora_A(seed, link, name, (numel(layer.lora_A) // layer.in_features, layer.in_features))
         part.copy_(lora_A.flatten()[start : start + part.numel()])
-
-
-def overlap(tensors: dict[str, Tensor], earlier: Iterable[dict[str, Tensor]], scalings: list[float]) -> float:
-    """Inner product of a link and the sum of those before it, from their tensors (see TiedLink) on the host.
-
-    `scalings` names the link's own last. With it, the norm of the whole chain's change follows from factors of rank r, read
-    again at each knot: for links number and LoRA rank as in the paper, milliseconds.
-    """
-    total, layers = 0.0, layers_of(tensors)
-    for other, scaling in zip(earlier, scalings, strict=False):
-        for layer in layers:
-            A, B = lora_names(layer)
-            total += float(inner_product((tensors[A], tensors[B], scalings[-1]), (other[A], other[B], scaling)))
-    return total

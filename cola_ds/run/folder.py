@@ -7,7 +7,7 @@ RUN_DIR/
   metrics.jsonl      a row a logged step
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
-  events.jsonl       what happened to the run: started, resumed, checkpoints, skipped updates, stopped
+  events.jsonl       what happened to the run: started, resumed, how fast its model loaded, checkpoints, skipped updates, stopped
   checkpoints/       step-00000123/ and so on: see checkpoint/format.py
   chain/link-0001/   each tied link as a PEFT adapter
   model/             method full alone: the trained model as a Hugging Face folder

@@ -65,6 +65,11 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
         bare.generation_config = said
     for name in ("config.json", "generation_config.json"):
         (out / name).unlink(missing_ok=True)
+    copy_description(base, out)
+
+
+def copy_description(base: ModelConfig, out: Path) -> None:
+    """Copy what describes a model beside its weights, and have it say the dtype of these."""
     source = _all_files(base)
     for path in sorted({path for pattern in _KEPT for path in source.glob(pattern)}):
         if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_OUT):

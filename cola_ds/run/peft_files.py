@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cola_ds.config.schema import RunConfig
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What stands before the names in a file."""
 _A, _B, _BIAS = ".lora_A.weight", ".lora_B.weight", ".base_layer.bias"
 
 
@@ -54,7 +55,7 @@ def adapter_files(
         "bias": config.lora.bias,
         "inference_mode": True,
     }
-    named = {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     return {
         "adapter_model.safetensors": save(named, metadata={"format": "pt"}),
         "adapter_config.json": (json.dumps(adapter_config, indent=2) + "\n").encode(),
@@ -63,4 +64,4 @@ def adapter_files(
 
 def read_link(path: Path) -> dict[str, Tensor]:
     """A tied link's tensors, from the safetensors file of its adapter, under the names that `adapter_files` was given."""
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}

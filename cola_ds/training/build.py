@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import torch
@@ -21,6 +22,8 @@ from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.layers import inject, start_link
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
+from cola_ds.run.model_files import weight_files
+from cola_ds.run.model_folder import model_folder
 from cola_ds.training.kernels import use_kernels
 from cola_ds.training.metrics import MetricLogger
 from cola_ds.training.optim import make_optimizer
@@ -50,7 +53,9 @@ def build_chain(
     if compiles:
         compilation.check_compiler()
     nodes = make_groups(prepared.nodes) if prepared.nodes else None
+    begun = time.perf_counter()
     model = load_model(config.model, prepared.engine_config, prepared.attention, nodes)
+    loading_s = time.perf_counter() - begun
     if prepared.kernels:
         use_kernels(model)
     base = collectives.on_rank_0(lambda: _checked_model(config, found))
@@ -61,7 +66,7 @@ def build_chain(
     if config.model.links is not None:
         tie_run(model, config.model.links, base, reads=process.rank == 0)
     if restored:
-        restore_model(model, config, state.link, found, state.remainders, process)
+        restore_model(model, config, state.link, found, state.remainders, state.earlier, process)
     elif config.trains_lora:
         start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, accelerator.device())
     if compiles:
@@ -78,8 +83,15 @@ def build_chain(
         config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
         world_size=process.world_size, train=train, held_out=held_out, test=prepared.test,
         tokenizer=prepared.tokenizer, folder=folder, state=state, in_nodes=nodes is not None,
+        loaded=_loaded(config, loading_s) if folder else {},
         logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),
     )  # fmt: skip
+
+
+def _loaded(config: RunConfig, seconds: float) -> dict[str, float]:
+    """How fast the weights have come: the bytes of their files, whichever process has read which."""
+    size = sum(path.stat().st_size for path in weight_files(model_folder(config.model)))
+    return {"seconds": seconds, "bytes": size, "gb_per_s": size / 1e9 / max(seconds, 1e-9)}
 
 
 def _checked_model(config: RunConfig, found: Checkpoint | None) -> str:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cola_ds.data.batch import AnyBatch
 from cola_ds.distributed import accelerator, collectives, watchdog
@@ -17,7 +16,7 @@ from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import lora_layers, start_link
-from cola_ds.lora.tie import TiedLink, link_is_finite, overlap, restart_link, tie_link
+from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
 from cola_ds.training.optim import make_optimizer
 from cola_ds.training.state import Chain, step_examples
 
@@ -50,7 +49,8 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
     begin = time.perf_counter()
     _check_link(chain)
     tied = _tie(chain)
-    _add_to_change(chain, tied)
+    if chain.state.change_square >= 0:
+        chain.state.change_square += tied.delta_square + 2 * tied.shared
     _write_link(chain, tied)
     return _row(chain, tied, begin)
 
@@ -69,7 +69,7 @@ def _check_link(chain: Chain) -> None:
 def _tie(chain: Chain) -> TiedLink:
     state, config = chain.state, chain.config.chain
     tied = tie_link(
-        chain.engine.module, state.remainders, local=config.tie == "local", exact=config.merge == "exact",
+        chain.engine.module, state.remainders, state.earlier, local=config.tie == "local", exact=config.merge == "exact",
         last=state.link == chain.links, keep_tensors=chain.folder is not None,
     )  # fmt: skip
     if not math.isfinite(tied.delta_square + tied.remainder_square):
@@ -77,29 +77,6 @@ def _tie(chain: Chain) -> TiedLink:
             f"a weight is not finite once link {state.link} is added to it (step {state.step}); the link was not saved"
         )
     return tied
-
-
-def _add_to_change(chain: Chain, tied: TiedLink) -> None:
-    """Norm of the whole chain's change, |sum + link|^2 = |sum|^2 + |link|^2 + 2 <sum, link>; on process 0 alone."""
-    state = chain.state
-    if chain.folder is None:
-        return
-    shared = chain.logger.figure("rounding_error", lambda: _shared_with_earlier(chain, tied.tensors))
-    if shared is None or state.change_square < 0:
-        state.change_square = -1.0
-    else:
-        state.change_square += tied.delta_square + 2 * shared
-
-
-def _shared_with_earlier(chain: Chain, tensors: dict[str, Tensor]) -> float:
-    """Inner product of the link that was just tied and the sum of those before it, which are read again from the folder."""
-    config, link, folder = chain.config, chain.state.link, chain.folder
-    assert folder is not None
-    scalings = [config.lora.alpha / r for r in config.lora_ranks[:link]]
-    shared = overlap(tensors, map(folder.read_link, range(1, link)), scalings)
-    if not math.isfinite(shared):
-        raise ValueError("a link before it is not finite where it lies")
-    return shared
 
 
 def _write_link(chain: Chain, tied: TiedLink) -> None:

@@ -78,6 +78,7 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
         found = _write_down(chain, prepared, folder, found, environment)
         what = "resumed" if saved else "started"
         folder.event(what, step=chain.state.step, world_size=process.world_size, hosts=hosts)
+        folder.event("loaded", step=chain.state.step, **chain.loaded)
         chain.facts = RunFacts(
             config=prepared.config, identity=prepared.identity, model=chain.base,
             versions={**environment["packages"], "cola_ds": environment["cola_ds"]},

@@ -16,6 +16,7 @@ from cola_ds.data.batcher import Batcher
 from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed.engine import Engine
 from cola_ds.lora.remainders import Remainder
+from cola_ds.lora.tie import Links
 from cola_ds.run.folder import RunDir
 from cola_ds.training.metrics import MetricLogger
 
@@ -45,12 +46,14 @@ class ChainState:
     ended_step: int | None = None
     """Where eval.patience has ended the run."""
     change_square: float = 0.0
-    """Squared norm of all links' sum: of the change of the base weights that was wanted; below 0 where not known. On process 0
-    alone."""
+    """Squared norm of all links' sum: of the change of the base weights that was wanted; below 0 where an earlier version did not
+    know it."""
     link_hashes: list[str] = field(default_factory=list)
     """SHA-256 of each tied link's file. On process 0 alone."""
     remainders: dict[str, Remainder] = field(default_factory=dict)
     """By target layer in bf16 or fp16, on the host: what rounding has kept out of the weights that this process ties."""
+    earlier: dict[str, Links] = field(default_factory=dict)
+    """By target layer, on the host: the links that were tied before, of the layers that this process minds (`tie_link`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,8 @@ class Chain:
     """Whether each node keeps the base in shards of its own."""
     folder: RunDir | None
     """Takes the tied links; None on every process but 0."""
+    loaded: dict[str, float] = field(default_factory=dict)
+    """How long the weights took, their bytes, and GB/s. On process 0 alone."""
     state: ChainState = field(default_factory=ChainState)
     facts: RunFacts | None = None
     """What every checkpoint of the run says alike; None on every process but 0, and where nothing is saved."""
@@ -122,10 +127,9 @@ def position(chain: Chain) -> dict[str, Any]:
 
 
 def counters(state: ChainState) -> dict[str, Any]:
-    """A chain's state as JSON can say it: without the remainders, which tying the links again gives back."""
-    found = {
-        field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "remainders"
-    }
+    """A chain's state as JSON can say it: without what tying the links again gives back."""
+    again = ("remainders", "earlier")
+    found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in again}
     return {name: None if value == math.inf else value for name, value in found.items()}
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -414,4 +415,8 @@ def test_inspect_of_a_stopped_run(stopped, tmp_path):
         assert line in done.stdout, done.stdout
     done = cola_ds("inspect", tmp_path / "nothing")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert rows(folder / "events.jsonl")[0]["event"] == "started"
+    started, loaded = rows(folder / "events.jsonl")[:2]
+    assert (started["event"], loaded["event"]) == ("started", "loaded")
+    model = Path(json.loads((folder / "run.json").read_bytes())["facts"]["config"]["model"]["path"])
+    assert loaded["bytes"] == (model / "model.safetensors").stat().st_size
+    assert loaded["gb_per_s"] == pytest.approx(loaded["bytes"] / 1e9 / loaded["seconds"])

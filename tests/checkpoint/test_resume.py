@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.runs import record, three_links, train_in
 from tests.support.toys import REPOSITORY, TOP_RUNG, rows
 
@@ -239,3 +241,28 @@ def test_patience_counts_from_the_last_best(monkeypatch):
         chain.state.step = step
         validation.evaluate_if_due(chain)
     assert (chain.state.ended_step, chain.state.best_step, chain.step_plan.knots) == (5, 3, (5,))
+
+
+def restore_random_states(process):
+    """How many numbers each process then draws as it would have, and what that took."""
+    import torch
+
+    from cola_ds.checkpoint.restore import _restore_random_state
+
+    process_group(process)
+    states, drawn = [], []
+    for rank in range(process.world_size):
+        torch.manual_seed(rank)
+        states.append(torch.get_rng_state())
+        drawn.append(torch.rand(3))
+    found = SimpleNamespace(random_states=lambda: states) if process.rank == 0 else None
+    torch.manual_seed(99)
+    with CountedCollectives() as counted:
+        _restore_random_state(found, process.world_size, process)
+    return int((torch.rand(3) == drawn[process.rank]).sum()), len(counted.calls)
+
+
+def test_random_states_take_as_many_messages_whatever_the_world_size():
+    found = {size: run_distributed(restore_random_states, size) for size in (1, 4)}
+    assert {same for each in found.values() for same, _ in each} == {3}
+    assert {calls for each in found.values() for _, calls in each} == {3}  # how long a list is, the list, the states

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from cola_ds.commands.doctor import slow_pairs, tournament
+from cola_ds.commands import machine
+from cola_ds.commands.doctor import slow_pairs, some_rounds, tournament
 from cola_ds.distributed.launcher import slurm_nodes
 from cola_ds.errors import some_of
 from tests.support.jobs import Job, at_call, run_job
@@ -22,7 +23,7 @@ from tests.support.toys import REPOSITORY, save_run
 HOST = socket.gethostname()
 CHECKS = [
     "arrival", "group", "versions", "accelerator", "compilation", "folder", "temporary files", "shared memory", "memory",
-    "shared folder", "clocks", "collectives", "pairs of hosts",
+    "shared folder", "clocks", "names", "collectives", "pairs of hosts",
 ]  # fmt: skip
 
 
@@ -251,6 +252,72 @@ def test_a_slow_pair_and_a_slow_clock(folder, tmp_path):
     )
 
 
+def few_rounds_and_bytes(rank):
+    """As with many hosts; and each process says what it holds of an all-gather."""
+    from cola_ds.commands import doctor
+
+    doctor._MOST_ROUNDS, doctor._GATHERED_BYTES = 1, 2**20
+    doctor.collectives.time_exchange = lambda peer, size: 1e-9 * size
+    from deepspeed import comm
+
+    inner = comm.all_gather
+
+    def all_gather(theirs, mine, *args, **words):
+        if mine.nbytes > 2**16:
+            print(f"holds {sum(each.nbytes for each in theirs)}", flush=True)
+        return inner(theirs, mine, *args, **words)
+
+    comm.all_gather = all_gather
+
+
+def test_what_grows_with_processes_is_bounded(folder, tmp_path):
+    arguments = (few_rounds_and_bytes,)
+    statuses, said, found = examine(tmp_path, "--dir", folder, world_size=4, sabotage=unlike, arguments=arguments)
+    assert statuses == [0] * 4, said
+    assert found["collectives"][0].startswith("4 MiB of each of 4 processes (all-gather: 256 KiB): all-reduce ")
+    assert set(re.findall(r"holds (\d+)", said)) == {str(2**20)}
+    assert found["pairs of hosts"] == ("2 of 6, each way: median 8.00 Gbit/s, least node-0 - node-3 8.00 Gbit/s", "ok")
+
+
+def slow_names(rank):
+    """The second process's machine asks a server of names that does not answer for a second, and then says that there is none."""
+    if rank == 1:
+
+        def ask(address, flags):
+            time.sleep(1)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        socket.getnameinfo = ask
+
+
+def test_slow_names(folder, tmp_path):
+    statuses, said, found = examine(tmp_path, "--dir", folder, sabotage=unlike, arguments=(slow_names,))
+    assert statuses == [0, 0], said
+    assert list(faults(found)) == ["names"]
+    assert re.fullmatch(r"at most 1\.\d\d s for that of another host's address", found["names"][0])
+    assert found["names"][1] == (
+        "warning: slow on node-1; connections wait for them as a run begins: repair the reverse DNS, or write lines "
+        "::ffff:ADDRESS HOST into /etc/hosts"
+    )
+
+
+def test_names_that_never_come(monkeypatch):
+    """Are waited for so long; those that do come, one after another."""
+    monkeypatch.setattr(machine, "_LOOKS_UP_S", 0.3)
+    asked = []
+    monkeypatch.setattr(socket, "getnameinfo", lambda address, flags: asked.append(address[0]))
+    assert machine.name_lookup_s([]) == 0
+    assert machine.name_lookup_s(["10.0.0.1", "fe80::2"]) < 0.1
+    assert asked == ["::ffff:10.0.0.1", "fe80::2"]
+    monkeypatch.setattr(socket, "getnameinfo", lambda address, flags: time.sleep(1 if address[0] == "::b" else 0))
+    assert 0.2 < machine.name_lookup_s(["::a", "::b", "::c"]) < 0.9
+
+
+def test_an_own_address():
+    assert machine.address_of("127.0.0.1") == machine.address_towards("127.0.0.1") == "127.0.0.1"
+    assert machine.address_of("no such host") == machine.address_towards("no such host") == ""
+
+
 def test_pairs_are_measured(folder, tmp_path):
     statuses, said, found = examine(tmp_path, "--dir", folder, world_size=3, sabotage=unlike)
     assert statuses == [0, 0, 0], said
@@ -269,6 +336,20 @@ def test_a_tournament_has_every_pair_once(teams):
 
 def test_one_host_meets_nobody():
     assert not [pair for pairs in tournament(1) for pair in pairs]
+    assert not [pair for pairs in some_rounds(tournament(1)) for pair in pairs]
+
+
+@pytest.mark.parametrize("hosts", [2, 12, 13, 14, 64, 512])
+def test_of_many_hosts_each_meets_twelve(hosts):
+    """Rounds take as long as there are; of a few hosts all pairs are tried."""
+    rounds = some_rounds(tournament(hosts))
+    assert len(rounds) == min(12, len(tournament(hosts)))
+    if hosts <= 12:
+        assert rounds == tournament(hosts)
+    met = [tuple(sorted(pair)) for pairs in rounds for pair in pairs]
+    assert len(set(met)) == len(met)
+    times = [sum(host in pair for pair in met) for host in range(hosts)]
+    assert min(times) >= min(11, hosts - 1)
 
 
 def test_slow_pairs():

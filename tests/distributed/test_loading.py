@@ -136,3 +136,36 @@ def test_a_piece_of_transformers_that_is_gone_is_one_line(monkeypatch):
         UserError, match=r"has no modeling_utils\._load_state_dict_into_zero3_model as 5\.24\.0 has; pip install"
     ):
         _into_shards(None, []).__enter__()
+
+
+def load_and_listen(process, folder, tells_every_s):
+    """What process 0 says of it."""
+    import contextlib
+    import io
+
+    from cola_ds.distributed import loading
+
+    process_group(process)
+    loading.TELLS_EVERY_S = tells_every_s
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    config["train_batch_size"] = process.world_size
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        loading.load_model(ModelConfig(path=folder, dtype="fp32"), config)
+    return [line for line in said.getvalue().splitlines() if line.startswith("cola-ds: ")]
+
+
+def test_what_is_said_while_a_model_loads(tmp_path):
+    """How far it is, as often as is due; and where Transformers' own loader reads and sends some of it."""
+    llama = str(save_model(tmp_path / "llama", hidden_size=512, vocab_size=50_000))
+    assert run_distributed(load_and_listen, 2, llama, 30.0) == [[], []]
+    said, silent = run_distributed(load_and_listen, 2, llama, 0.0)
+    assert not silent
+    assert len(said) == 2 + 2 * 9 + 1  # as often as there are tensors
+    assert {re.sub(r"0\.[012]", "X", line) for line in said} == {"cola-ds: loading: X of X GB after 0 s"}
+    assert said[-1] == "cola-ds: loading: 0.2 of 0.2 GB after 0 s"
+    (line,), silent = run_distributed(load_and_listen, 2, str(save_model(tmp_path / "mixtral", **MIXTRAL)), 30.0)
+    assert not silent
+    assert re.fullmatch(
+        r"cola-ds: \d+ weights, such as \S+, are converted as they are loaded: process 0 reads and sends them", line
+    )

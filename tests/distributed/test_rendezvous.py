@@ -1,5 +1,6 @@
 """How processes meet: who dies or fails before that is named at once, who is slow is waited for, strangers do no harm."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from cola_ds.distributed import rendezvous, rendezvous_sides
+from cola_ds.distributed import rendezvous, rendezvous_host, rendezvous_sides
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import ArrivalError, UserError
 from tests.support.distributed import free_port
@@ -117,12 +118,12 @@ def meeting(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setattr(rendezvous_sides, "_ACTS_AFTER_S", 0.3)
-    monkeypatch.setattr(rendezvous_sides, "_REMINDS_EVERY_S", 0.5)
+    monkeypatch.setattr(rendezvous_sides, "REMINDS_EVERY_S", 0.5)
     ended = {}
 
     def side(rank, world_size):
         process = Process(rank, rank, world_size)
-        return (rendezvous_sides.Guest if rank else rendezvous_sides.Host)(
+        return (rendezvous_sides.Guest if rank else rendezvous_host.Host)(
             process, lambda status: ended.update({rank: status})
         )
 
@@ -245,6 +246,34 @@ def test_strangers_do_no_harm(meeting, capsys, hello):
     assert all_meet(meet(host), meet(side(1, 2))) == ["store of 0", "store of 1"]
     assert not ended
     assert not capsys.readouterr().err
+
+
+def test_strangers_are_let_go(meeting):
+    """One that says too much at once, one that says nothing for so long: neither stays connected. Who has said who
+    it is may be silent for longer."""
+    side, _ = meeting
+    host, guest = side(0, 2), side(1, 2)
+    wait_until(lambda: host.peers)
+    for text, within_s in ((b"x" * 2**17, 1.5), (b"", 4.5)):
+        with socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])), timeout=6) as stranger:
+            begun = time.monotonic()
+            with contextlib.suppress(OSError):
+                stranger.sendall(text)
+            with contextlib.suppress(ConnectionError):
+                assert stranger.recv(1) == b""
+            assert time.monotonic() - begun < within_s
+    assert all_meet(meet(host), meet(guest)) == ["store of 0", "store of 1"]
+
+
+def test_process_0_listens_in_one_thread(meeting):
+    """And when all have met and gone on, in none, with none of the connections left."""
+    side, _ = meeting
+    host, guests = side(0, 9), [side(rank, 9) for rank in range(1, 9)]
+    wait_until(lambda: len(host.peers) == 8)
+    assert [thread.is_alive() for thread in host.threads] == [True]
+    assert all_meet(*(meet(each) for each in (host, *guests))) == [f"store of {rank}" for rank in range(9)]
+    wait_until(lambda: not host.threads[0].is_alive())
+    assert {link.fileno() for link in (host.server, *host.connections())} == {-1}
 
 
 def test_a_second_process_of_the_same_number(meeting):

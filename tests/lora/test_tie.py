@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cola_ds.commands.export import tie_saved_links
+from cola_ds.commands.merge import tie_saved_links
 from cola_ds.lora.layers import add_link, delta_slice, delta_weight, inner_product
 from tests.bench import rounding
 from tests.support.distributed import CountedCollectives, run_distributed
@@ -44,6 +44,11 @@ def test_inner_product_of_factors_is_that_of_the_links():
     first, second = (torch.randn(3, 7), torch.randn(5, 3), 2.0), (torch.randn(2, 7), torch.randn(5, 2), 0.5)
     expected = (delta_weight(*first) * delta_weight(*second)).sum()
     torch.testing.assert_close(inner_product(first, second).float(), expected)
+    third = (torch.randn(4, 7), torch.randn(5, 4), 3.0)
+    scalings = torch.tensor([2.0] * 3 + [3.0] * 4).unsqueeze(1)
+    both = (torch.cat([first[0], third[0]]), torch.cat([first[1], third[1]], dim=1), scalings)
+    expected = expected + (delta_weight(*third) * delta_weight(*second)).sum()
+    torch.testing.assert_close(inner_product(both, second).float(), expected)
 
 
 @pytest.mark.parametrize("size", [0.001, 0.01])
@@ -140,6 +145,7 @@ def tie_three_links(process, path):
             extend_chain(chain)
             chain.state.link += 1
     found["remainders"] = sum(r.kept.numel() for r in chain.state.remainders.values())
+    found["earlier"] = {name: len(lora_A) for name, (lora_A, _, _) in chain.state.earlier.items()}
     return found
 
 
@@ -250,6 +256,17 @@ def test_remainders_are_kept_once(tied):
     elements = 2 * (4 * 33 * 33 + 2 * 33 * 35)
     for way, copies in (("fp32 local exact", 0), ("bf16 local exact", world_size if engine == "zero2" else 1)):
         assert sum(found[way]["remainders"] for found in processes) == copies * elements
+
+
+def test_earlier_links_are_kept_once_and_by_all_alike(tied):
+    """What a knot multiplies them for grows with the links, on each process by its share of the layers; the last link is not
+    kept, and the files of the others are not read again."""
+    world_size, _, processes = tied
+    for way in processes[0]:
+        kept = [found[way]["earlier"] for found in processes]
+        assert sum(map(len, kept)) == 12 == len(set().union(*kept))
+        assert all(len(layers) == 12 / world_size for layers in kept)
+        assert all(rows == 11 + 11 for layers in kept for rows in layers.values())
 
 
 # -- what moves --------------------------------------------------------------------------------------------------------

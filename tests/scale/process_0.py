@@ -51,6 +51,11 @@ def process_0(world_size: int, seconds: float) -> None:
     alone = rounds(seconds)
     begun = time.perf_counter()
     rendezvous.begin(process, lambda status: os._exit(status))
+    host = rendezvous._current
+    assert host is not None
+    while len(host.peers) < world_size - 1 and time.perf_counter() - begun < WAIT_S:
+        time.sleep(0.01)
+    meeting_threads = threading.active_count()
     store = rendezvous.meet(process, WAIT_S, lambda timeout_s: open_store(world_size, True, timeout_s), "none")
     met_s = time.perf_counter() - begun
     watchdog.begin(0, world_size, None, os._exit, lambda value: rendezvous.share(store, 0, value))
@@ -65,7 +70,8 @@ def process_0(world_size: int, seconds: float) -> None:
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     heard = time.monotonic() - min(peer.heard for rank, peer in watch._peers.items() if rank)
     found = {
-        "met_s": met_s, "watched_s": watched_s, "watched": len(watch._links), "silent_s": heard, "cpu_share": share,
+        "meeting_threads": meeting_threads, "met_s": met_s,
+        "watched_s": watched_s, "watched": len(watch._links), "silent_s": heard, "cpu_share": share,
         "slower": 1 - rounds(seconds) / alone, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
     }  # fmt: skip
     print(json.dumps(found), flush=True)

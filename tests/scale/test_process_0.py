@@ -33,3 +33,4 @@ def test_five_hundred_others_cost_process_0_next_to_nothing():
     assert found["cpu_share"] < 0.05, found
     assert found["slower"] < 0.25, found
     assert found["threads"] < 10, found
+    assert found["meeting_threads"] < 10, found

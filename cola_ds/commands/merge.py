@@ -1,0 +1,121 @@
+"""Merging a run's links into its base: whole, or from the base's files into others, a layer at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cola_ds.config.dtypes import DTYPES
+from cola_ds.config.schema import ModelConfig
+from cola_ds.distributed.weight_names import names_in_model, transformers_piece
+from cola_ds.lora.layers import add_link, delta_weight
+from cola_ds.run.peft_files import PREFIX, bias_name, layers_of, lora_names
+from cola_ds.run.tensor_files import FLOATS, write_tensors
+
+
+@torch.no_grad()
+def tie_saved_links(model: torch.nn.Module, links: list[dict[str, Tensor]], scalings: list[float], exact: bool) -> None:
+    """Merge: W <- W + scaling * B A for each layer and link in order, by the arithmetic of the run's knots (lora/tie.py) on whole
+    weights; trained biases are put in place."""
+    for layer in layers_of(links[0]):
+        A, B = lora_names(layer)
+        _tie(model.get_parameter(f"{layer}.weight"), ((link[A], link[B]) for link in links), scalings, exact)
+        if bias_name(layer) in links[-1]:
+            model.get_parameter(f"{layer}.bias").copy_(links[-1][bias_name(layer)])
+
+
+def _tie(weight: Tensor, factors: Any, scalings: Sequence[float], exact: bool) -> None:
+    """All links of a layer, in place; `factors` are A and B of each."""
+    remainder = torch.zeros(())
+    for (lora_A, lora_B), scaling in zip(factors, scalings, strict=True):
+        remainder = add_link(weight, delta_weight(lora_A, lora_B, scaling), remainder, exact)
+
+
+class Merged:
+    """What a weight of the base becomes, by links that are read from their files (`safe_open`) a layer at a time."""
+
+    def __init__(self, links: Sequence[Any], scalings: Sequence[float], exact: bool):
+        self.links, self.scalings, self.exact = links, scalings, exact
+        self.keys = set(links[-1].keys())
+
+    def fits(self, weights: Mapping[str, str]) -> bool:
+        """Whether all that the links change is among a base's weights: by key, the name in the model."""
+        names = [key.removeprefix(PREFIX) for key in self.keys]
+        changed = {f"{layer}.weight" for layer in layers_of(names)}
+        changed |= {f"{layer}.bias" for layer in layers_of(names) if bias_name(layer) in names}
+        return changed <= set(weights.values())
+
+    @torch.no_grad()
+    def of(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight of that name in the model, in the run's dtype; the tensor itself stays as it is."""
+        layer, _, kind = name.rpartition(".")
+        A, B, bias = (PREFIX + each for each in (*lora_names(layer), bias_name(layer)))
+        if kind == "weight" and A in self.keys:
+            weight = tensor.to(dtype, copy=True)
+            factors = ((link.get_tensor(A), link.get_tensor(B)) for link in self.links)
+            _tie(weight, factors, self.scalings, self.exact)
+            return weight
+        if kind == "bias" and bias in self.keys:
+            return self.links[-1].get_tensor(bias).to(dtype)
+        return tensor.to(dtype)
+
+
+def lying_weights(base: ModelConfig, files: list[Path]) -> dict[str, str] | None:
+    """By key in the files, the parameter that it is, of those that the model uses.
+
+    None where a parameter is not what lies there in the run's dtype: where Transformers fuses it, or keeps it in fp32; where it
+    is a buffer, quantised, or of a model that cannot be made without its weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    config = AutoConfig.from_pretrained(base.path, **options)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+    except Exception:  # whatever its code raises; loading it whole says what is wrong, if anything is
+        return None
+    if model._get_dtype_plan(getattr(torch, DTYPES[base.dtype].torch_name)):
+        return None
+    held: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            held |= {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    mapping = transformers_piece("conversion_mapping", "get_model_conversion_mapping")(model)
+    names = names_in_model(model, held, mapping)
+    known = set(model.state_dict())
+    used = {key: name for key, name in names.items() if name is None or name in known}
+    params = dict(model.named_parameters(remove_duplicate=False))
+    if all(name in params and held[key] in FLOATS for key, name in used.items()):
+        return {key: name for key, name in used.items() if name is not None}
+    return None
+
+
+def write_merged(files: list[Path], weights: Mapping[str, str], dtype: str, merged: Merged, out: Path) -> None:
+    """Write the merged weights as files of the base's names, with an index where the base has several. One weight is held at a
+    time; of the file that is read, what the kernel keeps."""
+    kind = next(name for name, held in FLOATS.items() if held == getattr(torch, dtype))
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys() if key in weights}  # noqa: SIM118
+            kinds = {key: (kind, list(held.get_shape())) for key, held in slices.items()}
+            read: Callable[[str], Tensor] = partial(_read, opened, weights, merged, FLOATS[kind])
+            size += write_tensors(out / file.name, kinds, read)
+            weight_map |= dict.fromkeys(kinds, file.name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _read(opened: Any, weights: Mapping[str, str], merged: Merged, dtype: torch.dtype, key: str) -> Tensor:
+    return merged.of(weights[key], opened.get_tensor(key), dtype)
