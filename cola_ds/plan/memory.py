@@ -50,6 +50,8 @@ class Layout:
     gathered_tie: bool
     remainder_bytes: int
     """Of an element of a target; 0: none is kept."""
+    tied: int
+    """Elements of A and B of all links but the last: each layer's are kept on the host of one process."""
     over_gloo: bool
     """On the CPU. A gather is there twice then, as was measured."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
@@ -138,6 +140,7 @@ def _standing(layout: Layout) -> tuple[list[Line], list[Line]]:
     if layout.offload_param:
         shards = sum(-(-numel // layout.shared_by) for numel in layout.base.values()) * layout.element_bytes
         host.append(Line("base weights, in shards", shards))
+    host.append(Line("tied links", -(-layout.tied // layout.processes) * layout.element_bytes))
     host.append(Line("remainders", layout.remainder_bytes * -(-layout.targets // layout.shared_by)))
     return device, host
 

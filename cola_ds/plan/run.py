@@ -183,6 +183,7 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
     config, zero, skeleton = described.config, settled.zero, described.skeleton
     size = DTYPES[config.model.dtype].element_bytes
     targets = [skeleton.get_submodule(name).weight.numel() for name in described.targets]
+    links = [count_trainable(described, link) for link in range(1, config.chain.length + 1)]
     accumulates = described.engine_json.get("data_types", {}).get("grad_accum_dtype")
     weights = {
         name: [(id(weight), weight.numel()) for weight in module.parameters(recurse=False)]
@@ -196,8 +197,7 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
         processes=cluster.processes, per_node=cluster.per_node, stage=zero["stage"], in_nodes=settled.nodes is not None,
         offload_param=offloads("offload_param"), offload_optimizer=offloads("offload_optimizer"), zero=zero, element_bytes=size,
         gradient_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulates, size), optimizer=config.optim.name,
-        full=config.method == "full",
-        trained=max(count_trainable(described, link) for link in range(1, config.chain.length + 1)),
+        full=config.method == "full", trained=max(links), tied=sum(links[:-1]),
         targets=sum(targets), largest_target=max(targets, default=0), gathered_tie=config.chain.tie == "gathered",
         remainder_bytes=bytes_a_remainder(config), over_gloo=cluster.on_host,
         weights={name: own for name, own in weights.items() if own},
