@@ -16,7 +16,7 @@ from cola_ds.errors import UserError
 from cola_ds.evaluation.attention import VARLEN
 from cola_ds.plan.memory import Layout, Memory, memory_of
 from cola_ds.plan.micro_step import MicroStep, trace
-from cola_ds.training.prepared import Described, count_trainable
+from cola_ds.training.prepared import Described, trained_of_links
 from cola_ds.training.settle import Settled, bytes_a_remainder, settle
 from cola_ds.training.work import link_work
 
@@ -145,7 +145,7 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Of the last one: masters, moments, and every link before."""
         config = self.described.config
-        links = [count_trainable(self.described, link) for link in range(1, config.chain.length + 1)]
+        links = trained_of_links(self.described)
         return 12 * links[-1] + (sum(links[:-1]) * self.layout.element_bytes if config.trains_lora else 0)
 
 
@@ -183,7 +183,7 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
     config, zero, skeleton = described.config, settled.zero, described.skeleton
     size = DTYPES[config.model.dtype].element_bytes
     targets = [skeleton.get_submodule(name).weight.numel() for name in described.targets]
-    links = [count_trainable(described, link) for link in range(1, config.chain.length + 1)]
+    links = trained_of_links(described)
     accumulates = described.engine_json.get("data_types", {}).get("grad_accum_dtype")
     weights = {
         name: [(id(weight), weight.numel()) for weight in module.parameters(recurse=False)]
@@ -246,7 +246,7 @@ def _flops(described: Described, cluster: Cluster) -> float | None:
         indices=[], lengths=[width] * rows,
     )  # fmt: skip
     try:
-        work = max(link_work(described, lora_rank).of(examples) for lora_rank in config.lora_ranks)
+        work = link_work(described, max(config.lora_ranks)).of(examples)
     except ValueError:
         return None
     again = (4 / 3 if config.method == "full" else 1.5) if config.model.activation_checkpointing else 1.0

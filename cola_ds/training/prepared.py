@@ -107,6 +107,13 @@ def count_trainable(prepared: Prepared | Described, link: int) -> int:
     return count_adapters(prepared, link) + biases
 
 
+def trained_of_links(prepared: Prepared | Described) -> list[int]:
+    """Parameters that each link trains."""
+    lora_ranks = prepared.config.lora_ranks
+    counts = {lora_rank: count_trainable(prepared, lora_ranks.index(lora_rank) + 1) for lora_rank in {*lora_ranks}}
+    return [counts[lora_rank] for lora_rank in lora_ranks]
+
+
 def count_adapters(prepared: Prepared | Described, link: int) -> int:
     """Elements of A and B of all layers in `link`."""
     layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]

@@ -24,7 +24,7 @@ from cola_ds.config.engine_sizes import (
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, cut
 from cola_ds.lora.remainders import remainder_dtype
-from cola_ds.training.prepared import Described, Prepared, count_trainable
+from cola_ds.training.prepared import Described, Prepared, trained_of_links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +132,13 @@ def _shapes_of(prepared: Prepared | Described) -> Shapes:
     parameters = list(skeleton.parameters())
     layers = [skeleton.get_submodule(name) for name in prepared.targets]
     linear = [module for module in skeleton.modules() if isinstance(module, torch.nn.Linear)]
-    links = range(1, config.chain.length + 1) if config.trains else ()
     vocabulary, hidden = skeleton.get_input_embeddings().weight.shape
     largest = max((max(layer.in_features, layer.out_features) for layer in layers), default=0)
     return Shapes(
         weights=tuple(p.numel() for p in parameters if p.dim() > 1),
         vectors=tuple(p.numel() for p in parameters if p.dim() < 2),
         adapter=max(config.lora_ranks) * largest,
-        trained=max((count_trainable(prepared, link) for link in links), default=0),
+        trained=max(trained_of_links(prepared)) if config.trains else 0,
         targets=sum(layer.weight.numel() for layer in layers),
         width=sum(layer.in_features + layer.out_features for layer in linear),
         vocabulary=vocabulary,

@@ -21,7 +21,7 @@ from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.build import build_chain
 from cola_ds.training.preflight import check_shared
-from cola_ds.training.prepared import Prepared, count_trainable
+from cola_ds.training.prepared import Prepared, trained_of_links
 from cola_ds.training.save import space_needed
 from cola_ds.training.state import Chain, RunFacts, from_counters
 from cola_ds.training.work import work_of
@@ -53,7 +53,7 @@ def lock_and_choose(
             hashing=lambda paths: hashed_by_all([str(path) for path in paths]),
         )  # fmt: skip
         if config.trains and chosen != "finished":
-            trained = [count_trainable(prepared, link) for link in range(1, config.chain.length + 1)]
+            trained = trained_of_links(prepared)
             weights = len(list(prepared.skeleton.parameters()))
             folder.check_space(space_needed(config, trained, weights, process.world_size))
         return chosen if isinstance(chosen, str) else chosen.state.model_dump()
