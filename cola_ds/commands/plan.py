@@ -39,8 +39,10 @@ def plan(config: RunConfig, cluster: Cluster, table: Sequence[int] = ()) -> tupl
     lines = [*_head(found), *_memory(found), *_traffic(found), *_time(found)]
     choice = recommend(found)
     if found.fits:
-        if choice is not None:
-            lines.append(f"faster      {' '.join(choice.overrides)}: {_needs(choice.plan)}, {_step(choice.plan)}")
+        if choice is None:
+            lines.append("recommended as it is")
+        else:
+            lines.append(f"recommended {' '.join(choice.overrides)}: {_needs(choice.plan)}, {_step(choice.plan)}")
         return "\n".join([*lines, *_assumed(found)]), None
     return "\n".join([*lines, *_assumed(found)]), _why_not(found)
 
