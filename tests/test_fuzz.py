@@ -23,13 +23,14 @@ from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.loading import dump_config, load_config
 from cola_ds.config.schema import ModelConfig
 from cola_ds.config.steps import resolve
+from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.distributed import launcher
 from cola_ds.errors import UserError
 from cola_ds.run import lock
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.lock import RunLock
 from cola_ds.run.model_files import weight_files
-from cola_ds.training.prepare import _describe_model, _model_path
+from cola_ds.training.prepare import _model_path, _skeleton_of
 from tests.support.toys import save_model
 
 TIMES = int(os.environ.get("COLA_DS_FUZZ", "1"))
@@ -268,8 +269,9 @@ def describe(folder):
     path = folder.parent / "model-run.yaml"
     path.write_text(yaml.safe_dump(run), encoding="utf-8")
     config = load_config(path)
-    _model_path(config.model.path)
-    _describe_model(config)
+    _model_path(config.model.path, weights=True)
+    _skeleton_of(config.model)
+    load_tokenizer(config.model)
     model_fingerprint(ModelConfig(path=str(folder)))
     for path in weight_files(folder):
         load_file(path)  # without a mistake, then

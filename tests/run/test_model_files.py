@@ -8,10 +8,11 @@ import struct
 import pytest
 
 from cola_ds.config.schema import ModelConfig
+from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.errors import UserError
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.model_files import weight_files
-from cola_ds.training.prepare import _describe_model, _model_path
+from cola_ds.training.prepare import _model_path, _skeleton_of
 from tests.config.test_config import MINIMAL
 from tests.support.toys import save_model
 
@@ -28,7 +29,7 @@ def model(toy_model, tmp_path):
 
 def refusal(model):
     with pytest.raises(UserError) as caught:
-        _model_path(str(model))
+        _model_path(str(model), weights=True)
     said = str(caught.value)
     assert str(model) in said
     assert len(said) < 500
@@ -97,9 +98,10 @@ def refused_by_transformers(model, tmp_path):
     from cola_ds.config.loading import load_config
 
     (tmp_path / "run.yaml").write_text(MINIMAL, encoding="utf-8")
-    config = load_config(tmp_path / "run.yaml", [f"model.path={_model_path(str(model))}"])
+    config = load_config(tmp_path / "run.yaml", [f"model.path={_model_path(str(model), weights=True)}"])
     with pytest.raises(UserError) as caught:
-        _describe_model(config)
+        _skeleton_of(config.model)
+        load_tokenizer(config.model)
     assert str(caught.value).startswith(f"model.path {model}: ")
     assert len(str(caught.value)) < 700
     assert "\n" not in str(caught.value)
@@ -141,7 +143,7 @@ def test_an_index_that_misleads(model, content, message):
 
 def test_an_index_that_leads_to_the_weights(model):
     index_of(model, {"weight_map": {"lm_head.weight": "model-1.safetensors"}})
-    assert _model_path(str(model)) == str(model)
+    assert _model_path(str(model), weights=True) == str(model)
     assert [path.name for path in weight_files(model)] == ["model-1.safetensors"]
 
 
@@ -196,7 +198,7 @@ def test_a_tokenizer_of_sentencepiece_alone_names_sentencepiece(model, monkeypat
     (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     assert "its tokenizer, tokenizer.model, is SentencePiece's, which is not installed: pip install" in refusal(model)
     (model / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's
-    assert _model_path(str(model)) == str(model)
+    assert _model_path(str(model), weights=True) == str(model)
 
 
 @pytest.mark.parametrize("path", ["a" * 300, "a\0b", "no/such/model", "/dev/null", "x" * 5000])
@@ -204,5 +206,5 @@ def test_paths_that_lead_to_no_model(path):
     with pytest.raises(
         UserError, match=r"^model\.path .* is not a folder, and cannot be a name on the Hugging Face hub"
     ) as caught:
-        _model_path(path)
+        _model_path(path, weights=True)
     assert len(str(caught.value)) < 400
