@@ -7,6 +7,7 @@ others is read here by whoever keeps it; what it converts on the way, such as ex
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import time
 from collections.abc import Iterator
@@ -144,7 +145,9 @@ def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
         if name not in own:
             continue
         part, start = local_shard(param)
-        part.copy_(own[name][1].reshape(-1)[start : start + part.numel()])
+        mine = own[name][1].reshape(-1)[start : start + part.numel()]
+        _announce(mine)
+        part.copy_(mine)
         param._is_hf_initialized = True  # type: ignore[attr-defined]
         passed += own[name][1].nbytes
         if dist.get_rank() == 0 and time.monotonic() - said > TELLS_EVERY_S:
@@ -153,6 +156,15 @@ def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
                 f"cola-ds: loading: {passed / 1e9:.1f} of {whole / 1e9:.1f} GB after {said - begun:.0f} s",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+
+def _announce(mapped: Tensor) -> None:
+    """Have the kernel read a part of a mapped file at once, not page by page as it is touched. Where it cannot, it is read so."""
+    begin = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = ctypes.c_size_t(mapped.data_ptr() + mapped.nbytes - begin)
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None and mapped.nbytes:
+        madvise(ctypes.c_void_p(begin), size, mmap.MADV_WILLNEED)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Loading under ZeRO-3 goes straight into shards: no process holds the whole model, none sends a weight, all of it arrives."""
 
+import ctypes
+import mmap
+import os
 import re
 import threading
 import time
@@ -169,3 +172,31 @@ def test_what_is_said_while_a_model_loads(tmp_path):
     assert re.fullmatch(
         r"cola-ds: \d+ weights, such as \S+, are converted as they are loaded: process 0 reads and sends them", line
     )
+
+
+def resident(tensor):
+    """Whether each page of a mapped tensor is in memory, whoever has read it."""
+    pages = (ctypes.c_ubyte * -(-tensor.nbytes // mmap.PAGESIZE))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), pages) == 0
+    return [bool(page & 1) for page in pages]
+
+
+def test_a_part_of_a_mapped_file_is_read_at_once(tmp_path):
+    from cola_ds.distributed.loading import _announce
+
+    path, size = tmp_path / "weights", 16 * 2**20
+    path.write_bytes(bytes(size))
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    if any(resident(mapped)):
+        pytest.skip("a file system that has no other place than memory")
+    part = mapped[4 * 2**20 + 100 : 8 * 2**20]
+    _announce(part)
+    pages = [number * mmap.PAGESIZE for number in range(size // mmap.PAGESIZE)]
+    deadline = time.monotonic() + 10
+    while not all(resident(mapped)[at // mmap.PAGESIZE] for at in pages if 4 * 2**20 <= at < 8 * 2**20):
+        assert time.monotonic() < deadline
+    assert not all(resident(mapped)[: 2**20 // mmap.PAGESIZE])
