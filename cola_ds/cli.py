@@ -183,20 +183,21 @@ def _export(args: argparse.Namespace, process: Process) -> None:
 
 
 def _plan(args: argparse.Namespace, process: Process) -> None:
-    table = [int(word) if word.strip().isdecimal() else 0 for word in args.table.split(",")] if args.table else []
-    if min(args.nodes, args.gpus, *table) < 1:
-        raise UserError("--nodes, --gpus and --table take numbers from 1, --table several with commas: 1,2,4")
     from cola_ds.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
-    from cola_ds.commands.plan import plan, size_of
+    from cola_ds.commands.plan import count_of, plan, size_of
     from cola_ds.plan.run import Cluster
     from cola_ds.training.api import quiet_libraries
 
     quiet_libraries(process)
+    if args.table is not None and args.nodes is not None:
+        raise UserError("--table names numbers of nodes, and --nodes one: use one of them")
+    table = [] if args.table is None else [count_of(word, "--table") for word in str(args.table).split(",")]
     host = None if args.host_memory is None else int(size_of(args.host_memory, "--host-memory"))
     cluster = Cluster(
-        nodes=args.nodes, per_node=args.gpus, device=args.device, memory=int(size_of(args.memory, "--memory")), host_memory=host,
+        nodes=count_of("1" if args.nodes is None else args.nodes, "--nodes"), per_node=count_of(args.gpus, "--gpus"),
+        device=args.device, memory=int(size_of(args.memory, "--memory")), host_memory=host,
         network=size_of(args.network, "--network", rate=True),
         node_network=size_of(args.node_network, "--node-network", rate=True), disk=size_of(args.disk, "--disk", rate=True),
     )  # fmt: skip

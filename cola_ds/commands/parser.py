@@ -142,8 +142,8 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("config", metavar="RUN.yaml")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
-    plan.add_argument("--gpus", type=int, default=1, metavar="G", help="GPUs of a node, each with one process (1)")
+    plan.add_argument("--nodes", metavar="N", help="nodes (1)")
+    plan.add_argument("--gpus", default="1", metavar="G", help="GPUs of a node, each with one process (1)")
     plan.add_argument(
         "--device", default="H100", metavar="NAME", help="what they are, as torch names it; or cpu (H100)"
     )

@@ -12,20 +12,29 @@ from cola_ds.evaluation.attention import shown_name
 from cola_ds.plan.recommend import nodes_that_fit, recommend, smallest
 from cola_ds.plan.run import FITS, LIBRARIES, OF_PEAK, Cluster, Plan, plan_run
 from cola_ds.training.prepare import describe
+from cola_ds.training.prepared import Described
 
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _GIB = 2**30
 
 
 def size_of(text: str, option: str, rate: bool = False) -> float:
-    """Bytes, such as 80GiB or 1.5TB; with `rate` bytes a second, such as 50GB/s. Raises UserError."""
-    found = re.fullmatch(
-        r"([0-9]*\.?[0-9]+)\s*([KMGT]?i?)B?" + ("(?:/s)?" if rate else ""), text.strip(), re.IGNORECASE
-    )
-    number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    """Bytes, such as 80GiB or 1.5TB; with `rate` bytes a second, such as 50GB/s. Raises UserError, also without a unit, and for
+    bits."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([KMGT]?i?)B" + ("/s" if rate else ""), str(text).strip())
+    number = float(found[1]) * _UNITS.get(found[2], 0) if found else 0.0
     if not number or number == float("inf"):
-        raise UserError(f"{option} {quoted(text)} must be a size like {'50GB/s' if rate else '80GiB'}")
+        like = "50GB/s, in bytes a second" if rate else "80GiB"
+        raise UserError(f"{option} {quoted(text)} must be a size like {like}")
     return number
+
+
+def count_of(text: str, option: str) -> int:
+    """A whole number from 1. Raises UserError."""
+    word = str(text).strip()
+    if not re.fullmatch("[0-9]{1,7}", word) or int(word) < 1:
+        raise UserError(f"{option} {quoted(text)} must be a whole number from 1")
+    return int(word)
 
 
 def plan(config: RunConfig, cluster: Cluster, table: Sequence[int] = ()) -> tuple[str, str | None]:
@@ -33,8 +42,8 @@ def plan(config: RunConfig, cluster: Cluster, table: Sequence[int] = ()) -> tupl
     config that contradicts itself there."""
     described = describe(config)
     if table:
-        plans = [plan_run(described, dataclasses.replace(cluster, nodes=nodes)) for nodes in table]
-        return _table(plans), None
+        clusters = [dataclasses.replace(cluster, nodes=nodes) for nodes in table]
+        return _table(described, clusters)
     found = plan_run(described, cluster)
     lines = [*_head(found), *_memory(found), *_traffic(found), *_time(found)]
     choice = recommend(found)
@@ -48,42 +57,48 @@ def plan(config: RunConfig, cluster: Cluster, table: Sequence[int] = ()) -> tupl
 
 
 def _why_not(found: Plan) -> str:
-    cluster, choice = found.cluster, recommend(found)
-    said = f"this does not fit: {_needs(found)}"
+    cluster, choice, said = found.cluster, recommend(found), f"this does not fit: {_needs(found)}"
     if choice is not None:
         return f"{said}; with {' '.join(choice.overrides)} it does: {_needs(choice.plan)}"
-    least, nodes = smallest(found), nodes_that_fit(found)
-    if least is not None:
-        said += (
-            f", and the least that it can do with is {_needs(least.plan)} ({' '.join(least.overrides) or 'as it is'})"
-        )
-    if nodes is None:
-        return f"{said}; use devices with more memory, or a shorter data.max_length"
-    return f"{said}; {nodes} nodes of {cluster.per_node} would do"
+    least, more = smallest(found), nodes_that_fit(found)
+    if least is not None and least.overrides:
+        said += f", and the least that it can do with is {_needs(least.plan)} ({' '.join(least.overrides)})"
+    if more is not None:
+        nodes, way = more
+        return f"{said}; --nodes {nodes} would do" + (f" with {' '.join(way.overrides)}" if way.overrides else "")
+    if found.total_device <= FITS * cluster.memory:
+        plain = ", or chain.merge=plain, which keeps no remainders" if found.layout.remainder_bytes else ""
+        return f"{said}; use nodes with more host memory, or fewer processes on each{plain}"
+    return f"{said}; use devices with more memory, or a smaller data.max_length"
 
 
 def _needs(plan: Plan) -> str:
     cluster = plan.cluster
-    there = f"{_gib(cluster.memory * FITS)} ({FITS:.0%} of {_gib(cluster.memory)})"
-    said = f"{_gib(plan.total_device)} a process, of {there}"
-    if cluster.host_memory is not None and plan.total_host > FITS * cluster.host_memory:
-        said += f", and {_gib(plan.total_host)} of a node's host, which has {_gib(cluster.host_memory)}"
+    said = (
+        f"{_gib(plan.total_device)} a process, of {_gib(cluster.memory * FITS)} ({FITS:.0%} of {_gib(cluster.memory)})"
+    )
+    if cluster.host_memory is not None or plan.layout.offload_param:
+        said += f", and {_gib(plan.total_host)} of a node's host"
+        said += f", which has {_gib(cluster.host_memory)}" if cluster.host_memory is not None else ""
     return said
 
 
 def _gib(size: float) -> str:
-    return f"{size / _GIB:.1f} GiB"
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _head(plan: Plan) -> list[str]:
     config, cluster, layout, settled = plan.described.config, plan.cluster, plan.layout, plan.settled
     total = sum(layout.base.values())
     stage = f"ZeRO stage {layout.stage}" + (f": {settled.stage_reason}" if settled.stage_reason else "")
-    batch = (
-        f"{config.optim.micro_batch_size} rows of {plan.described.max_length} tokens x {plan.micro_steps} micro steps"
-    )
+    batch = f"{config.optim.micro_batch_size} rows of {plan.described.max_length} tokens x {_number(plan.micro_steps, 'micro step')}"
     lines = [
-        f"cluster     {cluster.nodes} nodes x {cluster.per_node} processes, on {cluster.device} with {_gib(cluster.memory)}",
+        f"cluster     {_number(cluster.nodes, 'node')} x {cluster.per_node} processes, on {cluster.device} with "
+        f"{_gib(cluster.memory)}",
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
         f"method      {config.method}, {layout.trained:,} trainable parameters at most",
         f"batch       {batch} x {cluster.processes} processes",
@@ -123,7 +138,7 @@ def _traffic(plan: Plan) -> list[str]:
         f"  a step    {plan.inside:,} within its node, {plan.across:,} between nodes",
         f"  of it     {plan.gathered_bytes:,} base weights, {plan.trained_bytes:,} gradients and new values of what is trained",
         f"  a knot    {knot_inside:,} within its node, {knot_across:,} between nodes",
-        f"checkpoint  {plan.checkpoint_bytes:,} bytes, the last one",
+        f"checkpoint  {plan.checkpoint_bytes:,} bytes at most",
         "",
     ]
 
@@ -137,7 +152,8 @@ def _time(plan: Plan) -> list[str]:
         )
     else:
         said = ", ".join(f"{taken:.3g} s {what}" for what, taken in seconds.items())
-        lines.append(f"step        {said}; computing is not known of {plan.cluster.device}")
+        what = f"the peak of {plan.cluster.device}" if plan.peak is None else "the work of this model"
+        lines.append(f"step        {said}; computing is not known, as {what} is not")
     return lines
 
 
@@ -158,28 +174,39 @@ def _assumed(plan: Plan) -> list[str]:
     said = [
         f"every row has {plan.described.max_length} tokens, all of which are predicted",
         f"{attention}, torch's kernels (Liger's keep less)",
-        f"{OF_PEAK:.0%} of the peak of {cluster.device}",
+        *([f"{OF_PEAK:.0%} of the peak of {cluster.device}"] if plan.peak is not None else []),
+        "rings: what a process gathers crosses each edge between nodes once, for all",
         f"{cluster.network / 1e9:g} GB/s between nodes, {cluster.node_network / 1e9:g} GB/s within one, "
         f"{cluster.disk / 1e9:g} GB/s from disk",
     ]
     return [f"assumed     {said[0]}", *(f"            {each}" for each in said[1:])]
 
 
-def _table(plans: list[Plan]) -> str:
+def _table(described: Described, clusters: list[Cluster]) -> tuple[str, str | None]:
     columns = (
-        "nodes", "processes", "stage, shards", "GiB a process", "fits", "GiB a node's host", "between nodes, GB a step",
+        "nodes", "processes", "stage, shards", "a process", "fits", "a node's host", "between nodes, GB a step and process",
         "step, s", "tokens/s",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for plan in plans:
+    fits, wrong = False, None
+    for cluster in clusters:
+        begin = [str(cluster.nodes), str(cluster.processes)]
+        try:
+            plan = plan_run(described, cluster)
+        except UserError as error:
+            wrong = str(error)
+            lines.append(f"| {' | '.join([*begin, f'no: {wrong}', *[''] * 6])} |")
+            continue
+        fits = fits or plan.fits
         where = "" if plan.layout.stage < 3 else ", node" if plan.layout.in_nodes else ", world"
         known = "computing" in plan.seconds
         most = sum(plan.seconds.values())
         cells = [
-            str(plan.cluster.nodes), str(plan.cluster.processes), f"{plan.layout.stage}{where}",
-            f"{plan.total_device / _GIB:.1f}", "yes" if plan.fits else "no", f"{plan.total_host / _GIB:.1f}",
+            *begin, f"{plan.layout.stage}{where}", _gib(plan.total_device), "yes" if plan.fits else "no", _gib(plan.total_host),
             f"{plan.across / 1e9:.3f}", f"{max(plan.seconds.values()):.2f} to {most:.2f}" if known else "?",
             f"{plan.tokens / most:,.0f}" if known else "?",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    if not fits:
+        wrong = wrong or "it fits on none of these; without --table a plan says what would"
+    return "\n".join(lines), None if fits else wrong

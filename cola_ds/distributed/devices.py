@@ -46,6 +46,9 @@ Where a datasheet gives a rate "with sparsity" alone, half of it. fp32 is fp32 a
 its matrix cores. None: the tensor cores have no such format.
 """
 
+KNOWN = tuple(_PEAKS)
+"""The names of the table."""
+
 # What a name says besides the model: vendor, series, form and memory. PCIe is none of it: it is a slower card.
 _BESIDES = re.compile(r"NVIDIA|AMD|INSTINCT|TESLA|GEFORCE|GENERATION|SXM\d?|HBM\w*|OAM|VF|\d+GB?")
 

@@ -107,18 +107,19 @@ class Memory:
         return sum(line.bytes for line in self.host)
 
 
-def memory_of(layout: Layout, step: MicroStep) -> Memory:
-    """What a process of the run needs while it trains, and at a knot."""
+def memory_of(layout: Layout, step: MicroStep, evaluation: MicroStep | None) -> Memory:
+    """What a process of the run needs while it trains, evaluates, and at a knot."""
     device, host = _standing(layout)
     gathered = None
-    if layout.stage == 3 and layout.shared_by > 1:
+    if layout.stage == 3 and (layout.shared_by > 1 or layout.offload_param):
         gathered = gathers(step, layout.weights, layout.sizes, layout.element_bytes)
         if layout.over_gloo:
             device.append(Line("gloo's copy of the largest gather", max(layout.base.values()) * layout.element_bytes))
     passing = _passing(step, gathered)
     updating = [Line("at the update: gradients in fp32, and the optimizer's own", _update_bytes(layout))]
     tying = [Line("at a knot", _knot_bytes(layout))]
-    worst = max((passing, updating, tying), key=lambda lines: sum(line.bytes for line in lines))
+    evaluating = _evaluating(layout, evaluation, gathered is not None)
+    worst = max((passing, updating, tying, evaluating), key=lambda lines: sum(line.bytes for line in lines))
     return Memory([line for line in (*device, *worst) if line.bytes], [line for line in host if line.bytes], gathered)
 
 
@@ -174,10 +175,22 @@ def _passing(step: MicroStep, gathered: Gathers | None) -> list[Line]:
     ]
 
 
+def _evaluating(layout: Layout, evaluation: MicroStep | None, gathers_weights: bool) -> list[Line]:
+    if evaluation is None:
+        return []
+    largest = max(layout.base.values()) * layout.element_bytes
+    lines = [Line("an evaluation", evaluation.peak)]
+    return [*lines, Line("base weights, gathered", 2 * largest)] if gathers_weights else lines  # and the next one ahead
+
+
 def _update_bytes(layout: Layout) -> int:
+    """At the update of some of the masters at a time: sub_group_size at stage 3."""
     if layout.offload_optimizer:
         return 0
-    return -(-layout.trained // layout.processes) * 4 * (2 if layout.optimizer == "sgd" else 3)
+    at_once = -(-layout.trained // layout.processes)
+    if layout.stage == 3:
+        at_once = min(at_once, int(layout.zero.get("sub_group_size", 1_000_000_000)))
+    return at_once * 4 * (1 if layout.optimizer == "adamw" else 2)  # AdamW's passes are fused
 
 
 def _knot_bytes(layout: Layout) -> int:

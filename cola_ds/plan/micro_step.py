@@ -9,6 +9,7 @@ inputs, its output, and a number for each head and position.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cola_ds.data.batch import PackedBatch
-from cola_ds.errors import UserError, first_line
+from cola_ds.errors import UserError, cut, first_line
 from cola_ds.evaluation.attention import VARLEN, repeats_keys, varlen_attention
 from cola_ds.evaluation.fused_loss import as_fused
 from cola_ds.evaluation.loss import loss_sum
@@ -117,11 +118,14 @@ def _attention(
 def trace(
     skeleton: Any, targets: list[str], lora_rank: int | None, rows: tuple[int, int], *, attention: str | None,
     dtype: torch.dtype, dropout: float = 0.0, biases: bool = False, recomputes: bool = False, device: str = "cuda",
+    trains: bool = True,
 ) -> MicroStep:  # fmt: skip
     """Trace a micro step of `rows` (rows, tokens each) of text whose every token is predicted, on a `device` of that kind.
 
-    `lora_rank` None: every weight is trained (method full). `attention` is Transformers' name of it; None: its own choice. Raises
-    UserError for a model whose code looks at values, which a tensor of the meta device has none of.
+    `lora_rank` None: every weight is trained (method full). `attention` is Transformers' name of it; None: its own choice.
+    Without `trains` it is a forward pass alone, as an evaluation has.
+
+    Raises UserError for a model whose code looks at values, which a tensor of the meta device has none of.
     """
     model = copy.deepcopy(skeleton).to(dtype)
     if lora_rank is None:
@@ -130,34 +134,38 @@ def trace(
         inject(model, targets, dropout, biases)
         for layer in lora_layers(model).values():
             layer.reset(torch.empty(lora_rank, layer.in_features, device="meta"), 1.0, torch.device("meta"))
-    model.train()
     if recomputes:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     count, width = (1, rows[0] * rows[1]) if attention == VARLEN else rows
-    takes_it = attention != "eager" and getattr(model, "_supports_attention_backend", False)
+    takes_it = getattr(model, "_supports_attention_backend", False)
+    eager = (
+        getattr(sys.modules[type(model).__module__], "eager_attention_forward", None) if attention == "eager" else None
+    )
     step = MicroStep()
     fused = isinstance(model.get_output_embeddings(), nn.Linear) and not any(
         getattr(model.config.get_text_config(), name, None) for name in _CAPS
     )
     try:
-        with as_fused(model, device, fused), _stand_in(model, device) if takes_it else nullcontext():
-            _run(model, _batch(count, width), step)
+        with as_fused(model, device, fused), _stand_in(model, device, eager) if takes_it else nullcontext():
+            _run(model.train(trains), _batch(count, width), step, trains)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{type(model).__name__} cannot be planned without its weights: {first_line(error)}; measure a run of a few steps"
+            f"{type(model).__name__} cannot be planned: its code looks at values as it runs, and without weights there are none "
+            f"({cut(first_line(error), 120)}); measure a run of a few steps"
         ) from None
     return step
 
 
 @contextmanager
-def _stand_in(model: Any, device: str) -> Iterator[None]:
-    """The stand-in in varlen's place: a model with that is given no mask to make."""
+def _stand_in(model: Any, device: str, eager: Any) -> Iterator[None]:
+    """The stand-in, or a model's own `eager` attention, in varlen's place: a model with that is given no mask to make."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionMaskInterface.register(VARLEN, sdpa_mask)
-    AttentionInterface.register(VARLEN, partial(_attention, repeats=device == "cuda" and repeats_keys()))
+    stand_in = partial(_attention, repeats=device == "cuda" and repeats_keys())
+    AttentionInterface.register(VARLEN, eager or stand_in)
     model.config.get_text_config()._attn_implementation = VARLEN
     try:
         yield
@@ -172,13 +180,14 @@ def _batch(rows: int, width: int) -> PackedBatch:
     return PackedBatch(ids, ids, positions, ids[:, 1:], places, width)
 
 
-def _run(model: Any, batch: PackedBatch, step: MicroStep) -> None:
+def _run(model: Any, batch: PackedBatch, step: MicroStep, trains: bool) -> None:
     counting = _Counting(step)
     counting.known(iter([*model.parameters(), *model.buffers(), batch.input_ids]))
-    with _told(model, counting), counting:
+    with _told(model, counting), torch.set_grad_enabled(trains), counting:
         loss = loss_sum(model, batch)
         step.kept, step.turn = counting.held, len(step.visits)
-        loss.backward()
+        if trains:
+            loss.backward()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Choice:
 def recommend(plan: Plan) -> Choice | None:
     """The fastest way that fits, if the plan does not fit or is slower; None where nothing is to be changed, or nothing fits."""
     choices = [choice for choice in _choices(plan.described, plan.cluster) if choice.plan.fits]
-    if not choices:
+    if not choices or (plan.fits and "computing" not in plan.seconds):
         return None
     best = min(
         choices, key=lambda choice: (round(_seconds(choice.plan), 3), len(choice.overrides), choice.plan.total_device)
@@ -40,17 +40,18 @@ def recommend(plan: Plan) -> Choice | None:
 
 
 def smallest(plan: Plan) -> Choice | None:
-    """The way that needs least where it computes."""
-    return min(_choices(plan.described, plan.cluster), key=lambda choice: choice.plan.total_device, default=None)
+    """The way that comes nearest to fitting."""
+    return min(_choices(plan.described, plan.cluster), key=lambda choice: choice.plan.fullness, default=None)
 
 
-def nodes_that_fit(plan: Plan, most: int = 1024) -> int | None:
-    """The fewest nodes, of twice as many and so on, on which some way fits; None: not up to `most`."""
+def nodes_that_fit(plan: Plan, most: int = 1024) -> tuple[int, Choice] | None:
+    """The fewest nodes, of twice as many and so on, on which some way fits, and that way; None: not up to `most`."""
     nodes = 2 * plan.cluster.nodes
     while nodes <= most:
         cluster = replace(plan.cluster, nodes=nodes)
-        if any(choice.plan.fits for choice in _choices(plan.described, cluster)):
-            return nodes
+        fitting = [choice for choice in _choices(plan.described, cluster) if choice.plan.fits]
+        if fitting:
+            return nodes, min(fitting, key=lambda choice: len(choice.overrides))
         nodes *= 2
     return None
 
@@ -67,7 +68,7 @@ def _choices(described: Described, cluster: Cluster) -> Iterator[Choice]:
     low = config.model.dtype == "bf16"
     zero3, offload = ("zero3_bf16", "zero3_bf16_offload_cpu") if low else ("zero3", "zero3_offload_cpu")
     engines = dict.fromkeys([config.deepspeed, "zero2", zero3, offload])
-    shards = ["world", "node"] if cluster.nodes > 1 and config.method != "full" else ["world"]
+    shards = ["world", "node"] if cluster.nodes > 1 and config.method != "full" else [None]
     for engine in engines:
         for where in [None] if engine == "zero2" else shards:
             for recomputes in (False, True):

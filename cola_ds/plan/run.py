@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from cola_ds.config.deepspeed_json import check_compilable
 from cola_ds.config.dtypes import DTYPES
-from cola_ds.config.steps import micro_steps_of, rows_per_step
+from cola_ds.config.steps import Epochs, micro_steps_of, place_knots, rows_per_step
 from cola_ds.data.batch import StepExamples
-from cola_ds.distributed.devices import peak_tflops
-from cola_ds.errors import UserError
+from cola_ds.distributed.devices import KNOWN, peak_tflops
+from cola_ds.errors import UserError, quoted
 from cola_ds.evaluation.attention import VARLEN
 from cola_ds.plan.memory import Layout, Memory, memory_of
 from cola_ds.plan.micro_step import MicroStep, trace
@@ -97,10 +99,14 @@ class Plan:
         return each * self.cluster.per_node
 
     @property
+    def fullness(self) -> float:
+        """How much of what may be filled it fills, of device or host, whichever is fuller; it fits up to 1."""
+        device, host = self.total_device / self.cluster.memory, self.cluster.host_memory
+        return max(device, 0 if host is None else self.total_host / host) / FITS
+
+    @property
     def fits(self) -> bool:
-        there = self.cluster.memory * FITS >= self.total_device
-        host = self.cluster.host_memory
-        return there and (host is None or self.total_host <= FITS * host)
+        return self.fullness <= 1
 
     @property
     def across(self) -> int:
@@ -119,13 +125,14 @@ class Plan:
     @property
     def seconds(self) -> dict[str, float]:
         """What a step takes of each, were there nothing else: computing (if it is known) and sending."""
-        nodes, cluster = self.cluster.nodes, self.cluster
-        found = {}
+        cluster, found = self.cluster, {}
+        everyone = (cluster.processes - 1) / cluster.processes
         if self.flops is not None and self.peak is not None:
             found["computing"] = self.flops / (OF_PEAK * self.peak)
-        found["between nodes"] = self.across * (nodes - 1) / nodes / cluster.network
-        within = (self.inside or self.across) * (cluster.per_node - 1) / cluster.per_node
-        found["within a node"] = within / cluster.node_network
+        # A ring over all of them carries what each gathers once over every edge, also between two nodes.
+        found["between nodes"] = self.across * everyone / cluster.network
+        among = (cluster.per_node - 1) / cluster.per_node
+        found["within a node"] = self.inside * among / cluster.node_network
         if self.layout.offload_param:
             found["from the host"] = self.gathered_bytes / self.layout.shared_by / cluster.host_link
         return found
@@ -137,16 +144,19 @@ class Plan:
     @property
     def load_s(self) -> float:
         """To read the base from disk: a node its processes' shards, or all of it."""
-        base = sum(self.layout.base.values()) * self.layout.element_bytes
+        held = getattr(self.described.skeleton.config, "dtype", None) or torch.bfloat16  # as the files have it
+        base = sum(self.layout.base.values()) * held.itemsize
         share = 1.0 if self.layout.stage < 3 or self.layout.in_nodes else 1 / self.cluster.nodes
         return base * share / self.cluster.disk
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of the last one: masters, moments, and every link before."""
-        config = self.described.config
-        links = trained_of_links(self.described)
-        return 12 * links[-1] + (sum(links[:-1]) * self.layout.element_bytes if config.trains_lora else 0)
+        """Of the largest one: masters, moments, and every link before."""
+        links, size = trained_of_links(self.described), self.layout.element_bytes
+        if not self.described.config.trains_lora:
+            return 12 * links[0]
+        before = itertools.accumulate([0, *links[:-1]])
+        return max(12 * link + size * tied for link, tied in zip(links, before, strict=True))
 
 
 def plan_run(described: Described, cluster: Cluster) -> Plan:
@@ -154,14 +164,18 @@ def plan_run(described: Described, cluster: Cluster) -> Plan:
     config = described.config
     if not config.trains:
         raise UserError(f"method {config.method} trains nothing; a plan is of training: lora, cola or full")
+    if cluster.device != "cpu" and peak_tflops(cluster.device, "fp32") is None:
+        raise UserError(f"--device {quoted(cluster.device)} is not known; use cpu or one of {', '.join(KNOWN)}")
     micro_steps = micro_steps_of(config, cluster.processes)
+    _check_knots(described)
+    check_compilable(config, described.engine_json["zero_optimization"]["stage"])
     hosts = [f"node {node}" for node in range(cluster.nodes) for _ in range(cluster.per_node)]
     settled = settle(
         described, described.engine_json["zero_optimization"], micro_steps, described.max_length, hosts,
         cluster.memory_of_a_process, cluster.on_host,
     )  # fmt: skip
     layout = _layout(described, cluster, settled)
-    memory = memory_of(layout, _micro_step(described, cluster))
+    memory = memory_of(layout, _micro_step(described, cluster), _evaluation(described, cluster))
     gathered = 0
     if memory.gathers is not None:  # in each micro step; and once a step what stays whole within it
         gathered = (memory.gathers.moved * micro_steps + layout.resident) * layout.element_bytes
@@ -177,6 +191,13 @@ def plan_run(described: Described, cluster: Cluster) -> Plan:
         knot_bytes=knot if several and config.trains_lora else 0,
         flops=_flops(described, cluster), peak=None if peak is None else peak * 1e12,
     )  # fmt: skip
+
+
+def _check_knots(described: Described) -> None:
+    """Raise UserError for knots that cannot be placed, as far as that is known without data."""
+    chain, steps, size = described.config.chain, described.config.optim.max_steps, rows_per_step(described.config)
+    if steps is not None and (chain.knots == "even" or "steps" in chain.knots):
+        place_knots(chain.knots, chain.length, steps, Epochs(size * steps, size))
 
 
 def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
@@ -210,6 +231,16 @@ def _micro_step(described: Described, cluster: Cluster) -> MicroStep:
     return _traced(facts, described.config.optim.micro_batch_size)
 
 
+def _evaluation(described: Described, cluster: Cluster) -> MicroStep | None:
+    """The forward pass of an evaluation with more rows than a micro step; None where there is none, or it has no more."""
+    config = described.config
+    rows = config.eval.batch_size
+    held_out = config.data.task is not None or config.data.eval is not None or config.data.holds_out
+    if not held_out or rows is None or rows <= config.optim.micro_batch_size:
+        return None
+    return _traced(_Facts(described, "cpu" if cluster.on_host else "cuda", False), rows, trains=False)
+
+
 class _Facts:
     """What a trace depends on beside its rows; equal where a trace would be."""
 
@@ -227,7 +258,7 @@ class _Facts:
 
 
 @lru_cache(maxsize=64)
-def _traced(facts: _Facts, rows: int) -> MicroStep:
+def _traced(facts: _Facts, rows: int, trains: bool = True) -> MicroStep:
     config = facts.described.config
     joined = config.data.task is None and config.model.attention in ("auto", "varlen")
     return trace(
@@ -235,6 +266,7 @@ def _traced(facts: _Facts, rows: int) -> MicroStep:
         (rows, facts.described.max_length), attention=VARLEN if joined else config.model.attention,
         dtype=getattr(torch, DTYPES[config.model.dtype].torch_name), dropout=config.lora.dropout,
         biases=config.lora.bias == "lora_only", recomputes=facts.recomputes, device=facts.device,
+        trains=trains,
     )  # fmt: skip
 
 

@@ -154,23 +154,69 @@ def test_what_does_not_fit_is_refused_with_what_would(run, capsys):
 
 
 def test_a_host_may_be_too_small(run, capsys):
-    assert main(words_of(run(), "--host-memory", "1GiB")) == 2
-    assert "of a node's host, which has 1.0 GiB" in capsys.readouterr().err
+    assert main(words_of(run(model={"dtype": "bf16"}), "--host-memory", "1GiB")) == 2
+    said = capsys.readouterr().err
+    assert "of a node's host, which has 1.0 GiB" in said and "use nodes with more host memory" in said
+    assert "chain.merge=plain" in said
+
+
+def test_one_process_gathers_from_its_host(run, capsys):
+    """Where weights are offloaded, each pass brings them to the device, though there is nobody else to gather from."""
+    seconds = {}
+    for engine in ("zero3", "zero3_offload_cpu"):
+        path = run(model={"attention": "sdpa"})
+        assert main(["plan", path, f"deepspeed={engine}", "--device", "H100"]) == 0
+        said = capsys.readouterr().out
+        seconds[engine] = re.search(r"([\d.e-]+) s from the host", said)
+    assert seconds["zero3"] is None and float(seconds["zero3_offload_cpu"][1]) > 0
+
+
+def test_evaluation_and_eager_attention_count(run, model, tmp_path, capsys):
+    held = {"eval": str(tmp_path / "dev.jsonl"), "max_length": 64}
+    small = {"micro_batch_size": 1, "global_batch_size": 2}
+
+    def needed(**sections):
+        assert main(words_of(run(data=held, optim=small, **sections), "deepspeed=zero2")) == 0
+        said = capsys.readouterr().out
+        return float(re.search(r"([\d.]+) MiB  in all", said)[1]), said
+
+    as_it_is, _ = needed()
+    many, said = needed(eval={"batch_size": 512})
+    assert many > 2 * as_it_is and "an evaluation" in said
+    eager, said = needed(model={"attention": "eager"})
+    assert eager > as_it_is and "attention eager" in said
+
+
+def test_a_checkpoint_is_as_large_as_the_largest(run, capsys):
+    assert main(words_of(run(lora={"rank": [16, 1]}))) == 0
+    first = int(re.search(r"checkpoint +([\d,]+) bytes", capsys.readouterr().out)[1].replace(",", ""))
+    assert main(words_of(run(lora={"rank": 16}, chain={"length": 1}))) == 0
+    alone = int(re.search(r"checkpoint +([\d,]+) bytes", capsys.readouterr().out)[1].replace(",", ""))
+    assert first == alone
 
 
 def test_a_table_has_a_row_for_each_number_of_nodes(run, capsys):
     assert main(words_of(run(), "--table", "1,2")) == 0
-    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()]
-    assert [[cell.strip() for cell in row] for row in rows[2:]] == [["1", "2", "2"], ["2", "4", "2"]]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:] == [["1", "2", "2"], ["2", "4", "2"]]
+    assert main(words_of(run(), "--table", "1,3")) == 0
+    assert "no: optim.global_batch_size 8 does not divide" in capsys.readouterr().out.splitlines()[-1]
+    assert main(words_of(run(), "--table", "1,2", "--memory", "1KiB")) == 2
+    assert "it fits on none of these" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--memory", "80 apples"], "--memory '80 apples' must be a size like 80GiB"),
-        (["--network", "fast"], "--network 'fast' must be a size like 50GB/s"),
-        (["--nodes", "0"], "--nodes, --gpus and --table take numbers from 1"),
-        (["--table", "1,x"], "--table several with commas"),
+        (["--memory", "80"], "--memory '80' must be a size like 80GiB"),
+        (["--network", "50Gb/s"], "--network '50Gb/s' must be a size like 50GB/s, in bytes a second"),
+        (["--nodes", "0"], "--nodes '0' must be a whole number from 1"),
+        (["--nodes=--"], "--nodes [] must be a whole number from 1"),
+        (["--table", "1,x"], "--table 'x' must be a whole number from 1"),
+        (["--table", "1,2", "--nodes", "2"], "use one of them"),
+        (["--device", "H1000"], "--device 'H1000' is not known; use cpu or one of V100"),
+        (["optim.max_steps=1"], "chain.length 2 needs at least one step per link"),
         (["--nodes", "3"], "does not divide into micro batches of 2 on 6 processes"),
         (["method=zero-shot", "chain.length=1", "data.eval=dev.jsonl"], "trains nothing"),
         (["lora.targets=[nothing]"], "matches no layer"),
@@ -183,7 +229,7 @@ def test_wrong_calls_are_refused_in_one_line(run, capsys, words, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("80GiB", 80 * 2**30), ("1.5TB", 1.5e12), ("64 GB", 64e9), ("123", 123), ("16Gi", 2**34)]
+    ("text", "size"), [("80GiB", 80 * 2**30), ("1.5TB", 1.5e12), ("64 GB", 64e9), ("123B", 123), ("0.5KiB", 512)]
 )
 def test_sizes(text, size):
     assert size_of(text, "--memory") == size
