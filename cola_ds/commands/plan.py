@@ -93,15 +93,14 @@ def _number(count: int, what: str) -> str:
 
 def _head(plan: Plan) -> list[str]:
     config, cluster, layout, settled = plan.described.config, plan.cluster, plan.layout, plan.settled
-    total = sum(layout.base.values())
+    total, nodes = sum(layout.base.values()), _number(cluster.nodes, "node")
     stage = f"ZeRO stage {layout.stage}" + (f": {settled.stage_reason}" if settled.stage_reason else "")
-    batch = f"{config.optim.micro_batch_size} rows of {plan.described.max_length} tokens x {_number(plan.micro_steps, 'micro step')}"
+    batch = f"{_number(config.optim.micro_batch_size, 'row')} of {plan.described.max_length} tokens"
     lines = [
-        f"cluster     {_number(cluster.nodes, 'node')} x {cluster.per_node} processes, on {cluster.device} with "
-        f"{_gib(cluster.memory)}",
+        f"cluster     {nodes} x {cluster.per_node} processes, on {cluster.device} with {_gib(cluster.memory)}",
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
         f"method      {config.method}, {layout.trained:,} trainable parameters at most",
-        f"batch       {batch} x {cluster.processes} processes",
+        f"batch       {batch} x {_number(plan.micro_steps, 'micro step')} x {cluster.processes} processes",
         f"engine      {stage}",
     ]
     if layout.stage == 3 and cluster.nodes > 1:

@@ -13,7 +13,7 @@ from cola_ds.plan.run import Cluster, plan_run
 from cola_ds.training.prepare import describe
 from tests.plan.measured import ENVIRONMENT
 from tests.support.distributed import free_port
-from tests.support.toys import REPOSITORY, save_model, save_run
+from tests.support.toys import REPOSITORY, save_model, save_run, thorough
 
 WIDTH = 128
 MODELS = {
@@ -35,13 +35,12 @@ CHECKPOINTING = {"model": {"activation_checkpointing": True}}
 BF16 = {"model": {"dtype": "bf16"}}
 CASES = [
     ("llama", 1, {"deepspeed": "zero2"}),
-    ("llama", 2, {}),
-    ("opt", 2, CHECKPOINTING),
     ("qwen2", 4, {}),
     ("opt", 2, {**BF16, "deepspeed": "zero3_bf16_offload_cpu"}),
 ]
-# With COLA_DS_PLANS=all, which takes some minutes.
 MORE = [
+    ("llama", 2, {}),
+    ("opt", 2, CHECKPOINTING),
     ("opt", 1, {**BF16, "deepspeed": "zero2"}),
     ("qwen2", 2, {**BF16, "deepspeed": "zero3_bf16"}),
     ("llama", 2, {"deepspeed": "zero3_offload_cpu"}),
@@ -119,9 +118,7 @@ def next_to_nothing(measured):
     return found - planned
 
 
-@pytest.mark.parametrize(
-    ("name", "processes", "sections"), [*CASES, *(MORE if os.environ.get("COLA_DS_PLANS") == "all" else [])]
-)
+@pytest.mark.parametrize(("name", "processes", "sections"), thorough(CASES, MORE))
 def test_a_plan_is_within_a_tenth_of_what_a_run_takes(measured, next_to_nothing, name, processes, sections):
     planned, found = measured(name, processes, sections)
     print(f"{name}, {processes} processes, {sections}: planned {planned / 2**20:.0f} MiB, "

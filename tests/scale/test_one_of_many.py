@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.toys import REPOSITORY
+from tests.support.toys import REPOSITORY, thorough
 
 STEPS = 3
 """The first two runs of a micro step leave DeepSpeed its trace."""
@@ -16,7 +16,7 @@ LIBRARIES = 80 * 2**20
 """What a run of next to nothing takes (tests/plan/test_measured.py measures it)."""
 
 
-@pytest.fixture(scope="module", params=["node", "world"])
+@pytest.fixture(scope="module", params=thorough(["node"], ["world"]))
 def one(request, tmp_path_factory):
     """What one process said."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -124,6 +124,11 @@ TOP_RUNG = {"deepspeed": "auto", "model": {"attention": "varlen"}, "data": {"pac
 """What a run on text is fastest with: sections for `run_config`. (The loss is fused everywhere.)"""
 
 
+def thorough(cases: list[Any], of_all: list[Any]) -> list[Any]:
+    """A test's cases, and `of_all` too where COLA_DS_ALL is set: variants of a promise that cost minutes of every run of CI."""
+    return [*cases, *(of_all if os.environ.get("COLA_DS_ALL") else [])]
+
+
 def save_run(path: Path, config: dict[str, Any]) -> Path:
     """Write a run's YAML."""
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

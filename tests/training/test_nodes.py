@@ -9,7 +9,7 @@ from tests.config.test_engine_sizes import SMALL
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.jobs import run_job
 from tests.support.runs import record, three_links, train_in
-from tests.support.toys import REPOSITORY, run_config, save_model, save_run
+from tests.support.toys import REPOSITORY, run_config, save_model, save_run, thorough
 
 TWO_BY_TWO = ["a", "a", "b", "b"]
 DEALT_IN_TURN = ["a", "b", "a", "b"]
@@ -57,7 +57,15 @@ def world(config_of, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("variant", "hosts"),
-    [("fp32", DEALT_IN_TURN), ("fp32", ONE_EACH), *((name, TWO_BY_TWO) for name in VARIANTS)],
+    thorough(
+        [
+            ("fp32", DEALT_IN_TURN),
+            ("bf16, all linear layers", TWO_BY_TWO),
+            ("offloaded, gathered", TWO_BY_TWO),
+            ("OPT with biases", ONE_EACH),
+        ],
+        [("fp32", ONE_EACH), ("fp32", TWO_BY_TWO), ("tied embeddings", TWO_BY_TWO), ("OPT with biases", TWO_BY_TWO)],
+    ),
 )
 def test_losses_and_weights_are_those_of_shards_over_all_processes(config_of, world, tmp_path, variant, hosts):
     weights, expected = world(variant)
