@@ -66,6 +66,8 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
     for name in ("config.json", "generation_config.json"):
         (out / name).unlink(missing_ok=True)
     copy_description(base, out)
+    for path in out.glob("*.safetensors"):  # safetensors 0.8 lets nobody else read what it writes, whatever the umask
+        path.chmod((out / "config.json").stat().st_mode)
 
 
 def copy_description(base: ModelConfig, out: Path) -> None:

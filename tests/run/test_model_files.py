@@ -208,3 +208,15 @@ def test_paths_that_lead_to_no_model(path):
     ) as caught:
         _model_path(path, weights=True)
     assert len(str(caught.value)) < 400
+
+
+def test_whoever_reads_a_models_config_reads_its_weights(model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from cola_ds.config.schema import ModelConfig
+    from cola_ds.run.model_folder import write_model_folder
+
+    out = tmp_path / "out"
+    write_model_folder(AutoModelForCausalLM.from_pretrained(model), ModelConfig(path=str(model), dtype="fp32"), out)
+    assert len({path.stat().st_mode & 0o777 for path in out.iterdir()}) == 1
+    assert list(out.glob("*.safetensors"))
