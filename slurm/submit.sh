@@ -71,7 +71,10 @@ for count in $(seq "${counts[0]}" "${counts[1]}"); do
   summary=$(python -m cola_ds train "$@" --dry-run --processes $((count * per_node)))
 done
 echo "$summary"
-[ -z "$dry_run" ] || [ -z "$gpus" ] || python -m cola_ds plan "$@" --nodes "${counts[1]}" --gpus "$gpus" "${planned[@]}"
+if [ -n "$dry_run" ] && [ -n "$gpus" ]; then
+  printf '\nOn GPUs like these (--device, --memory):\n'
+  python -m cola_ds plan "$@" --nodes "${counts[1]}" --gpus "$gpus" "${planned[@]}"
+fi
 field() { sed -n "s/^$1  *//p" <<<"$summary"; }
 run_dir=$(realpath -m "$(field 'run folder')")
 model=$(field model | sed 's/ ([a-z0-9]*), [0-9,]* parameters$//')
