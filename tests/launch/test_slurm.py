@@ -63,7 +63,7 @@ def wait_for_step(cluster, frozen, folder, step, timeout_s=300):
 
 
 def events(folder):
-    return [row["event"] for row in rows(folder / "run/events.jsonl") if row["event"] != "checkpoint"]
+    return [row["event"] for row in rows(folder / "run/events.jsonl") if row["event"] not in ("checkpoint", "loaded")]
 
 
 def log(frozen):
