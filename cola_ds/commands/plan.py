@@ -174,6 +174,7 @@ def _assumed(plan: Plan) -> list[str]:
         f"every row has {plan.described.max_length} tokens, all of which are predicted",
         f"{attention}, torch's kernels (Liger's keep less)",
         *([f"{OF_PEAK:.0%} of the peak of {cluster.device}"] if plan.peak is not None else []),
+        *([f"{cluster.host_link / 1e9:g} GB/s from the host to a device"] if plan.layout.offload_param else []),
         "rings: what a process gathers crosses each edge between nodes once, for all",
         f"{cluster.network / 1e9:g} GB/s between nodes, {cluster.node_network / 1e9:g} GB/s within one, "
         f"{cluster.disk / 1e9:g} GB/s from disk",

@@ -44,8 +44,6 @@ class MicroStep:
     """The most that is held after that many visits and before the next one; one more than visits."""
     kept: int = 0
     """What is kept for the backward pass when it begins."""
-    turn: int = 0
-    """How many visits the forward pass has."""
 
     @property
     def peak(self) -> int:
@@ -185,7 +183,7 @@ def _run(model: Any, batch: PackedBatch, step: MicroStep, trains: bool) -> None:
     counting.known(iter([*model.parameters(), *model.buffers(), batch.input_ids]))
     with _told(model, counting), torch.set_grad_enabled(trains), counting:
         loss = loss_sum(model, batch)
-        step.kept, step.turn = counting.held, len(step.visits)
+        step.kept = counting.held
         if trains:
             loss.backward()
 
