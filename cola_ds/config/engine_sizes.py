@@ -20,8 +20,8 @@ from cola_ds.errors import some_of
 
 SHARE = 0.7
 """How much of a process's memory the estimate of stage 2 may fill: it knows neither fragmentation nor what else is held."""
-_PERSISTENT = 100_000  # elements; this and the next two are DeepSpeed's own values (0.19.8)
-_REUSE = 1_000_000_000
+_PERSISTENT = 100_000  # elements; this and the next ones are DeepSpeed's own values (0.19.8)
+_REUSE = _LIVE = 1_000_000_000
 _BUCKET = 500_000_000
 _KEPT_PER_WIDTH = 1.5  # beside in- and outputs of linear layers: norms, activation functions, residuals
 _TRAINED_BYTES = (
@@ -159,6 +159,8 @@ def with_sizes(zero: dict[str, Any], shapes: Shapes, full: bool, micro_steps: in
             "stage3_param_persistence_threshold": resident,
             # One weight ahead, so that a gather seldom holds several and is then copied apart again.
             "stage3_prefetch_bucket_size": _bounded(square, 50_000_000),
+            # Beyond it nothing is fetched ahead: one table of embeddings may be larger than DeepSpeed's own.
+            "stage3_max_live_parameters": max(_LIVE, 2 * max(shapes.weights, default=0) + square),
         }
     return {**{key: value for key, value in derived.items() if not _says(zero, key)}, **zero}
 

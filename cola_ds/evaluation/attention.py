@@ -52,7 +52,7 @@ def choose_attention(config: ModelConfig, model: Any, max_length: int, is_text: 
     Transformers chooses. Raises UserError for a varlen that was asked for and cannot be had.
     """
     if config.attention == "flex":
-        _check_flex(model)
+        _check_flex(model, accelerator.kind())
     if not is_text or config.attention not in ("auto", "varlen"):
         return transformers_name(config.attention)
     why = _why_not_varlen(config, model, max_length)
@@ -60,19 +60,37 @@ def choose_attention(config: ModelConfig, model: Any, max_length: int, is_text: 
         _register()
         return VARLEN
     if config.attention == "varlen":
-        raise UserError(f"model.attention varlen is not for {type(model).__name__} here: {why}; use auto")
+        raise _no_varlen(model, why)
     return None
 
 
-def _check_flex(model: Any) -> None:
+def check_anywhere(config: ModelConfig, model: Any, max_length: int, is_text: bool) -> str | None:
+    """The attention of a run on a device that can do all, as `choose_attention` names it. Raises UserError for what no device
+    makes good."""
+    if config.attention == "flex":
+        _check_flex(model, "")
+    if not is_text or config.attention not in ("auto", "varlen"):
+        return transformers_name(config.attention)
+    why = _why_never_varlen(model, max_length)
+    if why is not None and config.attention == "varlen":
+        raise _no_varlen(model, why)
+    return VARLEN if why is None else None
+
+
+def _no_varlen(model: Any, why: str) -> UserError:
+    return UserError(f"model.attention varlen is not for {type(model).__name__} here: {why}; use auto")
+
+
+def _check_flex(model: Any, device: str) -> None:
     inner = model.config.get_text_config()
     dropouts = [f"it has {name} {getattr(inner, name)}" for name in _DROPOUTS if getattr(inner, name, None)]
-    cpu = ["torch's flex attention has no gradients on the CPU"] if accelerator.kind() == "cpu" else []
+    cpu = ["torch's flex attention has no gradients on the CPU"] if device == "cpu" else []
     for why in cpu + dropouts:
         raise UserError(f"model.attention flex is not for {type(model).__name__} here: {why}; use auto")
 
 
-def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | None:
+def _why_never_varlen(model: Any, max_length: int) -> str | None:
+    """Why a model can have varlen on no device; None: it may. `model` may be on the meta device."""
     inner = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False) or not getattr(model, "_supports_sdpa", False):
         return "its code does not take attention from Transformers' interface"
@@ -83,12 +101,19 @@ def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | N
     for name in (*_DROPOUTS, "attn_logit_softcapping"):
         if getattr(inner, name, None):
             return f"it has {name} {getattr(inner, name)}"
+    return None
+
+
+def _why_not_varlen(config: ModelConfig, model: Any, max_length: int) -> str | None:
+    if why := _why_never_varlen(model, max_length):
+        return why
     if accelerator.kind() == "cpu":
         return None
     if accelerator.kind() != "cuda":
         return f"torch's varlen is not for {accelerator.kind()}"
     if (has := accelerator.capability()) is not None and has < (8, 0):
         return f"torch's varlen needs compute capability 8.0, and the device has {has[0]}.{has[1]}"
+    inner = model.config.get_text_config()
     head = getattr(inner, "head_dim", None) or inner.hidden_size // inner.num_attention_heads
     if DTYPES[config.dtype].torch_name == "float32":
         return "torch's varlen needs model.dtype bf16 or fp16"

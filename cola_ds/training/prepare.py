@@ -17,12 +17,12 @@ from cola_ds.config.steps import resolve
 from cola_ds.data.candidates import check_joinable
 from cola_ds.data.order import Order
 from cola_ds.data.packing import check_packable
-from cola_ds.data.tasks.dataset import TaskData, load_task
+from cola_ds.data.tasks.dataset import TaskData, find_task, load_task
 from cola_ds.data.text import TokenizedData, datasets_of
 from cola_ds.data.tokenize import Found, check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.errors import UserError, cut, first_line
-from cola_ds.evaluation.attention import VARLEN, choose_attention, shown_name, transformers_name
+from cola_ds.evaluation.attention import VARLEN, check_anywhere, choose_attention, shown_name, transformers_name
 from cola_ds.lora.layers import find_targets
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
@@ -63,6 +63,12 @@ def describe(config: RunConfig, weights: bool = False) -> Described:
         max_length = min(TASK_LENGTH, limit or TASK_LENGTH)
     if limit and max_length > limit:
         raise UserError(f"data.max_length {max_length} is more than the model's {limit} positions")
+    is_text = config.data.task is None
+    if config.data.task is not None:
+        find_task(config.data.task)
+    elif config.data.packing != "none" and config.trains:
+        check_packable(skeleton)
+    _check_compile(config, skeleton, check_anywhere(config.model, skeleton, max_length, is_text))
     return Described(config=config, engine_json=engine_json, skeleton=skeleton, targets=targets, max_length=max_length)
 
 
@@ -77,21 +83,25 @@ def check(config: RunConfig) -> Checked:
         if task[0].task.objective == "classification" or any(example.candidates for example in task[2].examples):
             check_joinable(skeleton, max_length)
     else:
-        if config.data.packing != "none" and config.trains:
-            check_packable(skeleton)
         check_sources(config.data)
     attention = choose_attention(config.model, skeleton, max_length, is_text=task is None)
-    if config.model.compile and config.trains and attention != VARLEN:
-        raise UserError(
-            f"model.compile needs text and model.attention varlen, and {type(skeleton).__name__} runs with "
-            f"{'a task' if task is not None else shown_name(attention)} here; set "
-            f"{'' if task is not None or config.model.attention == 'auto' else 'model.attention=auto or '}model.compile=false"
-        )
+    _check_compile(config, skeleton, attention)
     return Checked(
         config=config, engine_json=described.engine_json, tokenizer=tokenizer, skeleton=skeleton, targets=described.targets,
         task=task, attention=attention,
         kernels=check_kernels(config.model, skeleton),
     )  # fmt: skip
+
+
+def _check_compile(config: RunConfig, skeleton: Any, attention: str | None) -> None:
+    if not config.model.compile or not config.trains or attention == VARLEN:
+        return
+    is_task = config.data.task is not None
+    raise UserError(
+        f"model.compile needs text and model.attention varlen, and {type(skeleton).__name__} runs with "
+        f"{'a task' if is_task else shown_name(attention)} here; set "
+        f"{'' if is_task or config.model.attention == 'auto' else 'model.attention=auto or '}model.compile=false"
+    )
 
 
 def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) -> Prepared:

@@ -29,9 +29,11 @@ from typing import Any
 
 from tests.gpu.support import ON_CPU  # isort: skip  first: it chooses the device before deepspeed is imported
 from cola_ds.config.loading import load_config
-from cola_ds.distributed.accelerator import accelerator_name
+from cola_ds.distributed.accelerator import accelerator_name, memory_bytes
+from cola_ds.distributed.accelerator import kind as accelerator_kind
 from cola_ds.distributed.devices import peak_tflops
-from cola_ds.training.prepare import prepare
+from cola_ds.plan.run import Cluster, plan_run
+from cola_ds.training.prepare import describe, prepare
 from tests.bench.arms import plan_of, save_ids, trainer_plan
 from tests.bench.timed import ArmFailedError, json_rows, timed_run, torchrun
 from tests.support.toys import REPOSITORY, save_run, save_tokenizer
@@ -57,6 +59,7 @@ COLUMNS = (
     "TFLOP/s",
     "of peak",
     "peak, GiB",
+    "planned, GiB",
     "waits, s",
     "first step, s",
     "loss",
@@ -160,12 +163,24 @@ def run_arm(name: str, config: dict[str, Any], scratch: Path, overrides: list[st
         "tflops": median("tflops"),
         "share": median("peak_share"),
         "peak_gib": result["peak_memory_bytes"] / 2**30,
+        "planned_gib": planned_gib(config, scratch, overrides),
         "data_wait_s": statistics.fmean(row["data_wait_s"] for row in warm),
         "first_step_s": first_step_s,
         "loss": rows[-1]["loss"],
         "training_s": result["wall_time_s"] - result["loading_s"],
         "knots": knots,
     }
+
+
+def planned_gib(config: dict[str, Any], scratch: Path, overrides: list[str]) -> float:
+    """What `cola-ds plan` says that the run needs of the device, with torch's kernels."""
+    on_cpu = accelerator_kind() == "cpu"
+    cluster = Cluster(
+        nodes=1, per_node=1, device="cpu" if on_cpu else accelerator_name(), memory=memory_bytes(1)[0], host_memory=None,
+        network=50e9, node_network=400e9, disk=2e9,
+    )  # fmt: skip
+    found = plan_run(describe(load_config(save_run(scratch / "planned.yaml", config), overrides)), cluster)
+    return found.total_device / 2**30
 
 
 def run_trainer(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -202,6 +217,7 @@ def run_trainer(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "tflops": tflops,
         "share": tflops / peak if peak else math.nan,
         "peak_gib": result["peak_memory_bytes"] / 2**30,
+        "planned_gib": math.nan,
         "data_wait_s": math.nan,
         "first_step_s": first_step_s,
         "loss": result["losses"][-1],
@@ -234,7 +250,8 @@ def climb(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, dict[str, 
         first = next(iter(found.values()))
         cells = [
             name, f"{arm['tokens_per_s']:.0f}", f"{arm['tokens_per_s'] / first['tokens_per_s']:.2f}", f"{arm['step_s']:.3f}",
-            f"{arm['tflops']:.4g}", f"{arm['share']:.1%}", f"{arm['peak_gib']:.2f}", f"{arm['data_wait_s']:.4f}",
+            f"{arm['tflops']:.4g}", f"{arm['share']:.1%}", f"{arm['peak_gib']:.2f}",
+            f"{arm['planned_gib']:.2f}", f"{arm['data_wait_s']:.4f}",
             f"{arm['first_step_s']:.1f}", f"{arm['loss']:.3f}",
         ]  # fmt: skip
         print(f"| {' | '.join(cells)} |", flush=True)

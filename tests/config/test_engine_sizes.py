@@ -42,7 +42,7 @@ def test_a_small_frozen_base_stays_resident():
     largest = dataclasses.replace(SMALL, weights=(10**6, 4 * 10**8))
     assert with_sizes({"stage": 3}, largest, full=False, micro_steps=2) == {
         "stage": 3, "reduce_bucket_size": 320, "stage3_param_persistence_threshold": 4 * 10**8,
-        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000, "stage3_max_live_parameters": 1_000_500_000,
     }  # fmt: skip
     beyond = dataclasses.replace(SMALL, weights=(10**6, 5 * 10**8))
     for shapes, full, more, micro_steps in (
@@ -77,4 +77,12 @@ def test_what_the_json_says_stays():
     said = {
         "stage": 3, "reduce_bucket_size": 7, "stage3_param_persistence_threshold": 0, "prefetch_bucket_size": 9,
     }  # fmt: skip
+    assert with_sizes(said, SMALL, full=False, micro_steps=2) == {**said, "stage3_max_live_parameters": 10**9}
+    said["stage3_max_live_parameters"] = 11
     assert with_sizes(said, SMALL, full=False, micro_steps=2) == said
+
+
+def test_a_large_table_does_not_end_what_is_fetched_ahead():
+    """DeepSpeed fetches nothing ahead while as much is whole as stage3_max_live_parameters says."""
+    wide = dataclasses.replace(SMALL, weights=(10**6, 10**6, 2 * 10**9))
+    assert with_sizes({"stage": 3}, wide, full=False, micro_steps=1)["stage3_max_live_parameters"] == 4 * 10**9 + 10**6

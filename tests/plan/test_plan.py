@@ -195,6 +195,25 @@ def test_a_checkpoint_is_as_large_as_the_largest(run, capsys):
     assert first == alone
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train=null", "data.task=nosuch"], "unknown task nosuch"),
+        (["model.path=NEO", "model.attention=varlen"], "model.attention varlen is not for GPTNeoForCausalLM"),
+        (["model.compile=true", "model.attention=sdpa", "deepspeed=zero2"], "model.compile needs text and"),
+    ],
+)
+def test_what_train_refuses_has_no_plan(run, words, message, tmp_path, capsys):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(
+        "gpt_neo", vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]],
+        max_position_embeddings=64,
+    ).save_pretrained(tmp_path / "neo")  # fmt: skip
+    assert main(words_of(run(), *(word.replace("NEO", str(tmp_path / "neo")) for word in words))) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_table_has_a_row_for_each_number_of_nodes(run, capsys):
     assert main(words_of(run(), "--table", "1,2")) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()]
