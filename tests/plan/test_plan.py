@@ -232,7 +232,7 @@ def test_a_table_has_a_row_for_each_number_of_nodes(run, capsys):
         (["--network", "50Gb/s"], "--network '50Gb/s' must be a size like 50GB/s, in bytes a second"),
         (["--nodes", "0"], "--nodes '0' must be a whole number from 1"),
         (["--nodes=--"], "--nodes [] must be a whole number from 1"),
-        (["--table", "1,x"], "--table 'x' must be a whole number from 1"),
+        (["--table", "1,x"], "--table '1,x' must be whole numbers from 1 to 9,999,999, such as 1,2,4"),
         (["--table", "1,2", "--nodes", "2"], "use one of them"),
         (["--device", "H1000"], "--device 'H1000' is not known; use cpu or one of V100"),
         (["optim.max_steps=1"], "chain.length 2 needs at least one step per link"),
