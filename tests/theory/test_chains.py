@@ -52,7 +52,7 @@ def test_one_link_stalls_above_what_rank_one_can_reach():
 def test_with_a_step_small_enough_a_chain_converges_too():
     """What the counter-example does not show: that no step works."""
     assert shares("cola", 1 / 8)[-1].max() < 1e-8
-    assert shares("cola", 1 / 8)[-1].max() < shares("rac-lora", 1 / 8)[-1].max() * 100
+    assert shares("cola", 1 / 8)[-1].max() < shares("rac-lora", 1 / 8)[-1].max()
 
 
 def test_the_step_that_a_chain_survives_shrinks_with_the_solution():

@@ -2,11 +2,14 @@
 
 import csv
 import math
+import re
+import typing
 
 import pytest
 
 from cola_ds.theory import study
 from cola_ds.theory.__main__ import main
+from tests.support.toys import REPOSITORY
 
 SMALL = ["--seeds", "2", "--longest", "32"]
 
@@ -90,3 +93,23 @@ def test_the_exponent_of_a_power_is_found():
     ]
     (rate,) = study.rate_rows(made)
     assert (rate.exponent, rate.low, rate.high) == pytest.approx((-0.5, -0.5, -0.5))
+
+
+def test_what_the_page_shows_is_what_is_computed():
+    """Its rates follow from the rows beside it, of which the cheap ones are run again."""
+    beside = REPOSITORY / "launch/theory"
+    page, gaps = (beside / "README.md").read_text(encoding="utf-8"), rows(beside / "gaps.csv")
+    kinds = typing.get_type_hints(study.GapRow)
+    rates = list(
+        study.rate_rows([study.GapRow(**{key: kinds[key](text) for key, text in row.items()}) for row in gaps])
+    )
+    assert [rate.exponent for rate in rates] == pytest.approx(
+        [float(row["exponent"]) for row in rows(beside / "rates.csv")]
+    )
+    for rate in rates:
+        shown = f"{rate.exponent:.2f}" + (f" [{rate.low:.2f}, {rate.high:.2f}]" if rate.batch != "all" else "")
+        assert re.search(rf"^\| {rate.problem} \|.* {re.escape(shown)} \|", page, re.MULTILINE), shown
+    again = {(row.problem, row.steps): row.mean_gap for row in study.gap_rows(0, 0, [16, 64])}
+    for row in gaps:
+        if row["batch"] == "all" and row["steps"] in ("16", "64"):
+            assert float(row["mean_gap"]) == pytest.approx(again[row["problem"], int(row["steps"])], rel=1e-9)
