@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "training": MIDDLE | {"lora", "evaluation", "checkpoint"},
     "sweep": LOWER | {"run"},
     "report": LOWER | {"run", "sweep"},
+    "theory": {"errors", "run", "report"},
     "plan": MIDDLE | {"lora", "evaluation", "training"},
     "commands": MIDDLE | {"lora", "evaluation", "checkpoint", "training", "plan"},
 }
@@ -108,6 +109,10 @@ def test_layers():
         ("cola_ds.sweep.plan", "from cola_ds.training.prepare import prepare"),
         ("cola_ds.sweep.plan", "from cola_ds.distributed import collectives"),
         ("cola_ds.report.tables", "from cola_ds.checkpoint.format import Checkpoint"),
+        (
+            "cola_ds.theory.chains",
+            "from cola_ds.lora.layers import LoRALinear",
+        ),  # it is told apart from what it is about
         ("cola_ds.training.knot", "import deepspeed"),
         ("cola_ds.lora.tie", "from deepspeed.zero import GatheredParameters"),
         ("cola_ds.data.batcher", "import torch.distributed"),

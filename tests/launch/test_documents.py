@@ -16,8 +16,8 @@ from tests.support.toys import REPOSITORY, save_model, save_sums
 FOLDERS = (".github", "cola_ds", "ds_configs", "launch", "slurm", "tests")
 _BELOW = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.md"))
 DOCUMENTS = ["README.md", *(str(path.relative_to(REPOSITORY)) for path in _BELOW)]
-README, LAUNCH, SWEEPS, ENGINE, SLURM = (
-    f"{folder}README.md" for folder in ("", "launch/", "launch/sweeps/", "ds_configs/", "slurm/")
+README, LAUNCH, SWEEPS, THEORY, ENGINE, SLURM = (
+    f"{folder}README.md" for folder in ("", "launch/", "launch/sweeps/", "launch/theory/", "ds_configs/", "slurm/")
 )
 # What cannot run in the copy, and the test that runs it instead.
 ELSEWHERE = {
@@ -116,7 +116,7 @@ def test_the_hooks_are_what_ci_checks():
 @quick
 def test_every_document_with_commands_is_run_here():
     ours = {document for document in DOCUMENTS if commands(document)}
-    assert ours == {README, LAUNCH, SWEEPS, ENGINE, SLURM}
+    assert ours == {README, LAUNCH, SWEEPS, THEORY, ENGINE, SLURM}
 
 
 def save_named(copy: Path, document: str, *names: str) -> None:
@@ -175,6 +175,12 @@ def test_running(reader):
 
 def test_engine_files(reader):
     assert [in_copy(reader, command) for command in commands(ENGINE)]
+
+
+def test_the_theory(copy):
+    for command in commands(THEORY):
+        in_copy(copy, command)
+    assert (copy / "theory-study/gaps.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tasks_sweeps_and_tables(reader):
