@@ -244,20 +244,31 @@ def test_a_run_places_its_knots(whole):
     assert (result["knots"], result["links"]) == ([*expected, 16], len(expected) + 1)
 
 
-def test_with_its_knots_given_a_run_has_the_same_bits(toy, whole, tmp_path):
-    weights, run = whole
-    again = replayed(by_loss(toy), run)
-    assert set(again["chain"]["knots"]) == {"steps"}
-    assert train_in(tmp_path, again, 1) == weights
-    assert learnt(tmp_path / "run") == learnt(run)
+@pytest.fixture(scope="module")
+def given(toy, whole, tmp_path_factory):
+    """The run with the knots of `whole` given, and a row every five steps and at knots."""
+    folder = tmp_path_factory.mktemp("given")
+    config = replayed(by_loss(toy, run={"log_every_steps": 5}), whole[1])
+    assert set(config["chain"]["knots"]) == {"steps"}
+    return train_in(folder, config, 1), folder / "run"
 
 
-def test_stopped_before_at_and_after_a_decision(toy, whole, tmp_path):
-    """After step 5, in a window; after step 6, where the link is to end; after step 8, in the next link's first window's end."""
-    weights, run = whole
+def test_with_its_knots_given_a_run_has_the_same_bits(whole, given):
+    assert given[0] == whole[0]
+    found, expected = learnt(given[1]), learnt(whole[1])
+    losses = {row["step"]: row["loss"] for row in found.pop("metrics.jsonl")}
+    assert losses[16] == expected.pop("metrics.jsonl")[15]["loss"]  # the row before is of step 15
+    assert found == expected
+
+
+def test_stopped_before_at_and_after_a_decision(toy, given, tmp_path):
+    """After step 5, in a window; after step 6, where the link is to end; after step 8, where the next link's first window ends.
+    What it logs is what the run with its knots given logs."""
+    weights, run = given
     assert rows(run / "knots.jsonl")[0]["step"] == 6
-    assert train_in(tmp_path, by_loss(toy), 1, stops=[("step", 5), ("step", 1), ("step", 2)]) == weights
-    assert record(tmp_path / "run") == record(run)
+    config = by_loss(toy, run={"log_every_steps": 5})
+    assert train_in(tmp_path, config, 1, stops=[("step", 5), ("step", 1), ("step", 2)]) == weights
+    assert learnt(tmp_path / "run") == learnt(run)
 
 
 def test_killed_before_at_and_after_a_decision(toy, whole, tmp_path):
