@@ -8,7 +8,7 @@ from types import SimpleNamespace as Part
 import pytest
 import torch
 
-from cola_ds.config.loading import apply_override, check_config
+from cola_ds.config.loading import apply_override, check_config, load_config
 from cola_ds.config.steps import Epochs, StepPlan
 from cola_ds.evaluation.evaluators import TaskScore
 from cola_ds.training import plateau, state, validation
@@ -192,6 +192,24 @@ def held_out(toy):
     return by_loss(toy, model={"dtype": "bf16"}, deepspeed=ZERO2, chain={"knots": knots}, eval={"every": 2})
 
 
+def test_what_is_known_beforehand_is_said(toy, tmp_path):
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
+
+    path = save_run(
+        tmp_path / "run.yaml", by_loss(toy, chain={"length": 4, "knots": {"plateau": {**KNOTS, "most_steps": 5}}})
+    )
+    said = summarize(prepare(load_config(path), 1), 1).splitlines()
+    assert [line for line in said if line.startswith(("plateau", "link"))] == [
+        "plateau     a link ends where the mean training loss of 2 steps has once not improved by 1% of its best; at least 2 "
+        "steps, at most 5; the last ends with the run",
+        "link 1      at most 5 steps, LoRA rank 8, 1,792 trainable parameters",
+        "link 2      at most 5 steps, LoRA rank 4, 896 trainable parameters",
+        "link 3      at most 5 steps, LoRA rank 4, 896 trainable parameters",
+        "link 4      at most 4 steps, LoRA rank 2, 448 trainable parameters",
+    ]
+
+
 def replayed(config, run):
     """The run's config with its knots given, as its result says."""
     again = json.loads(json.dumps(config))
@@ -261,7 +279,7 @@ def test_with_its_knots_given_a_run_has_the_same_bits(whole, given):
     assert found == expected
 
 
-def test_stopped_before_at_and_after_a_decision(toy, given, tmp_path):
+def test_stopped_before_at_and_after_a_decision(toy, whole, given, tmp_path):
     """After step 5, in a window; after step 6, where the link is to end; after step 8, where the next link's first window ends.
     What it logs is what the run with its knots given logs."""
     weights, run = given
@@ -269,6 +287,8 @@ def test_stopped_before_at_and_after_a_decision(toy, given, tmp_path):
     config = by_loss(toy, run={"log_every_steps": 5})
     assert train_in(tmp_path, config, 1, stops=[("step", 5), ("step", 1), ("step", 2)]) == weights
     assert learnt(tmp_path / "run") == learnt(run)
+    decided, expected = (rows(each / "knots.jsonl") for each in (tmp_path / "run", whole[1]))
+    assert [(row["ended_by"], row["losses"]) for row in decided] == [(r["ended_by"], r["losses"]) for r in expected]
 
 
 def test_killed_before_at_and_after_a_decision(toy, whole, tmp_path):
