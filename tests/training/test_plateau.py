@@ -275,6 +275,7 @@ def test_with_its_knots_given_a_run_has_the_same_bits(whole, given):
     assert given[0] == whole[0]
     found, expected = learnt(given[1]), learnt(whole[1])
     losses = {row["step"]: row["loss"] for row in found.pop("metrics.jsonl")}
+    assert sorted(losses) == sorted({5, 10, 15, *(row["step"] for row in found["knots.jsonl"])})
     assert losses[16] == expected.pop("metrics.jsonl")[15]["loss"]  # the row before is of step 15
     assert found == expected
 
