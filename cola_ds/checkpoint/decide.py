@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cola_ds.checkpoint.format import Checkpoint, DamagedError, Hashing, explain_damage, open_or_refuse, read_checkpoint
+from cola_ds.checkpoint.format import (
+    Checkpoint,
+    DamagedError,
+    Hashing,
+    SavedState,
+    explain_damage,
+    open_or_refuse,
+    read_checkpoint,
+)
 from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.inputs import ready_configs
@@ -247,6 +255,13 @@ def _check_base(folder: RunDir, config: RunConfig) -> None:
 def links_of(config: RunConfig) -> list[str] | None:
     """The hashes of the links that are tied to the base before anything else; None where there are none."""
     return None if config.model.links is None else read_learnt(config.model.links).link_hashes
+
+
+def decided_knots(saved: SavedState) -> list[int]:
+    """The knots that are not for the loss to place any more: of the links that are tied, whatever placed them then, and the one
+    that is decided and comes next."""
+    tied = saved.knots[: saved.chain.link - 1]
+    return tied + [knot for knot in saved.chain.decided[len(tied) :] if knot == saved.chain.step]
 
 
 def check_fits(saved_knots: list[int], link: int, step: int, step_plan: StepPlan) -> None:

@@ -66,6 +66,11 @@ class Counters(_Saved):
     ended_step: int | None
     change_square: float
     link_hashes: list[str]
+    decided: list[int] = []
+    link_losses: list[float] = []
+    window_loss: float = 0.0
+    window_steps: int = 0
+    """These four are not in checkpoints of before the loss could place knots."""
 
 
 class Unlogged(_Saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,25 @@ def inspect(run: str) -> str:
         best = min(on_dev, key=lambda row: score_objective(row["score"]))
         lines.append(f"best         {best['metric']} {best['score']:.4f} on dev at step {best['step']}")
     if config.trains_lora:
-        lines.append(f"links        {_count_links(folder)} of {config.chain.length} tied")
+        most = "at most " if config.chain.plateau else ""
+        lines.append(f"links        {_count_links(folder)} of {most}{config.chain.length} tied")
     for row in folder.rows("knots.jsonl"):
         at = f"  link {row['link']}     step {row['step']}, LoRA rank {row['lora_rank']}, |delta| {row['delta_norm']:.4g}"
         lines.append(at + (f", rounding error {row['rounding_error']:.2%}" if row.get("rounding_error") else ""))
+    if words := _replay(folder, damage):
+        lines.append(f"replay       {shlex.join(words)}")
     lines.append(f"checkpoints  {len(found) or 'none'}")
     marks = {"latest": checkpoints.pointer("latest"), "best": checkpoints.pointer("best")}
     for name, state in found.items():
         holds = state if isinstance(state, str) else "checksums hold" + _links_hold(folder, checkpoints, name)
         lines.append(f"  {name}  {holds}" + "".join(f", {mark}" for mark, target in marks.items() if target == name))
     return "\n".join(lines)
+
+
+def _replay(folder: RunDir, damage: str) -> list[str]:
+    """The overrides with which a run comes to the same knots, where the loss has placed them."""
+    path = folder.path / "result.json"
+    return [] if damage or not path.exists() else list(json.loads(path.read_bytes()).get("replay") or [])
 
 
 def _state(path: Path) -> Any:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cola_ds.config.data_section import DataConfig
 from cola_ds.config.fields import LIMIT, Count, Mark, Path, Section
+from cola_ds.config.plateau import PlateauConfig, read_plateau
 from cola_ds.errors import quoted
 
 
@@ -29,13 +30,17 @@ def _lora_ranks(value: Any) -> Any:
 def _knots(value: Any) -> Any:
     if value == "even":
         return value
+    if isinstance(value, dict) and set(value) == {"plateau"}:
+        return {"plateau": read_plateau(value["plateau"])}
     if isinstance(value, dict) and len(value) == 1 and set(value) <= {"epochs", "steps"}:
         (at,) = value.values()
         if isinstance(at, list) and at and all(_counts(k) for k in at):
             if any(b <= a for a, b in itertools.pairwise(at)):
                 raise ValueError("are out of order: each knot must come after the one before it")
             return value
-    raise ValueError("must be even, {epochs: [3]} or {steps: [125, 250]} with positive whole numbers")
+    raise ValueError(
+        "must be even, {epochs: [3]} or {steps: [125, 250]} with positive whole numbers, or {plateau: {}}: placed by the loss"
+    )
 
 
 def _targets(value: Any) -> Any:
@@ -93,14 +98,20 @@ class LoraConfig(Section):
 
 class ChainConfig(Section):
     length: int = Field(default=1, ge=1, le=10_000)
-    """Number of links; 1 is plain LoRA."""
-    knots: Annotated[str | dict[str, list[int]], BeforeValidator(_knots)] = "even"
+    """Number of links; 1 is plain LoRA. With chain.knots {plateau: ...} the most links."""
+    knots: Annotated[str | dict[str, list[int] | PlateauConfig], BeforeValidator(_knots)] = "even"
     """Where links end: even, {epochs: [3]} or {steps: [125, 250]}. The last link ends with the run; an explicit list names the
-    length - 1 knots before it."""
+    length - 1 knots before it. {plateau: {window: 20}}: where the loss no longer falls; its keys are below."""
     tie: Literal["local", "gathered"] = "local"
     """local: each process adds its part of the link to its own shard, and only A and B move. gathered: whole weights move."""
     merge: Annotated[Literal["exact", "plain"], Mark.FIXED] = "exact"
     """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
+
+    @property
+    def plateau(self) -> PlateauConfig | None:
+        """What says where links end, where the loss does."""
+        found = self.knots.get("plateau") if isinstance(self.knots, dict) else None
+        return found if isinstance(found, PlateauConfig) else None
 
 
 class OptimConfig(Section):
@@ -206,7 +217,7 @@ class RunConfig(Section):
             raise ValueError(f"lora.rank {quoted(ranks)} names {len(ranks)} links, but chain.length is {length}")
         if isinstance(self.chain.knots, dict):
             (at,) = self.chain.knots.values()
-            if len(at) != length - 1:
+            if isinstance(at, list) and len(at) != length - 1:
                 raise ValueError(
                     f"chain.knots names {len(at)} knots; chain.length {length} takes {length - 1}, the last ends with the run"
                 )
@@ -226,6 +237,23 @@ class RunConfig(Section):
             raise ValueError("optim.global_batch_tokens needs data.packing=best_fit, whose rows are full")
         if self.method == "icl" and self.data.task is None:
             raise ValueError("method icl shows solved examples of a task: name data.task")
+        return self
+
+    @model_validator(mode="after")
+    def _agree_with_plateau(self) -> RunConfig:
+        plateau = self.chain.plateau
+        if plateau is None or self.chain.length == 1:
+            return self
+        if plateau.loss == "held_out" and (self.eval.every in ("link", "end") or not self.data.has_eval):
+            raise ValueError(
+                "chain.knots: plateau with loss held_out goes by evaluations within links: name data.eval or data.task, and as "
+                f"eval.every, which is {self.eval.every}, epoch or a number of steps"
+            )
+        if self.optim.schedule_over == "link" and self.optim.schedule != "constant":
+            raise ValueError(
+                f"optim.schedule_over link and optim.schedule {self.optim.schedule} want to know beforehand how long a link is, "
+                "which chain.knots plateau does not say; use optim.schedule_over=chain, or optim.schedule=constant"
+            )
         return self
 
     @property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ds.config.schema import RunConfig
+from cola_ds.config.plateau import known_knots, least_steps
+from cola_ds.config.schema import ChainConfig, RunConfig
 from cola_ds.errors import UserError
 
 
@@ -63,9 +64,12 @@ class StepPlan:
     """Rows of a step, over all processes: examples, or packed rows."""
     total_steps: int
     knots: tuple[int, ...]
-    """The step after which each link ends, one per link; the last is total_steps."""
+    """The step after which each link ends, one per link; the last is total_steps. Where the loss places them: those that are
+    decided, and those to come at the latest."""
     micro_steps: int
     """Forward/backward passes per step and process (gradient accumulation)."""
+    least_steps: int = 1
+    """Steps of a link at least, where the loss places the knots."""
 
     def link_steps(self, link: int) -> int:
         """Steps in a link, counted from 1."""
@@ -75,6 +79,13 @@ class StepPlan:
         """The same, but over after `step`."""
         knots = (*(knot for knot in self.knots if knot < step), step)
         return dataclasses.replace(self, total_steps=step, knots=knots)
+
+    def deciding(self, chain: ChainConfig, decided: Sequence[int]) -> StepPlan:
+        """The same where the loss has placed those knots; the config's own where it places none."""
+        if chain.plateau is None:
+            return self
+        knots = known_knots(decided, chain.plateau, self.least_steps, chain.length, self.total_steps)
+        return dataclasses.replace(self, knots=knots)
 
     def link_of(self, step: int) -> int:
         """The link that a step (counted from 1) belongs to; 1 before any step."""
@@ -115,11 +126,18 @@ def resolve(config: RunConfig, rows: int | Callable[[int], int], world_size: int
     optim, size, micro_steps = config.optim, rows_per_step(config), micro_steps_of(config, world_size)
     epochs = Epochs(rows, size)
     total_steps = optim.max_steps or epochs.start(optim.epochs or 1)
-    knots = place_knots(config.chain.knots, config.chain.length, total_steps, epochs)
+    chain, least = config.chain, 1
+    if chain.plateau is None:
+        knots = place_knots(chain.knots, chain.length, total_steps, epochs)
+    else:
+        least = least_steps(chain.plateau, config.eval.every, lambda: epochs.steps(0))
+        knots = known_knots((), chain.plateau, least, chain.length, total_steps)
     step_plan = StepPlan(
-        epochs=epochs, global_batch_size=size, total_steps=total_steps, knots=knots, micro_steps=micro_steps
-    )
-    shortest = min(step_plan.link_steps(link) for link in range(1, config.chain.length + 1))
+        epochs=epochs, global_batch_size=size, total_steps=total_steps, knots=knots, micro_steps=micro_steps, least_steps=least
+    )  # fmt: skip
+    shortest = min(step_plan.link_steps(link) for link in range(1, len(knots) + 1))
+    if chain.plateau is not None and chain.length > 1:
+        shortest = min(shortest, least)
     if optim.warmup_steps >= shortest:
         raise UserError(f"optim.warmup_steps {optim.warmup_steps} never ends: the shortest link has {shortest} steps")
     return step_plan

@@ -37,6 +37,9 @@ def key_table() -> str:
     for name in SECTIONS:
         section = schema["$defs"][properties[name]["$ref"].rpartition("/")[2]]
         parts.append(_table(f"`{name}`", section["properties"], f"{name}."))
+        if name == "chain":
+            nested = schema["$defs"]["PlateauConfig"]["properties"]
+            parts.append(_table("`chain.knots: {plateau: {...}}`", nested, "chain.knots."))
     return "\n".join(parts)
 
 

@@ -113,6 +113,8 @@ def published_columns(config: RunConfig, table: str) -> list[str]:
     """Columns of a table of the paper that this method stands in; none where it has nothing like it."""
     if not config.trains_lora:
         return [config.method]
+    if config.chain.plateau is not None:  # the paper has no knots of the loss
+        return []
     optimizer = table if table in ("sgd", "adagrad") else "adamw"
     if config.optim.name != optimizer or config.data.num_train != _NUM_TRAIN.get(table, config.data.num_train):
         return []

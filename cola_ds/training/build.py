@@ -44,7 +44,8 @@ def build_chain(
     """
     config, restored = prepared.config, state is not None
     state = state or ChainState()
-    step_plan = prepared.step_plan if state.ended_step is None else prepared.step_plan.ending_at(state.ended_step)
+    step_plan = prepared.step_plan.deciding(config.chain, state.decided)
+    step_plan = step_plan if state.ended_step is None else step_plan.ending_at(state.ended_step)
     check_engine_config({**prepared.engine_json, **prepared.engine_config}, config.deepspeed)
     accelerator.make_deterministic(config.run.deterministic)
     # Dropout alone draws from it, and differs by process.

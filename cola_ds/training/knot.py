@@ -18,6 +18,7 @@ from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import lora_layers, start_link
 from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
 from cola_ds.training.optim import make_optimizer
+from cola_ds.training.plateau import why_ended
 from cola_ds.training.state import Chain, step_examples
 
 
@@ -106,6 +107,7 @@ def _row(chain: Chain, tied: TiedLink, begin: float) -> dict[str, Any]:
         "tie_s": time.perf_counter() - begin,
         "bytes_moved": tied.bytes_moved,
         "peak_memory_bytes": int(collectives.all_reduce_max([accelerator.peak_memory_bytes()])[0]),
+        **why_ended(chain),
     }
 
 

@@ -20,6 +20,7 @@ from cola_ds.distributed.engine import Engine, set_learning_rate
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.training.knot import pass_knot
 from cola_ds.training.optim import learning_rate
+from cola_ds.training.plateau import begin_losses, take_step_loss
 from cola_ds.training.save import checkpoint_is_due, save_checkpoint, stop_here
 from cola_ds.training.skips import check_skips, record_skipped_step
 from cola_ds.training.state import Chain, position, step_examples
@@ -41,13 +42,14 @@ def run_chain(chain: Chain) -> None:
         chain.state.link += 1
         chain.state.step_in_link = chain.state.skipped_in_link = 0
         chain.state.link_tokens.append(0)
+        begin_losses(chain)
         evaluate_if_due(chain)  # of the merged weights: what an export holds
 
 
 def tune_lora(chain: Chain) -> None:
     """Train the current link up to its knot."""
     state, optim = chain.state, chain.config.optim
-    to_come = range(state.step, chain.step_plan.knots[state.link - 1])  # eval.patience may end it earlier
+    to_come = range(state.step, chain.step_plan.knots[state.link - 1])  # it may end earlier
     with Ahead(lambda step: step_examples(chain, step), to_come, accelerator.device()) as ahead:
         while state.step < chain.step_plan.knots[state.link - 1]:
             watchdog.heartbeat("examples", step=state.step + 1)
@@ -61,6 +63,7 @@ def tune_lora(chain: Chain) -> None:
             state.examples_seen += examples.examples
             state.link_tokens[-1] += examples.tokens
             record_skipped_step(chain, examples, bool(loss_is_bad))
+            take_step_loss(chain, loss, bool(loss_is_bad))  # the loss may place the knot here
             chain.logger.step(
                 position(chain), None if loss_is_bad else loss, examples, waited_s,
                 now=state.step in chain.step_plan.knots, lr=lr, grad_norm=chain.engine.get_global_grad_norm(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from typing import Any
 
 import torch
 
+from cola_ds.config.plateau import replay_words
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.shards import whole_state_dict
 from cola_ds.run.folder import RunDir
@@ -43,6 +45,8 @@ def _write_result(chain: Chain, prepared: Prepared, folder: RunDir, more: dict[s
     result = {**_result(prepared, chain, folder), **more}
     folder.write_result(result)
     folder.event("finished", step=chain.state.step)
+    if result["replay"]:
+        chain.logger.say(f"with its knots given the run is the same, bit for bit: {shlex.join(result['replay'])}")
     # Counting runs the model's own code, which may do anything: the result is there already.
     tokens = chain.state.link_tokens
     counted = chain.logger.figure("profiled_flops", lambda: profiled_flops(prepared, tokens, chain.train.joined))
@@ -62,6 +66,8 @@ def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
         "examples": chain.state.examples_seen,
         "ended_early": chain.state.ended_step is not None,
         "links": chain.links if config.trains_lora else 0,
+        "knots": list(chain.step_plan.knots) if config.trains_lora else [],
+        "replay": _replay(chain),
         "tokens": sum(chain.state.link_tokens),
         "skipped_steps": chain.state.skipped_steps,
         "world_size": chain.world_size,
@@ -74,6 +80,12 @@ def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
         "profiled_flops": None,  # it follows
         "link_sha256": chain.state.link_hashes,
     }
+
+
+def _replay(chain: Chain) -> list[str] | None:
+    """The overrides with which a run whose knots the loss has placed comes to the same bits; None for any other."""
+    config = chain.config
+    return None if config.chain.plateau is None else replay_words(chain.state.decided, config.lora.rank)
 
 
 def _waited_s(folder: RunDir) -> float:

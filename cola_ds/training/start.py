@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, engine_facts, links_of
+from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, decided_knots, engine_facts, links_of
 from cola_ds.checkpoint.format import Checkpoint, SavedState, hash_of
 from cola_ds.checkpoint.restore import restore_engine, restore_folder
 from cola_ds.data.tokenize import chat_template_of
@@ -62,7 +62,10 @@ def lock_and_choose(
     check_shared(Path(config.run.dir))
     saved = SavedState.model_validate(answer) if isinstance(answer, dict) else None
     if saved:
-        check_fits(saved.knots, saved.chain.link, saved.chain.step, prepared.step_plan)
+        if config.chain.plateau is not None:
+            saved.chain.decided = decided_knots(saved)
+        step_plan = prepared.step_plan.deciding(config.chain, saved.chain.decided)
+        check_fits(saved.knots, saved.chain.link, saved.chain.step, step_plan)
     return Start(answer == "finished", saved, chosen if isinstance(chosen, Checkpoint) else None)
 
 

@@ -45,6 +45,13 @@ class ChainState:
     """Evaluations since then."""
     ended_step: int | None = None
     """Where eval.patience has ended the run."""
+    decided: list[int] = field(default_factory=list)
+    """Knots that the loss has placed (chain.knots: {plateau: ...}), those of most_steps with them."""
+    link_losses: list[float] = field(default_factory=list)
+    """What it goes by in this link: the means of its windows, or the objectives of its evaluations."""
+    window_loss: float = 0.0
+    """The sum of the finite training losses of the window that is under way, and how many they are."""
+    window_steps: int = 0
     change_square: float = 0.0
     """Squared norm of all links' sum: of the change of the base weights that was wanted; below 0 where an earlier version did not
     know it."""
@@ -100,7 +107,8 @@ class Chain:
 
     @property
     def links(self) -> int:
-        """Its length: chain.length, unless eval.patience has ended it before."""
+        """Its length: chain.length, unless eval.patience has ended it before. Where the loss places the knots, as far as it is
+        known."""
         return len(self.step_plan.knots)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 
+from cola_ds.config.plateau import PlateauConfig, describe, longest_links
 from cola_ds.data.text import overlap
 from cola_ds.data.tokens import LOSSES
 from cola_ds.evaluation.attention import shown_name
@@ -53,7 +54,10 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
         lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
-    for link, knot in enumerate(step_plan.knots, start=1) if config.trains else ():
+    plateau = config.chain.plateau if config.chain.length > 1 else None
+    if plateau is not None:
+        lines += _links_beforehand(prepared, plateau)
+    for link, knot in enumerate(step_plan.knots, start=1) if config.trains and plateau is None else ():
         name = f"link {link:<7}" if config.trains_lora else "training    "
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
         steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
@@ -69,6 +73,16 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     lines.append(f"kernels     {kernels}; attention: {shown_name(prepared.attention)}{compiled}")
     lines.append(f"run folder  {config.run.dir}")
     return "\n".join(lines)
+
+
+def _links_beforehand(prepared: Prepared, plateau: PlateauConfig) -> Iterator[str]:
+    """What is known beforehand of links that the loss ends."""
+    config, step_plan = prepared.config, prepared.step_plan
+    yield f"plateau     {describe(plateau, step_plan.least_steps, is_scored=prepared.test is not None)}"
+    longest = longest_links(plateau, step_plan.least_steps, config.chain.length, step_plan.total_steps)
+    for link, steps in enumerate(longest, start=1):
+        lora_rank, trainable = config.lora_ranks[link - 1], count_trainable(prepared, link)
+        yield f"link {link:<7}at most {steps} steps, LoRA rank {lora_rank}, {trainable:,} trainable parameters"
 
 
 def _what_became_of(prepared: Prepared) -> Iterator[str]:

@@ -8,6 +8,7 @@ from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed import collectives, signals
 from cola_ds.evaluation.evaluators import HeldOut, TaskScore, held_out_loss, task_score
+from cola_ds.training.plateau import evaluation_ends_link, take_evaluation
 from cola_ds.training.save import save_checkpoint, stop_here
 from cola_ds.training.state import Chain, position
 
@@ -37,6 +38,9 @@ def evaluate_if_due(chain: Chain) -> None:
     if not evaluation_is_due(chain):
         return
     found, state, patience = evaluate(chain), chain.state, chain.config.eval.patience
+    if found is None:
+        return
+    take_evaluation(chain, found)
     state.evaluated_step = state.step
     if found < state.best:
         state.best, state.best_step, state.no_better = found, state.step, 0
@@ -62,9 +66,10 @@ def end_here(chain: Chain) -> None:
         save_checkpoint(chain)
 
 
-def evaluate(chain: Chain) -> float:
+def evaluate(chain: Chain) -> float | None:
     """The objective now (run/scores.py): of the held-out loss or, of a task, its dev score; where that is the best so far, its
-    test score is found too. All go into the log. Raises StoppedError when a signal asks for it."""
+    test score is found too. All go into the log. None, and nothing in the log, where it ends the link (chain.knots): then one
+    after the knot counts. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
     chain.logger.stop_clock()
     stop = 0.0
@@ -77,10 +82,12 @@ def evaluate(chain: Chain) -> float:
     found: list[HeldOut | TaskScore | None]
     if chain.is_scored:
         found = [_score(chain, "dev", stopped)]
-        if found[0] is not None and found[0].objective < chain.state.best:
-            found.append(_score(chain, "test", stopped))
     else:
         found = [held_out_loss(chain.engine, chain.held_out, chain.eval_batch_size, stopped)]
+    if found[0] is not None and evaluation_ends_link(chain, found[0].objective):
+        return None
+    if chain.is_scored and found[0] is not None and found[0].objective < chain.state.best:
+        found.append(_score(chain, "test", stopped))
     for each in found:
         if each is None:
             stop_here(chain, int(stop))

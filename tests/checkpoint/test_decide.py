@@ -1,16 +1,19 @@
 """Deciding how a run starts, from files alone."""
 
 import dataclasses
+from types import SimpleNamespace as Part
 
 import pytest
 
-from cola_ds.checkpoint.decide import Identity, ResumeOptions, choose_start
+from cola_ds.checkpoint.decide import Identity, ResumeOptions, check_fits, choose_start, decided_knots
+from cola_ds.checkpoint.format import Counters
 from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.keys import default_of, flat_keys
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.run.folder import RunDir
 from cola_ds.run.marker import Marker
+from cola_ds.training.state import ChainState, counters, from_counters
 from tests.support.recorded import recorded
 
 BEFORE = {
@@ -55,6 +58,29 @@ def test_keys_that_came_later_had_their_defaults(tmp_path):
     other = RunConfig.model_validate({**BEFORE, "model": {"path": "m", "attention": "sdpa"}})
     with pytest.raises(UserError, match=r"model.attention auto -> sdpa"):
         choose_start(RunDir(tmp_path), other, same, ResumeOptions(), None)
+
+
+def test_knots_that_are_not_for_the_loss_to_place_any_more():
+    """Of tied links, whatever placed them, and of the one whose knot comes next: a chain of even knots may go on by its loss."""
+    from cola_ds.config.steps import Epochs, StepPlan
+
+    def saved(knots, link, step, decided):
+        return Part(knots=knots, chain=Part(link=link, step=step, decided=decided))
+
+    assert decided_knots(saved([50, 100, 150], 2, 70, [])) == [50]
+    assert decided_knots(saved([40, 60, 150], 2, 60, [40, 60])) == [40, 60]
+    assert decided_knots(saved([50, 100, 150], 2, 70, [40, 60])) == [50]
+    config = RunConfig.model_validate({**BEFORE, "chain": {"length": 3, "knots": {"plateau": {}}}})
+    plan = StepPlan(epochs=Epochs(9, 9), global_batch_size=9, total_steps=150, knots=(150,), micro_steps=1)
+    check_fits([50, 100, 150], 2, 70, plan.deciding(config.chain, [50]))
+    with pytest.raises(UserError, match=r"has tied links at steps \[50\], the changed config would at \[150\]"):
+        check_fits([50, 100, 150], 2, 70, plan)
+
+
+def test_a_checkpoint_of_before_the_loss_could_place_knots():
+    known = ("decided", "link_losses", "window_loss", "window_steps")
+    before = {name: value for name, value in counters(ChainState()).items() if name not in known}
+    assert from_counters(Counters.model_validate(before)) == ChainState()
 
 
 def test_the_default_of_every_key():

@@ -406,3 +406,15 @@ def test_runs_without_a_task_beside_those_with_one(tmp_path):
     assert f"Not finished: {tmp_path / 'x/two'}" in tables(tmp_path)
     with pytest.raises(UserError, match=r"x/two has no result.json: the run has not finished"):
         tables(tmp_path / "x/two")
+
+
+def test_a_chain_whose_knots_the_loss_places_stands_beside_no_column_of_the_paper():
+    from cola_ds.config.loading import check_config
+    from cola_ds.report.paper import published_columns
+
+    run = {
+        "model": {"path": "m"}, "data": {"train": "t"}, "run": {"dir": "r"}, "optim": {"lr": 1.0, "epochs": 5},
+        "chain": {"length": 2},
+    }  # fmt: skip
+    assert published_columns(check_config(run, [], "run.yaml"), "opt-1.3b") == ["(8,8)", "cola", "cola-2"]
+    assert published_columns(check_config(run, ["chain.knots={plateau: {}}"], "run.yaml"), "opt-1.3b") == []
