@@ -12,7 +12,7 @@ from tests.support.toys import rows, run_config, save_run
 
 TIMES = {
     "tokens_per_s", "step_s", "data_wait_s", "tflops", "peak_share", "memory_bytes", "seconds", "tie_s", "rebuild_s",
-    "peak_memory_bytes", "bytes_moved", "loading_s",
+    "peak_memory_bytes", "bytes_moved", "diagnostics_s", "loading_s",
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def record(run: Path) -> dict:
     """All that a run leaves that does not depend on time: rows, links bit by bit, scores."""
     found = {
         name: [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run / name)]
-        for name in ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
+        for name in ("metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl")
         if (run / name).exists()
     }
     for path in sorted((run / "chain").rglob("*.safetensors")) if (run / "chain").exists() else ():
