@@ -49,8 +49,8 @@ def tie_knot(chain: Chain) -> dict[str, Any]:
     """Merge the link into the base weights, W <- W + scaling * B A, and save it. Returns the knot's row.
 
     B is zero afterwards, so the outputs are what they were, unless chain.merge_weight has tied less of the link; a second tie
-    would add nothing. The optimizer's masters still hold the old link: extend_chain, or the end of the run, must follow before any
-    other step. Parameters must be in their shards, as `evaluating` leaves them.
+    would add nothing. The optimizer's masters still hold the old link: extend_chain, or the end of the run, must follow before
+    any other step. Parameters must be in their shards, as `evaluating` leaves them.
     """
     begin = time.perf_counter()
     _check_link(chain)
