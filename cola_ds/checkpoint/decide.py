@@ -53,6 +53,7 @@ class Identity:
     engine: dict[str, Any]
     train: str
     eval: str | None
+    watch: str | None = None
 
 
 def engine_facts(engine_json: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +171,7 @@ class Described(Protocol):
     engine: dict[str, Any]
     train: str
     eval: str | None
+    watch: str | None
 
 
 @dataclass
@@ -178,6 +180,7 @@ class _Described:
     engine: dict[str, Any]
     train: str
     eval: str | None
+    watch: str | None = None
 
 
 def _described(folder: RunDir) -> _Described:
@@ -208,8 +211,11 @@ def _compare(
     of_data = {key: text for key, text in differences.items() if key.startswith("data.")}
     changed = {key: text for key, text in differences.items() if not is_free(key) and not by_content(key)}
     let_through = False
-    for key, before, now in (("data.train", saved.train, identity.train), ("data.eval", saved.eval, identity.eval)):
-        mine = {k: text for k, text in of_data.items() if k == key or k not in ("data.train", "data.eval")}
+    for split in ("train", "eval", "watch"):
+        key, before, now = f"data.{split}", getattr(saved, split), getattr(identity, split)
+        mine = {
+            k: text for k, text in of_data.items() if k == key or k not in ("data.train", "data.eval", "data.watch")
+        }
         if before != now and (mine.keys() | {key}) & set(options.allow_change):
             let_through = True
         elif before != now:

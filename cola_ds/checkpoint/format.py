@@ -60,6 +60,8 @@ class Counters(_Saved):
     skipped_in_link: int
     skipped_in_a_row: int
     evaluated_step: int
+    watched_step: int = -1
+    """-1 too in checkpoints of before there was data.watch."""
     best_step: int
     best: float | None
     no_better: int
@@ -93,6 +95,9 @@ class Rows(_Saved):
     metrics: int
     evals: int
     knots: int
+    links: int = 0
+    watch: int = 0
+    """Neither is in checkpoints of before these files were."""
 
 
 class SavedState(_Saved):
@@ -106,6 +111,7 @@ class SavedState(_Saved):
     model: str
     train: str
     eval: str | None
+    watch: str | None = None
     """Fingerprints (fingerprint.py)."""
     versions: dict[str, str]
     world_size: int

@@ -68,7 +68,7 @@ def restore_model(
         _tie_again(
             model,
             lora_rank,
-            config.lora.alpha / lora_rank,
+            config.tied_alpha(past) / lora_rank,
             tensors,
             remainders,
             earlier,

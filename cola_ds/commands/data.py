@@ -13,7 +13,7 @@ import numpy
 from cola_ds.config.schema import RunConfig
 from cola_ds.data.cache import cache_folder, clean
 from cola_ds.data.order import Order
-from cola_ds.data.text import SplitFacts, TokenizedData, datasets_of, facts_of, overlap
+from cola_ds.data.text import SplitFacts, TokenizedData, datasets_of, facts_of, overlap, watched_of
 from cola_ds.data.tokenize import check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.errors import UserError, inline
@@ -48,7 +48,8 @@ def look(config: RunConfig, show: int, color: bool) -> Look:
     check_sources(config.data)
     found = tokenize(config.data, tokenizer, config.model)
     train, held_out = datasets_of(config.data, found)
-    splits = {"train": train} | ({"eval": held_out} if held_out is not None else {})
+    others = {"eval": held_out, "watch": watched_of(config.data, found)}
+    splits = {"train": train} | {split: data for split, data in others.items() if data is not None}
     lines = []
     for split, data in splits.items():
         lines += [split, *_split(config, split, data, facts_of(config.data, split, data, found))]

@@ -52,7 +52,7 @@ def _tools(value: Any) -> Any:
 
 
 class SourceConfig(Section):
-    """One of several sources of `data.train` or `data.eval`. What it leaves out, `data` says for all."""
+    """One of several sources of `data.train`, `data.eval` or `data.watch`. What it leaves out, `data` says for all."""
 
     path: Path | None = None
     """A file, a folder of shards or a glob; this or `hub`."""
@@ -63,7 +63,7 @@ class SourceConfig(Section):
     revision: str | None = None
     """A branch, tag or commit of the dataset."""
     split: str | None = None
-    """The hub's split; null: train for `data.train`, validation for `data.eval`."""
+    """The hub's split; null: train for `data.train`, validation for the others."""
     weight: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     """Its share of an epoch, beside the others' weights; null for all: every example once."""
     limit: Count | None = None
@@ -105,6 +105,9 @@ class DataConfig(Section):
     `{path or hub, split, weight, limit, format ...}`, mixed by their weights. With `hub`, the name of a split."""
     eval: Annotated[str | list[str | SourceConfig] | None, BeforeValidator(_sources), Mark.PLACE] = None
     """Held-out data, likewise."""
+    watch: Annotated[str | list[str | SourceConfig] | None, BeforeValidator(_sources), Mark.PLACE] = None
+    """A second set of held-out data, likewise, such as text of what the model knew before: its loss is found before the first
+    step and after each knot, into watch.jsonl. It shows what is forgotten, and decides nothing."""
     eval_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Instead of `eval`: this part of the training examples is held out, by content: rows of the same content are on one side,
     whatever the seed."""
@@ -165,7 +168,7 @@ class DataConfig(Section):
             raise ValueError("data.eval_fraction contradicts data.eval_examples: give one of them")
         if self.eval is not None and self.holds_out:
             raise ValueError("data.eval contradicts data.eval_fraction and data.eval_examples: give one of them")
-        if self.hub is not None and (isinstance(self.train, list) or isinstance(self.eval, list)):
+        if self.hub is not None and any(isinstance(each, list) for each in (self.train, self.eval, self.watch)):
             raise ValueError(
                 "data.hub takes one split each for data.train and data.eval, such as train[:1000], not a list"
             )
@@ -191,7 +194,7 @@ class DataConfig(Section):
     def local_names(self) -> list[str]:
         """What the local files of data are named by."""
         names: list[str | SourceConfig] = []
-        for given in (self.train, self.eval) if self.hub is None else ():
+        for given in (self.train, self.eval, self.watch) if self.hub is None else ():
             names += given if isinstance(given, list) else [given] if given else []
         paths = [each.path if isinstance(each, SourceConfig) else each for each in names]
         paths += [self.chat_template, self.tools if isinstance(self.tools, str) else None]

@@ -9,12 +9,15 @@ from pydantic_core import to_jsonable_python
 from cola_ds.config.fields import Mark
 from cola_ds.config.schema import SECTIONS, RunConfig
 
+_MAPPINGS = ("chain.knots", "chain.optimizer_at_knot")
+"""Keys whose value may be a mapping."""
+
 
 def flat_keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A dumped config by section.key."""
     flat: dict[str, Any] = {}
     for key, inner in config.items():
-        if isinstance(inner, dict) and f"{prefix}{key}" != "chain.knots":
+        if isinstance(inner, dict) and f"{prefix}{key}" not in _MAPPINGS:
             flat |= flat_keys(inner, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = inner

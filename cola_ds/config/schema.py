@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from cola_ds.config.at_knot import check_at_knot, moments_of_next_link, weights_of_links
 from cola_ds.config.data_section import DataConfig
 from cola_ds.config.fields import LIMIT, Count, Mark, Path, Section
 from cola_ds.config.plateau import PlateauConfig, read_plateau
@@ -106,6 +107,15 @@ class ChainConfig(Section):
     """local: each process adds its part of the link to its own shard, and only A and B move. gathered: whole weights move."""
     merge: Annotated[Literal["exact", "plain"], Mark.FIXED] = "exact"
     """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
+    merge_weight: Annotated[float | list[float], BeforeValidator(weights_of_links), Mark.FIXED] = 1.0
+    """The factor that a link is tied with, W <- W + merge_weight * scaling * B A: one for all links, or one per link. Below 1 the
+    outputs change at a knot. It is the step size of Frank-Wolfe in the paper's idealised COLA (arXiv 2401.04151, algorithm 2)."""
+    optimizer_at_knot: Annotated[str | dict[str, float], BeforeValidator(moments_of_next_link)] = "reset"
+    """What the next link's optimizer starts with. reset: nothing. keep: the moments and step counts of the link before.
+    {prune: 0.9}: these, with the 0.9 of smallest magnitude of each moment set to zero (ReLoRA, arXiv 2307.05695)."""
+    diagnostics: Annotated[bool, Mark.FREE] = False
+    """Find out at each knot what the link has learnt, from A and B alone: spectra, effective ranks and overlaps with earlier
+    links, layer by layer, into links.jsonl; at the last knot intruder dimensions, too. No result changes."""
 
     @property
     def plateau(self) -> PlateauConfig | None:
@@ -221,6 +231,7 @@ class RunConfig(Section):
                 raise ValueError(
                     f"chain.knots names {len(at)} knots; chain.length {length} takes {length - 1}, the last ends with the run"
                 )
+        check_at_knot(self)
         if self.method == "zero-shot" and not self.data.has_eval:
             raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
         if self.method == "full" and self.model.shards == "node":
@@ -268,6 +279,11 @@ class RunConfig(Section):
     def lora_ranks(self) -> list[int]:
         """The LoRA rank of each link, one per link."""
         return self.lora.rank if isinstance(self.lora.rank, list) else [self.lora.rank] * self.chain.length
+
+    def tied_alpha(self, link: int) -> float:
+        """The alpha that a link, counted from 1, is tied with and saved as: its own, times its chain.merge_weight."""
+        weight = self.chain.merge_weight
+        return self.lora.alpha * (weight[link - 1] if isinstance(weight, list) else weight)
 
 
 SECTIONS = tuple(

@@ -64,7 +64,7 @@ class Source:
 
 
 def sources_of(data: DataConfig, split: str) -> list[Source]:
-    """The sources of `split`, "train" or "eval", as the config names them."""
+    """The sources of `split`, "train", "eval" or "watch", as the config names them."""
     given = getattr(data, split)
     assert given is not None
     if data.hub is not None:

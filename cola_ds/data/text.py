@@ -113,6 +113,12 @@ def datasets_of(config: DataConfig, found: Found) -> tuple[TokenizedData, Tokeni
     return train, TokenizedData(config, "eval", tokens, _sides(config, tokens, "eval")[0])
 
 
+def watched_of(config: DataConfig, found: Found) -> TokenizedData | None:
+    """The examples of data.watch; None where it names nothing."""
+    tokens = found.splits.get("watch")
+    return TokenizedData(config, "watch", tokens, _sides(config, tokens, "watch")[0]) if tokens else None
+
+
 def _sides(config: DataConfig, tokens: list[Tokens], split: str) -> tuple[list[numpy.ndarray], list[numpy.ndarray]]:
     """The examples of each source that stay in a split, and those that are held out of it, by their numbers in the source.
 
@@ -166,8 +172,8 @@ def _joined(parts: list[numpy.ndarray]) -> numpy.ndarray:
 
 
 def facts_of(config: DataConfig, split: str, data: TokenizedData, found: Found) -> SplitFacts:
-    """What a split is made of, for people; `split` is "train" or "eval"."""
-    own = "eval" if split == "eval" and config.eval is not None else "train"
+    """What a split is made of, for people; `split` is "train", "eval" or "watch"."""
+    own = split if split in found.splits else "train"
     tokens = found.splits[own]
     duplicates = tokens[0].duplicates
     if len(tokens) > 1:
@@ -178,7 +184,7 @@ def facts_of(config: DataConfig, split: str, data: TokenizedData, found: Found) 
     return SplitFacts(
         sources=[SourceFacts(name=source.name, tokens=each, examples=size) for source, each, size in named],
         duplicates=duplicates,
-        held_out=sum(each.counts.examples for each in tokens) - len(data) if config.holds_out else 0,
+        held_out=sum(each.counts.examples for each in tokens) - len(data) if config.holds_out and own == "train" else 0,
         warnings=found.warnings,
     )
 

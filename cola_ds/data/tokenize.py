@@ -42,7 +42,7 @@ class Found:
 
 def splits_of(config: DataConfig) -> list[str]:
     """The splits that have sources of their own."""
-    return ["train"] + (["eval"] if config.eval is not None else [])
+    return ["train", *(split for split in ("eval", "watch") if getattr(config, split) is not None)]
 
 
 def check_sources(config: DataConfig) -> None:

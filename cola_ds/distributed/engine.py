@@ -87,14 +87,15 @@ def rebuild_engine(
 
 
 @torch.no_grad()
-def restart_optimizer(engine: Engine) -> None:
-    """Make the optimizer what a new engine would have: fp32 masters of the parameters as they are now, no moments, step 0.
+def restart_optimizer(engine: Engine, keep_state: bool = False) -> None:
+    """Make the optimizer what a new engine would have: fp32 masters of the parameters as they are now, no moments, step 0. With
+    `keep_state` the masters alone are new.
 
     For parameters that were given new values in their shards (`local_shard`). Nothing moves between processes. The fp16 loss
     scale stays, as it does in `rebuild_engine`, and here its counters do too.
     """
     engine.optimizer.refresh_fp32_params()
-    for state in engine.optimizer.optimizer.state.values():
+    for state in () if keep_state else engine.optimizer.optimizer.state.values():
         # Moments, sums of squares and step counts: torch's optimizers start all of them at zero.
         for value in state.values():
             value.zero_()

@@ -21,6 +21,7 @@ from cola_ds.distributed.engine import Engine
 from cola_ds.distributed.shards import Part, numel, shape_of
 
 __all__ = [
+    "kept",
     "loss_scale_state",
     "optimizer_scalars",
     "own_parts",
@@ -63,10 +64,10 @@ def own_parts(engine: Engine, kinds: Iterable[str]) -> Iterator[Part]:
         for name, param in trained(engine).items():
             part = master_part(engine.optimizer, param)
             if part:
-                yield Part(f"{kind}/{name}", shape_of(param), part.start, part.of(_kept(engine, kind, part).detach()))
+                yield Part(f"{kind}/{name}", shape_of(param), part.start, part.of(kept(engine, kind, part).detach()))
 
 
-def _kept(engine: Engine, kind: str, part: MasterPart) -> Tensor:
+def kept(engine: Engine, kind: str, part: MasterPart) -> Tensor:
     """The optimizer's own flat master or moment that a part lies in."""
     if kind == "master":
         return part.flat
@@ -103,7 +104,7 @@ def _gather_piece(engine: Engine, piece: list[tuple[str, nn.Parameter, str]], co
     for _, param, kind in piece:
         part = master_part(engine.optimizer, param)
         if part:
-            held = _kept(engine, kind, part).detach()
+            held = kept(engine, kind, part).detach()
             whole[begin + part.start :][: part.count].copy_(part.of(held).float().view(torch.int32))
         begin += numel(param)
     dist.reduce(whole, dst=0)
@@ -122,7 +123,7 @@ def set_trained_tensor(engine: Engine, kind: str, param: nn.Parameter, whole: Te
     """Put a whole master or moment (flat, on this process's device) where the engine keeps it."""
     part = master_part(engine.optimizer, param)
     if part:
-        part.of(_kept(engine, kind, part).detach()).copy_(whole[part.start :][: part.count])
+        part.of(kept(engine, kind, part).detach()).copy_(whole[part.start :][: part.count])
 
 
 @torch.no_grad()

@@ -188,6 +188,12 @@ def inject(model: nn.Module, names: list[str], dropout: float, train_bias: bool)
         setattr(model.get_submodule(parent), child, LoRALinear(base, dropout, train_bias).train(base.training))
 
 
+def set_scaling(model: nn.Module, scaling: float) -> None:
+    """Have every injected layer weigh its link so."""
+    for layer in lora_layers(model).values():
+        layer.scaling = scaling
+
+
 def start_link(model: nn.Module, link: int, lora_rank: int, alpha: float, seed: int, device: torch.device) -> None:
     """Give every injected layer the A and B that `link` starts with."""
     for name, layer in lora_layers(model).items():

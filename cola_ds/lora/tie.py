@@ -55,14 +55,15 @@ def link_is_finite(model: nn.Module) -> bool:
 @torch.no_grad()
 def tie_link(
     model: nn.Module, remainders: dict[str, Remainder], earlier: dict[str, Links], local: bool, exact: bool, last: bool,
-    keep_tensors: bool,
+    keep_tensors: bool, looked_at: bool = False,
 ) -> TiedLink:  # fmt: skip
     """Tie (merge): W <- W + scaling * B A in every injected layer, one layer at a time, and B <- 0. Collective.
 
     `local` gathers A and B alone; otherwise W is gathered too, and process 0 changes it for all. `remainders` holds, for
     each layer in bf16 or fp16, the remainder of this process's part on the host. It is filled at the first knot, unless that is
     the `last` one: then nothing would use it. `earlier`, on the host too, has the links tied before of each layer
-    that this process minds: layers go round the processes, so that none has all of them to multiply at each knot.
+    that this process minds: layers go round the processes, so that none has all of them to multiply at each knot. It takes this
+    link in, unless that is the last and nobody looks at it there (`looked_at`).
     """
     tied = TiedLink()
     delta_squares: list[Tensor] = []
@@ -86,7 +87,7 @@ def tie_link(
                 if name in earlier:
                     A, B, scalings = (each.to(accelerator.device()) for each in earlier[name])
                     shared.append(inner_product((A, B, scalings), factors))
-                if not last:
+                if not last or looked_at:
                     earlier[name] = _joined(earlier.get(name), layer)
             if keep_tensors:
                 names = (*lora_names(name), bias_name(name))
@@ -130,9 +131,11 @@ def _add_link(
 
 
 @torch.no_grad()
-def restart_link(model: nn.Module, link: int, seed: int) -> None:
+def restart_link(model: nn.Module, link: int, alpha: float, seed: int) -> None:
     """Give every injected layer the A that `link` starts with, at the same LoRA rank, in its shards. B is zero since the tie."""
     for name, layer in lora_layers(model).items():
         part, start = local_shard(layer.lora_A)
-        lora_A = draw_lora_A(seed, link, name, (numel(layer.lora_A) // layer.in_features, layer.in_features))
+        lora_rank = numel(layer.lora_A) // layer.in_features
+        layer.scaling = alpha / lora_rank  # a tie may have weighed the link before otherwise
+        lora_A = draw_lora_A(seed, link, name, (lora_rank, layer.in_features))
         part.copy_(lora_A.flatten()[start : start + part.numel()])

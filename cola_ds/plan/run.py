@@ -236,6 +236,7 @@ def _evaluation(described: Described, cluster: Cluster) -> MicroStep | None:
     config = described.config
     rows = config.eval.batch_size
     held_out = config.data.task is not None or config.data.eval is not None or config.data.holds_out
+    held_out = held_out or config.data.watch is not None
     if not held_out or rows is None or rows <= config.optim.micro_batch_size:
         return None
     return _traced(_Facts(described, "cpu" if cluster.on_host else "cuda", False), rows, trains=False)

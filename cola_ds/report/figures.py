@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,49 @@ def _smoothed(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
     windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
+
+
+def draw_links(runs: Mapping[str, Path], folder: Path) -> None:
+    """Plot what the links of each run have learnt, links-RUN.png: spectra of the links and of the sums so far, and overlaps of
+    each link with those before it; means over layers. Runs without chain.diagnostics have none. Raises UserError without
+    matplotlib."""
+    pyplot = _pyplot("--figures")
+    for name, run in runs.items():
+        links: dict[int, list[dict[str, Any]]] = {}
+        for row in RunDir(run).rows("links.jsonl"):
+            links.setdefault(row["link"], []).append(row)
+        if not links:
+            continue
+        figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+        for place, key, what in (
+            (0, "singular_values", "of each link"),
+            (1, "sum_singular_values", "of the sum so far"),
+        ):
+            for link, rows in links.items():
+                values = _means([row[key] for row in rows])
+                axes[0, place].semilogy(range(1, len(values) + 1), values, "o-", markersize=3, label=f"link {link}")
+            _finish(
+                axes[0, place],
+                title=f"{_label(name)}: singular values {what}",
+                xlabel="number",
+                ylabel="mean over layers",
+            )
+        for place, key, what in ((0, "row_overlaps", "row"), (1, "column_overlaps", "column")):
+            means = [_means([row[key] for row in rows]) for rows in links.values()]
+            size = len(means)
+            drawn = axes[1, place].imshow(
+                [[*row[:size], *[math.nan] * (size - len(row))] for row in means], vmin=0, vmax=1,
+                extent=(0.5, size + 0.5, size + 0.5, 0.5),
+            )  # fmt: skip
+            axes[1, place].set(title=f"share of {what} spaces in those before", xlabel="earlier link", ylabel="link")
+            figure.colorbar(drawn, ax=axes[1, place])
+        _save(pyplot, figure, "--figures", folder / f"links-{file_name(name)}.png")
+
+
+def _means(lists: list[list[float | None]]) -> list[float]:
+    """The mean of each place over the lists that have a number there."""
+    places = [[value for value in values if value is not None] for values in itertools.zip_longest(*lists)]
+    return [statistics.fmean(values) if values else math.nan for values in places]
 
 
 def draw_figures(cells: Sequence[Cell], folder: Path) -> None:

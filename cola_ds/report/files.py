@@ -23,8 +23,8 @@ PNG_TEXT = {"Software": "cola-ds report"}
 _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", b"tEXtSoftware\0cola-ds report"
 _PNG_HEAD = 512  # bytes, in which its text stands
 _OF_RUNS = (
-    "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl", "result.json", "lock.json",
-    "run.json", "sweep.json", "deepspeed.json", "chain", "checkpoints", "model",
+    "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl", "events.jsonl",
+    "result.json", "lock.json", "run.json", "sweep.json", "deepspeed.json", "chain", "checkpoints", "model",
 )  # fmt: skip
 _FORMULA = (
     "=",

@@ -10,6 +10,7 @@ from cola_ds.errors import UserError, inline
 from cola_ds.report.cells import Cell, cell_of_run
 from cola_ds.report.files import check_csv, check_picture, csv_bytes, write_file
 from cola_ds.report.find import find_runs
+from cola_ds.report.links import LEGEND, links_table, looked_at
 from cola_ds.report.paper import PAPER_TABLES, published_scores
 from cola_ds.report.tables import comparison_table, flops_table, footnotes, rank_table, run_table, score_table
 from cola_ds.run.scores import as_dev
@@ -26,7 +27,7 @@ def report(
     """Markdown tables of runs, by their folders, a sweep's, or any folder above them. Raises UserError.
 
     `plot`: a PNG of loss curves; `csv_file`: a line a run; `paper`: the table of the paper whose numbers stand beside ours;
-    `figures`: a folder for plots of training loss, and of the score against chain length and LoRA rank.
+    `figures`: a folder for plots of training loss, of the score against chain length and LoRA rank, and of what links learnt.
     """
     if paper is not None and paper not in PAPER_TABLES:
         raise UserError(f"--paper {paper}: known are {', '.join(PAPER_TABLES)}")
@@ -42,16 +43,20 @@ def report(
         rows = csv_bytes(_csv_row(cell, outcome) for cell in every for outcome in cell.all)
         write_file("--csv", Path(csv_file), rows)
     plain = plain | {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
+    of_tasks = {str(o.folder): o.folder for cell in tasks for o in cell.finished}
+    runs = {name: outcome.folder for name, outcome in plain.items()} | of_tasks
     if plot:
         from cola_ds.report.figures import draw_losses  # it takes torch, a second that tables alone do not need
 
-        curves = {name: outcome.folder for name, outcome in plain.items()}
-        draw_losses(curves | {str(o.folder): o.folder for cell in tasks for o in cell.finished}, Path(plot))
+        draw_losses(runs, Path(plot))
     if figures:
-        from cola_ds.report.figures import draw_figures
+        from cola_ds.report.figures import draw_figures, draw_links
 
         draw_figures(cells, Path(figures))
+        draw_links(looked_at(runs), Path(figures))
     parts = [run_table(plain)] if plain else []
+    if links := links_table(looked_at(runs)):
+        parts += [links, LEGEND]
     if tasks:
         parts += _task_tables(tasks, paper)
     return "\n\n".join([*parts, *footnotes(cells), *map(inline, found.unfinished)])

@@ -7,6 +7,8 @@ RUN_DIR/
   metrics.jsonl      a row a logged step
   evals.jsonl        a row an evaluation on held-out data
   knots.jsonl        a row a knot
+  links.jsonl        a row a link and layer: what it has learnt, with chain.diagnostics
+  watch.jsonl        a row for each look at data.watch
   events.jsonl       what happened to the run: started, resumed, how fast its model loaded, checkpoints, skipped updates, stopped
   checkpoints/       step-00000123/ and so on: see checkpoint/format.py
   chain/link-0001/   each tied link as a PEFT adapter
@@ -42,7 +44,7 @@ from cola_ds.run.peft_files import adapter_files, read_link
 from cola_ds.run.rows import read_row
 
 ENGINE = "deepspeed.json"
-ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
+ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl")
 _FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", ENGINE, "environment.json")
 _FOLDERS = ("chain", "model", "checkpoints")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -258,7 +260,7 @@ class RunDir:
     def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> str:
         """Write a link of the named layers as a PEFT adapter, and into run.json what it is: its folder appears whole or not at
         all. Returns its SHA-256."""
-        lora_rank, alpha, target = config.lora_ranks[link - 1], config.lora.alpha, self.link_path(link)
+        lora_rank, alpha, target = config.lora_ranks[link - 1], config.tied_alpha(link), self.link_path(link)
         files = adapter_files(config, lora_rank, alpha, layers, tensors)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         tied = {

@@ -34,7 +34,7 @@ _VERSION = 1
 _MOST_BYTES = 2**26
 CHECKPOINT_FILE = re.compile(r"(state|manifest)\.json|(trained-\d{5}|shard-\d{5}-\d{5}|link-\d{4}|random)\.safetensors")
 _OWN = re.compile(
-    r"(run\.yaml|(environment|result|deepspeed)\.json|(metrics|evals|knots|events)\.jsonl"
+    r"(run\.yaml|(environment|result|deepspeed)\.json|(metrics|evals|knots|links|watch|events)\.jsonl"
     r"|chain/link-\d{4}/adapter_(config\.json|model\.safetensors)"
     rf"|checkpoints/(latest|best|step-\d{{8,}}/({CHECKPOINT_FILE.pattern}))"
     r"|model/(?!\.\.?(/|$))[^/\0]+(/[^/\0]+\.jinja)?)"
@@ -61,6 +61,7 @@ class _Identity(BaseModel):
     engine: dict[str, Any] = {}
     train: str = ""
     eval: str | None = None
+    watch: str | None = None
 
 
 class _Facts(BaseModel):

@@ -38,6 +38,38 @@ class _Knot(CheckedJson):
     lora_rank: Count
     delta_norm: float
     rounding_error: float | None = None
+    effective_rank: float | None = None
+    sum_effective_rank: float | None = None
+    row_overlap: float | None = None
+    column_overlap: float | None = None
+    intruders: Count | None = None
+    intruder_layers: Count | None = None
+
+
+class _Layer(CheckedJson):
+    """A layer of a link, in links.jsonl."""
+
+    step: Count
+    link: Count
+    lora_rank: Count
+    layer: str
+    norm: float | None
+    effective_rank: float | None
+    sum_norm: float | None
+    sum_effective_rank: float | None
+    row_overlap: float | None
+    column_overlap: float | None
+    singular_values: list[float | None]
+    sum_singular_values: list[float | None]
+    row_overlaps: list[float | None]
+    column_overlaps: list[float | None]
+    intruders: Count | None = None
+
+
+class _Watch(CheckedJson):
+    step: Count
+    link: Count = 1
+    loss: float | None = None
 
 
 class _Event(CheckedJson):
@@ -51,6 +83,8 @@ _KINDS: dict[str, type[CheckedJson]] = {
     "metrics.jsonl": _Metrics,
     "evals.jsonl": _Evaluation,
     "knots.jsonl": _Knot,
+    "links.jsonl": _Layer,
+    "watch.jsonl": _Watch,
     "events.jsonl": _Event,
 }
 

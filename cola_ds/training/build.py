@@ -79,10 +79,12 @@ def build_chain(
     train = Batcher(prepared.train, process.rank, process.world_size, prepared.order, joined, fixed=compiles)
     data = prepared.held_out
     held_out = None if data is None else Batcher(data, process.rank, process.world_size, joined=joined)
+    data = prepared.watched
+    watched = None if data is None else Batcher(data, process.rank, process.world_size, joined=joined)
     steps = step_plan.total_steps if config.trains else 0
     return Chain(
         config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
-        world_size=process.world_size, train=train, held_out=held_out, test=prepared.test,
+        world_size=process.world_size, train=train, held_out=held_out, watched=watched, test=prepared.test,
         tokenizer=prepared.tokenizer, folder=folder, state=state, in_nodes=nodes is not None,
         loaded=_loaded(config, loading_s) if folder else {},
         logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),

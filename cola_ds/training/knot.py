@@ -12,11 +12,13 @@ import torch
 from cola_ds.data.batch import AnyBatch
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.engine import evaluating, rebuild_engine, restart_optimizer
+from cola_ds.distributed.moments import prune_moments
 from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
-from cola_ds.lora.layers import lora_layers, start_link
+from cola_ds.lora.layers import lora_layers, set_scaling, start_link
 from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
+from cola_ds.training.diagnostics import diagnose
 from cola_ds.training.optim import make_optimizer
 from cola_ds.training.plateau import why_ended
 from cola_ds.training.state import Chain, step_examples
@@ -30,9 +32,13 @@ def pass_knot(chain: Chain) -> None:
     batch = last_batch(chain)
     loss_before = batch_loss(chain, batch)
     knot = tie_knot(chain)
-    losses = {"loss_before": loss_before, "loss_after": batch_loss(chain, batch)}
+    knot |= {"loss_before": loss_before, "loss_after": batch_loss(chain, batch)}
+    if chain.config.chain.diagnostics:
+        knot |= diagnose(chain)
+    if state.link < chain.links:
+        knot |= _prune(chain)
     rebuild_s = extend_chain(chain) if state.link < chain.links else None
-    chain.logger.knot({**knot, **losses, "rebuild_s": rebuild_s})
+    chain.logger.knot({**knot, "rebuild_s": rebuild_s})
 
 
 def last_batch(chain: Chain) -> AnyBatch:
@@ -43,9 +49,9 @@ def last_batch(chain: Chain) -> AnyBatch:
 def tie_knot(chain: Chain) -> dict[str, Any]:
     """Merge the link into the base weights, W <- W + scaling * B A, and save it. Returns the knot's row.
 
-    B is zero afterwards, so the outputs are what they were and a second tie would add nothing. The optimizer's masters still
-    hold the old link: extend_chain, or the end of the run, must follow before any other step. Parameters must be in their
-    shards, as `evaluating` leaves them.
+    B is zero afterwards, so the outputs are what they were, unless chain.merge_weight has tied less of the link; a second tie
+    would add nothing. The optimizer's masters still hold the old link: extend_chain, or the end of the run, must follow before
+    any other step. Parameters must be in their shards, as `evaluating` leaves them.
     """
     begin = time.perf_counter()
     _check_link(chain)
@@ -68,10 +74,11 @@ def _check_link(chain: Chain) -> None:
 
 
 def _tie(chain: Chain) -> TiedLink:
-    state, config = chain.state, chain.config.chain
+    state, config, model = chain.state, chain.config.chain, chain.engine.module
+    set_scaling(model, chain.config.tied_alpha(state.link) / chain.config.lora_ranks[state.link - 1])
     tied = tie_link(
-        chain.engine.module, state.remainders, state.earlier, local=config.tie == "local", exact=config.merge == "exact",
-        last=state.link == chain.links, keep_tensors=chain.folder is not None,
+        model, state.remainders, state.earlier, local=config.tie == "local", exact=config.merge == "exact",
+        last=state.link == chain.links, keep_tensors=chain.folder is not None, looked_at=config.diagnostics,
     )  # fmt: skip
     if not math.isfinite(tied.delta_square + tied.remainder_square):
         raise TrainingFailedError(
@@ -112,7 +119,8 @@ def _row(chain: Chain, tied: TiedLink, begin: float) -> dict[str, Any]:
 
 
 def extend_chain(chain: Chain) -> float:
-    """Start the next link: fresh A and B, and an optimizer that knows nothing of the old ones. Returns seconds.
+    """Start the next link: fresh A and B, and an optimizer that knows nothing of the old ones but what
+    chain.optimizer_at_knot keeps. Returns seconds.
 
     In place where the LoRA rank stays: a rebuilt engine starts alike, but takes 0.4 of a step (tests/bench/knots.py), moves A and
     B twice, and its first step takes longer by as much again.
@@ -121,13 +129,21 @@ def extend_chain(chain: Chain) -> float:
     config, model, link = chain.config, chain.engine.module, chain.state.link + 1
     lora_rank = config.lora_ranks[link - 1]
     if lora_rank == config.lora_ranks[link - 2]:
-        restart_link(model, link, config.run.seed)
-        restart_optimizer(chain.engine)
+        restart_link(model, link, config.lora.alpha, config.run.seed)
+        restart_optimizer(chain.engine, keep_state=config.chain.optimizer_at_knot != "reset")
     else:
         start_link(model, link, lora_rank, config.lora.alpha, config.run.seed, accelerator.device())
         chain.engine = rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
         chain.engine.train()
     return time.perf_counter() - begin
+
+
+def _prune(chain: Chain) -> dict[str, Any]:
+    """Prune the optimizer's moments where chain.optimizer_at_knot says so. Returns what the knot's row says of it."""
+    at_knot = chain.config.chain.optimizer_at_knot
+    if isinstance(at_knot, str):
+        return {}
+    return {"moments_zeroed": prune_moments(chain.engine, at_knot["prune"])}
 
 
 def batch_loss(chain: Chain, batch: AnyBatch) -> float:

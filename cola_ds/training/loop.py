@@ -25,6 +25,7 @@ from cola_ds.training.save import checkpoint_is_due, save_checkpoint, stop_here
 from cola_ds.training.skips import check_skips, record_skipped_step
 from cola_ds.training.state import Chain, position, step_examples
 from cola_ds.training.validation import evaluate_if_due
+from cola_ds.training.watch import watch_if_due
 
 
 def run_chain(chain: Chain) -> None:
@@ -35,6 +36,7 @@ def run_chain(chain: Chain) -> None:
     """
     chain.logger.restart_clock()
     evaluate_if_due(chain)  # one that was stopped in the evaluation at which it had arrived
+    watch_if_due(chain)
     while chain.state.link <= chain.links:
         tune_lora(chain)
         if chain.config.trains_lora:
@@ -44,6 +46,7 @@ def run_chain(chain: Chain) -> None:
         chain.state.link_tokens.append(0)
         begin_losses(chain)
         evaluate_if_due(chain)  # of the merged weights: what an export holds
+        watch_if_due(chain)
 
 
 def tune_lora(chain: Chain) -> None:

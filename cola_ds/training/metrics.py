@@ -192,6 +192,14 @@ class MetricLogger:
         self.monitor.write(where["step"], scalars)
         self.restart_clock()
 
+    def watched(self, where: dict[str, Any], found: HeldOut) -> None:
+        """Take the loss on data.watch."""
+        if self.folder:
+            self.folder.append("watch.jsonl", {**where, **asdict(found)})
+            self._print(f"watched at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}")
+        self.monitor.write(where["step"], {"Watch/loss": found.loss, "Watch/perplexity": found.perplexity})
+        self.restart_clock()
+
     def close(self) -> None:
         """Take the bar down."""
         with contextlib.suppress(OSError, ValueError):

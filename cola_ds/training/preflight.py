@@ -76,6 +76,7 @@ def _facts(prepared: Prepared) -> dict[str, str]:
         **config_hashes(prepared.config, prepared.engine_json),
         "training data": _describe(prepared.train, prepared.fingerprints["train"]),
         "held-out data": _describe(prepared.held_out, prepared.fingerprints["held_out"]),
+        "watched data": _describe(prepared.watched, prepared.fingerprints["watched"]),
         "test data": _describe(prepared.test, prepared.fingerprints["test"]),
     }
 

@@ -18,7 +18,7 @@ from cola_ds.data.candidates import check_joinable
 from cola_ds.data.order import Order
 from cola_ds.data.packing import check_packable
 from cola_ds.data.tasks.dataset import TaskData, find_task, load_task
-from cola_ds.data.text import TokenizedData, datasets_of
+from cola_ds.data.text import TokenizedData, datasets_of, watched_of
 from cola_ds.data.tokenize import Found, check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.errors import UserError, cut, first_line
@@ -109,14 +109,15 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
     config, engine_json = checked.config, checked.engine_json
     train: TokenizedData | TaskData
     held_out: TokenizedData | TaskData | None
-    test, sizes, found = None, "", None
+    watched, test, sizes, found = None, None, "", None
     if checked.task is not None:
         train, held_out, test, sizes = checked.task
     else:
         found = tokenize()
         train, held_out = datasets_of(config.data, found)
+        watched = watched_of(config.data, found)
     vocabulary = checked.skeleton.get_input_embeddings().weight.shape[0]
-    splits: tuple[TokenizedData | TaskData | None, ...] = (train, held_out, test)
+    splits: tuple[TokenizedData | TaskData | None, ...] = (train, held_out, watched, test)
     for data in splits:
         if data is not None and data.largest_id >= vocabulary:
             raise UserError(
@@ -130,7 +131,7 @@ def with_data(checked: Checked, world_size: int, tokenize: Callable[[], Found]) 
         tokenizer=checked.tokenizer, skeleton=checked.skeleton, targets=checked.targets, attention=checked.attention,
         kernels=checked.kernels,
         train=train, order=order,
-        held_out=held_out, test=test, sizes=sizes, found=found,
+        held_out=held_out, watched=watched, test=test, sizes=sizes, found=found,
     )  # fmt: skip
 
 

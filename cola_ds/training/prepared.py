@@ -72,6 +72,8 @@ class Prepared:
     order: Order
     """Which examples of `train` each row of an epoch has."""
     held_out: TokenizedData | TaskData | None
+    watched: TokenizedData | None = None
+    """data.watch."""
     test: TaskData | None = None
     """Of a task: what is reported, once `held_out`, its dev split, has chosen."""
     sizes: str = ""
@@ -81,8 +83,8 @@ class Prepared:
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str | None]:
-        """SHA-256 of all that the run reads of train, held_out and test, in order; None for a split that it has not."""
-        splits = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        """SHA-256 of all that the run reads of train, held_out, watched and test, in order; None for a split that it has not."""
+        splits = {"train": self.train, "held_out": self.held_out, "watched": self.watched, "test": self.test}
         return {name: None if data is None else data.fingerprint() for name, data in splits.items()}
 
     @property
@@ -92,7 +94,7 @@ class Prepared:
         assert train is not None
         if self.test is not None:
             held_out = f"{held_out} {self.fingerprints['test']}"
-        return Identity(engine_facts(self.engine_json), train, held_out)
+        return Identity(engine_facts(self.engine_json), train, held_out, self.fingerprints["watched"])
 
 
 def count_trainable(prepared: Prepared | Described, link: int) -> int:

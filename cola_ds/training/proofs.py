@@ -19,7 +19,7 @@ def prove(chain: Chain, prepared: Prepared) -> None:
     """
     if not fused_loss.allow(chain.engine):
         chain.logger.say("the model's logits are more than its head gives: the loss takes them whole")
-    batchers = [each for each in (chain.train, chain.held_out) if each is not None and each.joined]
+    batchers = [each for each in (chain.train, chain.held_out, chain.watched) if each is not None and each.joined]
     asked_for = prepared.order.capacity is not None and prepared.config.trains
     if not batchers and not asked_for:
         return

@@ -19,6 +19,7 @@ from cola_ds.training.proofs import prove
 from cola_ds.training.result import finish
 from cola_ds.training.start import begin, lock_and_choose
 from cola_ds.training.validation import evaluate
+from cola_ds.training.watch import watch_if_due
 
 
 def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, frees: bool = False) -> bool:
@@ -52,6 +53,7 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, f
             run_chain(chain)
         else:
             evaluate(chain)
+            watch_if_due(chain)
         finish(chain, prepared, loading_s)
         if frees:
             free_engine(chain.engine)

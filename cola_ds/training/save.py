@@ -187,6 +187,7 @@ def _state(chain: Chain, facts: RunFacts, unlogged: dict[str, Any]) -> SavedStat
         model=facts.model,
         train=facts.identity.train,
         eval=facts.identity.eval,
+        watch=facts.identity.watch,
         versions=facts.versions,
         world_size=chain.world_size,
         knots=list(chain.step_plan.knots),

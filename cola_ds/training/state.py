@@ -38,6 +38,8 @@ class ChainState:
     skipped_in_a_row: int = 0
     evaluated_step: int = 0
     """The step after which the last evaluation was."""
+    watched_step: int = -1
+    """The step after which data.watch was last looked at; -1: never."""
     best_step: int = 0
     best: float = math.inf
     """The lowest objective (run/scores.py) so far, and the step it was found after."""
@@ -91,6 +93,8 @@ class Chain:
     world_size: int
     train: Batcher
     held_out: Batcher | None
+    watched: Batcher | None
+    """data.watch."""
     test: TaskData | None
     """Of a task: what is scored whenever `held_out`, its dev split, is better than before."""
     tokenizer: Any

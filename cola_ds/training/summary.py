@@ -24,6 +24,7 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     else:
         data = f"{len(prepared.train)} training examples"
         data += f", {len(prepared.held_out)} held out" if prepared.held_out is not None else ", none held out"
+        data += f", {len(prepared.watched)} watched" if prepared.watched is not None else ""
     order, seed = prepared.order, config.run.seed
     if config.trains and order.capacity is not None:
         data += f", packed in {order.count(seed, 0)} rows, {order.filled(seed):.1%} full"
@@ -31,7 +32,7 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     held_out = (
         None if config.data.holds_out else prepared.held_out
     )  # of the same rows as `train`, which counts them all
-    for split in (prepared.train, held_out, prepared.test):
+    for split in (prepared.train, held_out, prepared.watched, prepared.test):
         lost.update(split.lost if split is not None else {})
     if lost:
         counts = ", ".join(f"{lost[what]} lost {what}" for what in LOSSES if lost[what])

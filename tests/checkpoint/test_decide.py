@@ -6,7 +6,7 @@ from types import SimpleNamespace as Part
 import pytest
 
 from cola_ds.checkpoint.decide import Identity, ResumeOptions, check_fits, choose_start, decided_knots
-from cola_ds.checkpoint.format import Counters
+from cola_ds.checkpoint.format import Counters, Rows
 from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.keys import default_of, flat_keys
 from cola_ds.config.schema import RunConfig
@@ -81,6 +81,39 @@ def test_a_checkpoint_of_before_the_loss_could_place_knots():
     known = ("decided", "link_losses", "window_loss", "window_steps")
     before = {name: value for name, value in counters(ChainState()).items() if name not in known}
     assert from_counters(Counters.model_validate(before)) == ChainState()
+
+
+def test_a_run_goes_on_with_what_it_has_watched(tmp_path):
+    """Runs of versions without data.watch have watched nothing; another file would put two texts into one curve."""
+    now = RunConfig.model_validate({**BEFORE, "data": {"train": "t", "watch": "w"}})
+    engine = read_engine_config(now)
+    marker = Marker.read(recorded(tmp_path))
+    facts = {
+        "config": RunConfig.model_validate(BEFORE).model_dump(mode="json"),
+        "identity": {"engine": engine, "train": "x"},
+    }
+    marker.facts |= {**facts, "identity": {**facts["identity"], "eval": None}}
+    marker.write()
+    with pytest.raises(
+        UserError, match=r"data\.watch None -> w \(to go on in spite of it: --allow-change data\.watch;"
+    ):
+        choose_start(RunDir(tmp_path), now, Identity(engine, "x", None, "y"), ResumeOptions(), None)
+    allowed = ResumeOptions(allow_change=("data.watch",))
+    assert choose_start(RunDir(tmp_path), now, Identity(engine, "x", None, "y"), allowed, None) == "anew"
+    facts["config"] = now.model_dump(mode="json")
+    marker.facts |= {**facts, "identity": {**facts["identity"], "eval": None, "watch": "y"}}
+    marker.write()
+    assert choose_start(RunDir(tmp_path), now, Identity(engine, "x", None, "y"), ResumeOptions(), None) == "anew"
+    with pytest.raises(UserError, match=r"data\.watch: its examples are not those that the run began with"):
+        choose_start(RunDir(tmp_path), now, Identity(engine, "x", None, "z"), ResumeOptions(), None)
+
+
+def test_counters_and_rows_of_versions_without_links_and_watch():
+    rows = Rows.model_validate({"metrics": 1, "evals": 2, "knots": 3})
+    assert (rows.links, rows.watch) == (0, 0)
+    known = {name: 0 for name, field in Counters.model_fields.items() if field.is_required()}
+    known |= {"link": 1, "link_tokens": [0], "best": None, "ended_step": None, "change_square": 0.0, "link_hashes": []}
+    assert from_counters(Counters.model_validate(known)).watched_step == -1
 
 
 def test_the_default_of_every_key():

@@ -7,7 +7,7 @@ from cola_ds.run.marker import Marker
 
 _FILES = (
     "run.yaml", "environment.json", "deepspeed.json", "result.json",
-    "metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl",
+    "metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl", "events.jsonl",
 )  # fmt: skip
 
 

@@ -27,6 +27,17 @@ def length(example):
     return sum(map(len, example))
 
 
+def hand_over(before, optimizer, at_knot):
+    """Give a new optimizer the state of the one before, with the smallest part of each moment set to zero if that is pruned."""
+    pairs = zip(before.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True)
+    for old, new in pairs:
+        optimizer.state[new] = dict(before.state[old])
+        for moment in optimizer.state[new].values() if at_knot != "keep" else ():
+            if moment.numel() > 1:
+                order = moment.abs().flatten().argsort()
+                moment.view(-1)[order[: round(at_knot["prune"] * len(order))]] = 0
+
+
 def chain_of_lora(config, knots, chosen=None):
     """Train as a run's dict says. Returns the losses and the model, with every link merged into it.
 
@@ -38,7 +49,8 @@ def chain_of_lora(config, knots, chosen=None):
     ranks = config["lora"]["rank"]
     targets = {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))}
     model.requires_grad_(False)
-    losses, start = [], 0
+    losses, start, optimizer = [], 0, None
+    at_knot, weights = config["chain"].get("optimizer_at_knot", "reset"), config["chain"].get("merge_weight", 1.0)
     for link, knot in enumerate(knots, start=1):
         r = ranks[link - 1] if isinstance(ranks, list) else ranks
         A = {n: draw_lora_A(0, link, n, (r, m.in_features)).requires_grad_() for n, m in targets.items()}
@@ -49,7 +61,9 @@ def chain_of_lora(config, knots, chosen=None):
             )
         params = [*A.values(), *B.values()]
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optim["name"]]
-        optimizer = kind(params, lr=optim["lr"], weight_decay=0.0)
+        before, optimizer = optimizer, kind(params, lr=optim["lr"], weight_decay=0.0)
+        if before is not None and at_knot != "reset":
+            hand_over(before, optimizer, at_knot)
         for step in range(start, knot):
             epoch, i = divmod(step, math.ceil(len(data) / size))
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
@@ -71,9 +85,10 @@ def chain_of_lora(config, knots, chosen=None):
                 group["lr"] = optim["lr"] * (1 - step / knots[-1])
             optimizer.step()
             losses.append(loss.item())
+        weight = weights[link - 1] if isinstance(weights, list) else weights
         with torch.no_grad():
             for name, module in targets.items():
-                module.weight += alpha / r * (B[name] @ A[name])
+                module.weight += weight * alpha / r * (B[name] @ A[name])
                 del module.forward
         start = knot
     return losses, model

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import signal
+from functools import partial
 from pathlib import Path
 
 from cola_ds.config.loading import load_config
@@ -12,7 +13,7 @@ from tests.support.toys import rows, run_config, save_run
 
 TIMES = {
     "tokens_per_s", "step_s", "data_wait_s", "tflops", "peak_share", "memory_bytes", "seconds", "tie_s", "rebuild_s",
-    "peak_memory_bytes", "bytes_moved", "loading_s",
+    "peak_memory_bytes", "bytes_moved", "diagnostics_s", "loading_s",
 }  # fmt: skip
 
 
@@ -36,7 +37,8 @@ def three_links(toy, **sections):
 def run_once(process, path, stop=None, words=None, hosts=None):
     """Train as the command does; `hosts` names that of every process, where they are not one node. `stop` asks process number 1
     (or the last) to stop inside the given place: ("step", 5, 2) in the second micro batch of the step after step 5;
-    ("evaluation", 2) in the second evaluation. Returns the weights' hash, or "stopped".
+    ("evaluation", 2) in the second evaluation, ("watch", 1) in the first look at data.watch. Returns the weights' hash, or
+    "stopped".
     """
     from cola_ds.checkpoint.decide import ResumeOptions
     from cola_ds.distributed import signals
@@ -74,9 +76,9 @@ def _keep_the_chain():
 
 
 def _ask_to_stop(signals, place, number, micro_batch=1):
-    from cola_ds.training import loop, validation
+    from cola_ds.training import loop, validation, watch
 
-    seen = {"steps": 0, "micro batches": 0, "evaluations": 0}
+    seen = {"steps": 0, "micro batches": 0, "evaluation": 0, "watch": 0}
     inner_step, inner_loss, inner_held_out = (
         loop.train_step, loop.loss_sum, validation.held_out_loss,
     )  # fmt: skip
@@ -92,18 +94,19 @@ def _ask_to_stop(signals, place, number, micro_batch=1):
             signals._requested = signal.SIGTERM
         return inner_loss(*args)
 
-    def held_out(engine, batcher, batch_size, stop):
-        seen["evaluations"] += 1
+    def held_out(engine, batcher, batch_size, stop, kind="evaluation"):
+        seen[kind] += 1
         asked = iter(range(1000))
 
         def stop_in_the_second_batch():
-            if place == "evaluation" and seen["evaluations"] == number and next(asked) == 1:
+            if place == kind and seen[kind] == number and next(asked) == 1:
                 signals._requested = signal.SIGTERM
             return stop()
 
         return inner_held_out(engine, batcher, batch_size, stop_in_the_second_batch)
 
     loop.train_step, loop.loss_sum, validation.held_out_loss = step, loss, held_out
+    watch.held_out_loss = partial(held_out, kind="watch")
 
 
 def weights_hash(chain):
@@ -145,7 +148,7 @@ def record(run: Path) -> dict:
     """All that a run leaves that does not depend on time: rows, links bit by bit, scores."""
     found = {
         name: [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run / name)]
-        for name in ("metrics.jsonl", "evals.jsonl", "knots.jsonl")
+        for name in ("metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl")
         if (run / name).exists()
     }
     for path in sorted((run / "chain").rglob("*.safetensors")) if (run / "chain").exists() else ():

@@ -288,7 +288,7 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "evals.jsonl", "knots.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evals.jsonl", "knots.jsonl", "watch.jsonl", "events.jsonl"])
 @pytest.mark.parametrize("fault", BAD_ROWS)
 def test_a_damaged_row(tmp_path, name, fault):
     good = b'{"step": 1, "link": 1, "event": "started", "loss": 2.0, "lora_rank": 8, "delta_norm": 1.0}'

@@ -1,0 +1,36 @@
+"""Forgetting: the loss on data.watch before the first step and after each knot. It decides nothing. Collective."""
+
+from __future__ import annotations
+
+from cola_ds.distributed import collectives, signals
+from cola_ds.evaluation.evaluators import held_out_loss
+from cola_ds.training.save import stop_here
+from cola_ds.training.state import Chain, position
+
+
+def watch_is_due(chain: Chain) -> bool:
+    """Whether the chain is before its first step, or behind a knot, and data.watch has not been looked at there."""
+    state = chain.state
+    behind_knot = state.step in chain.step_plan.knots and state.link > chain.step_plan.link_of(state.step)
+    return chain.watched is not None and state.watched_step != state.step and (state.step == 0 or behind_knot)
+
+
+def watch_if_due(chain: Chain) -> None:
+    """Find the loss on data.watch if it is time to, for watch.jsonl. Raises StoppedError when a signal asks for it."""
+    if not watch_is_due(chain):
+        return
+    assert chain.watched is not None
+    chain.logger.stop_clock()
+    stop = 0.0
+
+    def stopped() -> bool:
+        nonlocal stop
+        (stop,) = collectives.all_reduce_max([signals.requested()])
+        return stop > 0
+
+    found = held_out_loss(chain.engine, chain.watched, chain.eval_batch_size, stopped)
+    if found is None:
+        stop_here(chain, int(stop))
+        return
+    chain.state.watched_step = chain.state.step
+    chain.logger.watched(position(chain), found)

@@ -1,0 +1,170 @@
+"""chain.diagnostics and data.watch in whole runs: what the rows say, and that nothing else changes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cola_ds.run.folder import RunDir
+from cola_ds.run.peft_files import layers_of, lora_names, read_link
+from tests.lora.test_spectra import dense, expected_intruders, expected_look
+from tests.support.runs import record, three_links, train_in
+from tests.support.toys import REPOSITORY, rows, save_model, save_sums
+
+ZERO2 = str(REPOSITORY / "ds_configs/zero2.json")
+ON = {"chain": {"diagnostics": True}}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diagnostics")
+    save_sums(folder / "watch.jsonl", 9, seed=2)
+    return (
+        save_model(folder / "model"),
+        save_sums(folder / "train.jsonl", 50),
+        save_sums(folder / "dev.jsonl", 12, seed=1),
+    )
+
+
+def watching(toy):
+    return {"data": {"watch": str(toy[1].with_name("watch.jsonl"))}}
+
+
+@pytest.fixture(scope="module")
+def plain(toy, tmp_path_factory):
+    """A run without either: its weights, and what it leaves."""
+    folder = tmp_path_factory.mktemp("plain")
+    return train_in(folder, three_links(toy)), record(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def looked_at(toy, tmp_path_factory):
+    """The same run with both."""
+    folder = tmp_path_factory.mktemp("looked-at")
+    return train_in(folder, three_links(toy, **ON, **watching(toy))), folder / "run"
+
+
+def without_figures(found):
+    """A record without what both add to it."""
+    added = {"effective_rank", "sum_effective_rank", "row_overlap", "column_overlap", "intruders", "intruder_layers"}
+    knots = [{key: value for key, value in row.items() if key not in added} for row in found["knots.jsonl"]]
+    return {key: value for key, value in found.items() if key not in ("links.jsonl", "watch.jsonl")} | {
+        "knots.jsonl": knots
+    }
+
+
+@pytest.mark.core
+def test_nothing_else_changes(plain, looked_at):
+    weights, folder = looked_at
+    assert weights == plain[0]
+    assert without_figures(record(folder)) == plain[1]
+
+
+def check_rows(run, model, lora_ranks, exact_base):
+    """Every row of links.jsonl against whole matrices, from the saved links."""
+    links = [
+        read_link(run / f"chain/link-{link:04d}/adapter_model.safetensors") for link in range(1, len(lora_ranks) + 1)
+    ]
+    layers = layers_of(links[0])
+    found = rows(run / "links.jsonl")
+    assert [(row["link"], row["layer"]) for row in found] == [
+        (link, n) for link in range(1, len(links) + 1) for n in layers
+    ]
+    base = load_file(model / "model.safetensors")
+    for row in found:
+        ranks, (A, B) = lora_ranks[: row["link"]], lora_names(row["layer"])
+        held = links[: row["link"]]
+        scalings = torch.cat([torch.full((r, 1), 8 / r, dtype=torch.float64) for r in ranks])
+        whole = (torch.cat([link[A] for link in held]), torch.cat([link[B] for link in held], dim=1), scalings)
+        deltas = dense(whole, ranks)
+        seen = torch.tensor(
+            [
+                *row["singular_values"],
+                *(row["sum_singular_values"] + [0.0] * sum(ranks))[: sum(ranks)],
+                *(row["row_overlaps"] + ([row["row_overlap"]] if len(ranks) > 1 else [])),
+                *(row["column_overlaps"] + ([row["column_overlap"]] if len(ranks) > 1 else [])),
+            ]
+        )
+        torch.testing.assert_close(seen, expected_look(deltas, ranks).float(), rtol=1e-5, atol=1e-5)
+        assert row["norm"] == pytest.approx(float(deltas[-1].norm()), rel=1e-5)
+        assert row["sum_norm"] == pytest.approx(float(sum(deltas).norm()), rel=1e-5)
+        assert (row["row_overlap"] is None) == (row["link"] == 1)
+        if row["link"] == len(lora_ranks) and exact_base:
+            start = base[f"{row['layer']}.weight"].double()
+            assert row["intruders"] == expected_intruders(start + sum(deltas), start)
+        assert ("intruders" in row) == (row["link"] == len(lora_ranks))
+
+
+def test_rows_are_those_of_whole_matrices(toy, looked_at):
+    """At two processes under ZeRO-3, with ranks [8, 4, 4]; and what knots.jsonl says are their means."""
+    _, run = looked_at
+    check_rows(run, toy[0], [8, 4, 4], exact_base=True)
+    layers, knots = rows(run / "links.jsonl"), rows(run / "knots.jsonl")
+    for knot in knots:
+        of_link = [row for row in layers if row["link"] == knot["link"]]
+        for key in (
+            "effective_rank",
+            "sum_effective_rank",
+            *(("row_overlap", "column_overlap") if knot["link"] > 1 else ()),
+        ):
+            assert knot[key] == pytest.approx(sum(row[key] for row in of_link) / len(of_link))
+        assert knot["delta_norm"] == pytest.approx(sum(row["norm"] ** 2 for row in of_link) ** 0.5)
+    assert knots[0]["row_overlap"] is None
+    assert (knots[-1]["intruders"], knots[-1]["intruder_layers"]) == (
+        sum(row["intruders"] for row in of_link),
+        len(of_link),
+    )
+
+
+def test_rows_at_one_process_with_a_factor(toy, tmp_path):
+    """ZeRO-2, bf16, one rank; links that are tied with a factor are looked at as they were tied."""
+    config = three_links(
+        toy, model={"dtype": "bf16"}, lora={"rank": 4}, chain={"diagnostics": True, "merge_weight": 0.5}
+    )
+    train_in(tmp_path, {**config, "deepspeed": ZERO2}, world_size=1)
+    knots, layers = rows(tmp_path / "run/knots.jsonl"), rows(tmp_path / "run/links.jsonl")
+    for knot in knots:
+        norms = [row["norm"] for row in layers if row["link"] == knot["link"]]
+        assert knot["delta_norm"] == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-6)
+    assert knots[-1]["intruder_layers"] == len(norms)
+
+
+def test_the_watch_is_kept(looked_at, plain):
+    """Before the first step and after each knot, never taken for an evaluation."""
+    found = rows(looked_at[1] / "watch.jsonl")
+    assert [(row["step"], row["link"], row["examples"]) for row in found] == [
+        (0, 1, 9),
+        (4, 1, 9),
+        (8, 2, 9),
+        (12, 3, 9),
+    ]
+    assert len({row["loss"] for row in found}) == 4
+    result = json.loads((looked_at[1] / "result.json").read_text(encoding="utf-8"))
+    assert result["scores"]["examples"] == plain[1]["evals.jsonl"][-1]["examples"] == 12
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [("step", 4), ("step", 1), ("evaluation", 1)],
+        [("watch", 1), ("watch", 2), ("watch", 1)],
+        [("step", 12), ("watch", 1)],
+    ],
+    ids=["around knots", "inside the watch", "at the end"],
+)
+def test_a_stopped_run_ends_with_the_same_rows(toy, looked_at, tmp_path, stops):
+    weights, run = looked_at
+    assert train_in(tmp_path, three_links(toy, **ON, **watching(toy)), stops=stops) == weights
+    assert record(tmp_path / "run") == record(run)
+
+
+def test_another_world_size_has_the_rows_of_its_links(toy, tmp_path):
+    train_in(tmp_path, three_links(toy, **ON), world_size=(2, 1), stops=[("step", 6)])
+    check_rows(tmp_path / "run", toy[0], [8, 4, 4], exact_base=True)
+
+
+def test_rows_are_read_back(looked_at):
+    folder = RunDir(looked_at[1])
+    assert folder.rows("links.jsonl") == rows(looked_at[1] / "links.jsonl")
+    assert folder.row_counts() == {"metrics": 5, "evals": 2, "knots": 3, "links": 12, "watch": 4}
