@@ -99,6 +99,24 @@ def test_the_oracle_s_error_is_at_most_twice_the_radius_times_the_noise():
             assert -1e-12 <= error <= 2 * 1.3 * numpy.linalg.norm(noise, 2)
 
 
+def test_gaps_and_errors_of_a_batch_are_those_of_the_true_gradient():
+    problem = robust_sensing(0)
+    trace = run(problem, 16, 8, seed=3)
+    true = problem.gradient(problem.start, None)
+    rows = numpy.random.default_rng(3).integers(problem.rows_of_data, size=8)
+    answer = oracle(problem.gradient(problem.start, rows), problem.radius)
+    assert trace.gaps[0] == pytest.approx(numpy.vdot(true, problem.start - oracle(true, problem.radius)))
+    assert trace.errors[0] == pytest.approx(numpy.vdot(true, answer - oracle(true, problem.radius)))
+    assert trace.errors[0] > 0.1
+
+
+def test_without_epsilon_no_bound_holds_of_small_batches():
+    problem, steps = robust_sensing(0), 1024
+    trace, eta = run(problem, steps, 32), step_size(problem, steps)
+    assert corrected_bound(problem, steps, eta) < trace.gaps.mean()
+    assert trace.gaps.mean() <= corrected_bound(problem, steps, eta, trace.errors.mean())
+
+
 def test_rates():
     """T^(-1/2) with the true gradient; a floor with batches of one size; none where they grow with T."""
     problem = robust_sensing(0)

@@ -5,10 +5,13 @@ import math
 import re
 import typing
 
+import numpy
 import pytest
 
 from cola_ds.theory import study
 from cola_ds.theory.__main__ import main
+from cola_ds.theory.frank_wolfe import idealised_cola
+from cola_ds.theory.problems import least_squares
 from tests.support.toys import REPOSITORY
 
 SMALL = ["--seeds", "2", "--longest", "32"]
@@ -50,6 +53,15 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     assert main([str(tmp_path / "again"), *SMALL]) == 0
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_what_a_batch_s_name_says():
+    """T rows where it grows, 32 where it is fixed, and all of them."""
+    problem = least_squares(0)
+    for row in list(study.gap_rows(0, 1, [16]))[:3]:
+        size = {"all": None, "fixed": 32, "growing": 16}[row.batch]
+        trace = idealised_cola(problem, 16, row.eta, size, numpy.random.default_rng(0))
+        assert row.mean_gap == trace.gaps.mean() and row.mean_error == trace.errors.mean()
 
 
 def test_another_seed_does_not():
