@@ -8,7 +8,7 @@ of that, has not improved. `patience` of them in a row end the link, if it has l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -133,10 +133,14 @@ def describe(plateau: PlateauConfig, least: int, is_scored: bool) -> str:
     return f"a link ends where {what} has {times} not improved {share}; at least {least} steps{most}; the last ends with the run"
 
 
-def replay_words(decided: Sequence[int], lora_rank: int | list[int]) -> list[str]:
-    """The overrides with which a run whose knots the loss has placed is run again, bit for bit, without looking at its loss."""
+def replay_words(decided: Sequence[int], by_link: Mapping[str, Any]) -> list[str]:
+    """The overrides with which a run whose knots the loss has placed is run again, bit for bit, without looking at its loss.
+    `by_link`: the values of the keys that may have one per link."""
     knots = f"{{steps: [{', '.join(map(str, decided))}]}}" if decided else "even"
     words = [f"chain.length={len(decided) + 1}", f"chain.knots={knots}"]
-    if isinstance(lora_rank, list):
-        words.append(f"lora.rank=[{', '.join(map(str, lora_rank[: len(decided) + 1]))}]")
+    if not decided:  # a single link has no knot at which something could be kept
+        words.append("chain.optimizer_at_knot=reset")
+    for key, values in by_link.items():
+        if isinstance(values, list):
+            words.append(f"{key}=[{', '.join(map(str, values[: len(decided) + 1]))}]")
     return words

@@ -90,13 +90,18 @@ def test_the_criterion_in_a_sentence():
 
 
 def test_the_words_of_a_replay():
-    assert replay_words([4, 9], 8) == ["chain.length=3", "chain.knots={steps: [4, 9]}"]
-    assert replay_words([], 8) == ["chain.length=1", "chain.knots=even"]
-    assert replay_words([4], [8, 4, 2]) == ["chain.length=2", "chain.knots={steps: [4]}", "lora.rank=[8, 4]"]
+    assert replay_words([4, 9], {"lora.rank": 8}) == ["chain.length=3", "chain.knots={steps: [4, 9]}"]
+    assert replay_words([], {}) == ["chain.length=1", "chain.knots=even", "chain.optimizer_at_knot=reset"]
+    lists = {"lora.rank": [8, 4, 2], "chain.merge_weight": [1.0, 0.5, 0.25]}
+    assert replay_words([4], lists)[1:] == [
+        "chain.knots={steps: [4]}",
+        "lora.rank=[8, 4]",
+        "chain.merge_weight=[1.0, 0.5]",
+    ]
 
 
 def test_a_replay_is_a_config():
-    found = run("lora.rank=[8, 4, 2]", *replay_words([4], [8, 4, 2]))
+    found = run("lora.rank=[8, 4, 2]", *replay_words([4], {"lora.rank": [8, 4, 2]}))
     assert (found.chain.knots, found.chain.plateau, found.lora_ranks) == ({"steps": [4]}, None, [8, 4])
 
 
