@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 
+from cola_ds.config.schema import RunConfig
 from cola_ds.data.text import overlap
 from cola_ds.data.tokens import LOSSES
 from cola_ds.evaluation.attention import shown_name
@@ -53,9 +54,13 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
         lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
+    if config.trains_lora and (switches := _switches(config)):
+        lines.append(f"switches    {', '.join(switches)}")
     for link, knot in enumerate(step_plan.knots, start=1) if config.trains else ():
         name = f"link {link:<7}" if config.trains_lora else "training    "
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
+        if config.trains_lora and config.lora_trains[link - 1] != "both":
+            lora_rank += f", {config.lora_trains[link - 1]} alone"
         steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
         lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
     if prepared.stage_reason:
@@ -69,6 +74,18 @@ def summarize(prepared: Prepared, world_size: int) -> str:
     lines.append(f"kernels     {kernels}; attention: {shown_name(prepared.attention)}{compiled}")
     lines.append(f"run folder  {config.run.dir}")
     return "\n".join(lines)
+
+
+def _switches(config: RunConfig) -> list[str]:
+    """What of a link is not as the paper has it."""
+    lora, found = config.lora, []
+    if lora.init != "gaussian":
+        found.append(f"lora.init {lora.init}")
+    if lora.scaling != "alpha/r":
+        found.append(f"lora.scaling {lora.scaling}")
+    if config.optim.lr_ratio != 1:
+        found.append(f"B's learning rate {config.optim.lr_ratio:g} times A's")
+    return found
 
 
 def _what_became_of(prepared: Prepared) -> Iterator[str]:
