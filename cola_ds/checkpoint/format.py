@@ -4,6 +4,7 @@ RUN_DIR/checkpoints/
   step-00000123/               after 123 steps
     state.json                 counters, config, fingerprints of base and data, knots (SavedState)
     trained-00001.safetensors  whole fp32 masters and moments of the current link's A and B
+    trained-0000N.safetensors  the last of these, where there are any: its factors that are not trained, as `frozen/NAME`
     link-0001.safetensors      the tied links, as chain/ has them
     random.safetensors         the random generators of every process
     shard-00003-00001.safetensors
@@ -142,7 +143,7 @@ class Checkpoint:
         return sorted(filter(SHARD.fullmatch, self.files))
 
     def trained(self) -> Iterator[tuple[str, Tensor]]:
-        """Names such as `master/NAME`, and whole fp32 tensors, one at a time."""
+        """Names such as `master/NAME`, and whole tensors, one at a time: fp32, or as the model has what is frozen."""
         for name in sorted(file for file in self.files if file.startswith("trained-")):
             with safe_open(self.path / name, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,17 @@ from cola_ds.distributed.engine_state import (
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.shards import Part, gathered, local_shard, numel, shape_of, writable_part
 from cola_ds.errors import UserError, first_line
-from cola_ds.lora.layers import LoRALinear, inject, lora_layers, start_link
+from cola_ds.lora.layers import LoRALinear, frozen_factors, inject, lora_layers
 from cola_ds.lora.remainders import Remainder
-from cola_ds.lora.tie import Links, tie_link
+from cola_ds.lora.starts import begin_link
+from cola_ds.lora.tie import Links, put_whole, tie_link
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
 from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
 
 # Masters, and the moments of torch's AdamW and AdaGrad.
 _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
+_FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def restore_model(
     exact = config.chain.merge == "exact"
     for past in range(1, link):
         tensors = read_link(found.link_path(past)) if found else {}
-        lora_rank = config.lora_ranks[past - 1]
+        lora_rank = config.tied_rank(past)
         _tie_again(
             model,
             lora_rank,
@@ -76,18 +78,18 @@ def restore_model(
             exact,
         )
     if config.trains_lora:
-        start_link(model, link, config.lora_ranks[link - 1], config.lora.alpha, config.run.seed, device)
+        begin_link(model, config, link, device)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if shards := _open_shards(found, process):
         parts = [(name, *local_shard(param)) for name, param in params.items()]
         wanted = [Part(f"master/{name}", shape_of(params[name]), start, part) for name, part, start in parts]
         _take_own(shards, wanted, params, process)
         return
-    collectives.on_rank_0(lambda: _check_shapes(found, params))
-    with torch.no_grad():
-        for name, _, whole in _from_process_0(found, params, "master"):
-            part, start = local_shard(params[name])
-            part.copy_(whole[start : start + part.numel()])
+    frozen = frozen_factors(model)
+    collectives.on_rank_0(lambda: _check_shapes(found, params, frozen))
+    for kind, held in (("master", params), (_FROZEN, frozen)):
+        for name, _, whole in _from_process_0(found, held, kind):
+            put_whole(held[name], whole)
 
 
 def _tie_again(
@@ -152,7 +154,7 @@ def _facts_of_run(run: str, base: str) -> dict[str, Any]:
 def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None) -> None:
     assert found is not None
     for past in range(1, link):
-        lora_rank = config.lora_ranks[past - 1]
+        lora_rank = config.tied_rank(past)
         expected: dict[str, tuple[int, ...]] = {}
         for name, layer in lora_layers(model).items():
             expected |= zip(lora_names(name), _shapes(layer, lora_rank), strict=True)
@@ -165,12 +167,12 @@ def _shapes(layer: LoRALinear, lora_rank: int) -> tuple[tuple[int, int], tuple[i
     return (lora_rank, layer.in_features), (layer.out_features, lora_rank)
 
 
-def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter]) -> None:
+def _check_shapes(found: Checkpoint | None, params: dict[str, nn.Parameter], frozen: dict[str, Tensor]) -> None:
     assert found is not None
     shapes = found.shapes()
-    kinds = {key.partition("/")[0] for key in shapes} | {"master"}
+    kinds = {key.partition("/")[0] for key in shapes} - {_FROZEN} | {"master"}
     _check_kinds(found.path, kinds)
-    _refuse_misfit(found.path, shapes, _expected(kinds, params))
+    _refuse_misfit(found.path, shapes, _expected(kinds, params) | _expected([_FROZEN], frozen))
 
 
 def _check_kinds(path: Path, kinds: set[str]) -> None:
@@ -178,7 +180,7 @@ def _check_kinds(path: Path, kinds: set[str]) -> None:
         raise UserError(f"checkpoint {path} holds {', '.join(sorted(kinds - _KINDS))}, which no optimizer here keeps")
 
 
-def _expected(kinds: Iterable[str], params: dict[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+def _expected(kinds: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shapes of all masters and moments."""
     return {f"{kind}/{name}": shape_of(param) for kind in kinds for name, param in params.items()}
 
@@ -192,15 +194,16 @@ def _refuse_misfit(path: Path, shapes: dict[str, tuple[int, ...]], expected: dic
         )
 
 
-def _from_process_0(found: Checkpoint | None, params: dict[str, nn.Parameter], kind: str | None) -> Any:
-    """Name, kind and whole values (flat, fp32, on the device) of the trained tensors; of one kind if it is given. Collective."""
+def _from_process_0(found: Checkpoint | None, params: Mapping[str, Tensor], kind: str | None) -> Any:
+    """Name, kind and whole values (flat, fp32, on the device) of the saved tensors of `params`; of one kind if it is given.
+    Collective."""
     keys = collectives.broadcast_object(list(found.shapes()) if found else None)
     held = found.trained() if found else None
     for expected in keys:
         key, tensor = next(held) if held else (expected, None)
         assert key == expected
         this, _, name = key.partition("/")
-        if kind in (None, this):
+        if kind in (None, this) and name in params:
             yield name, this, collectives.broadcast_tensor(tensor, numel(params[name]))
 
 

@@ -47,5 +47,10 @@ def check_at_knot(config: Any) -> None:
             f"{said} needs links of one LoRA rank, whose moments have one shape, and lora.rank is {quoted(config.lora.rank)}; "
             "use one rank, or reset"
         )
+    if len(set(config.lora_trains)) > 1:
+        raise ValueError(
+            f"{said} needs links that train the same factors, and lora.train is {quoted(config.lora.train)}; use one value, or "
+            "reset"
+        )
     if config.optim.name == "sgd":
         raise ValueError(f"{said} has nothing to keep: optim.name sgd has no moments; use adamw or adagrad, or reset")

@@ -41,6 +41,8 @@ class Shapes:
     """The largest A or B of any link; 0 where no adapter is trained."""
     trained: int
     """What is trained in the link that trains most."""
+    frozen: int = 0
+    """Factors that are not, in the link that has most of them."""
     targets: int
     """The base weights of the target layers."""
     width: int
@@ -81,7 +83,7 @@ def need(
         tokens * (_KEPT_PER_WIDTH * width * element_bytes + 3 * shapes.vocabulary * 4)
     )  # logits, and theirs, in fp32
     weights = shapes.total * element_bytes
-    device = weights + shapes.trained * _TRAINED_BYTES + kept
+    device = weights + shapes.trained * _TRAINED_BYTES + shapes.frozen * element_bytes + kept
     remainders = remainder_bytes * shapes.targets
     return Need(device=device, host=weights + remainders, remainders=remainders)
 

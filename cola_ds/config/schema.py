@@ -28,6 +28,13 @@ def _lora_ranks(value: Any) -> Any:
     return value
 
 
+def _lora_trains(value: Any) -> Any:
+    trains = value if isinstance(value, list) else [value]
+    if not trains or not all(each in ("both", "A", "B") for each in trains):
+        raise ValueError("must be both, A or B, or one of these per link, like [both, B]")
+    return value
+
+
 def _knots(value: Any) -> Any:
     if value == "even":
         return value
@@ -88,7 +95,17 @@ class LoraConfig(Section):
     rank: Annotated[int | list[int], BeforeValidator(_lora_ranks), Mark.FIXED] = 8
     """One LoRA rank for all links, or one per link."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), Mark.FIXED] = 16.0
-    """scaling = alpha / rank, link by link."""
+    """scaling = alpha / rank, link by link; or as `scaling` says."""
+    scaling: Annotated[Literal["alpha/r", "alpha/sqrt(r)"], Mark.FIXED] = "alpha/r"
+    """What B A is multiplied by. alpha/sqrt(r): rank-stabilised LoRA (arXiv 2312.03732)."""
+    train: Annotated[str | list[str], BeforeValidator(_lora_trains), Mark.FIXED] = "both"
+    """Which of A and B a link trains, one for all links or one per link: both, A or B. The other is drawn anew in each link and
+    stays as it is (RAC-LoRA, arXiv 2410.08305); what is trained begins at zero then."""
+    init: Annotated[Literal["gaussian", "kaiming", "orthogonal", "pissa", "gradient"], Mark.FIXED] = "gaussian"
+    """What a link begins with. gaussian: A drawn with variance 1 / (3 in), B zero. kaiming: A uniform, of that variance, as
+    PEFT's. orthogonal: A's rows orthogonal to those of all earlier links. pissa: the leading singular directions of the weight as
+    it is (arXiv 2404.02948). gradient: those of its first gradient (LoRA-GA, arXiv 2407.05000). With the last two B A begins as
+    B0 A0, and B A - B0 A0 is what is learnt: outputs are unchanged, and so is the weight."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of A, while training."""
     targets: Annotated[str | list[str], BeforeValidator(_targets), Mark.FIXED] = Field(default=["q_proj", "v_proj"])
@@ -127,6 +144,8 @@ class ChainConfig(Section):
 class OptimConfig(Section):
     lr: float = Field(gt=0, allow_inf_nan=False)
     """The learning rate that the schedule begins at."""
+    lr_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """B's learning rate as a multiple of lr, which stays A's (LoRA+, arXiv 2402.12354)."""
     name: Annotated[Literal["adamw", "sgd", "adagrad"], Mark.FIXED] = "adamw"
     """torch's optimizer."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -225,6 +244,18 @@ class RunConfig(Section):
             )
         if isinstance(ranks, list) and len(ranks) != length:
             raise ValueError(f"lora.rank {quoted(ranks)} names {len(ranks)} links, but chain.length is {length}")
+        if isinstance(self.lora.train, list) and len(self.lora.train) != length:
+            raise ValueError(
+                f"lora.train {quoted(self.lora.train)} names {len(self.lora.train)} links, but chain.length is {length}"
+            )
+        if self.lora.init == "orthogonal" and "A" in self.lora_trains:
+            raise ValueError(
+                "lora.init orthogonal says how A is drawn, and lora.train A begins it at zero; use B or both"
+            )
+        if self.optim.lr_ratio != 1 and not self.trains_lora:
+            raise ValueError(
+                f"optim.lr_ratio {self.optim.lr_ratio:g} is for B, which method {self.method} has not; use cola or lora, or 1"
+            )
         if isinstance(self.chain.knots, dict):
             (at,) = self.chain.knots.values()
             if isinstance(at, list) and len(at) != length - 1:
@@ -280,10 +311,31 @@ class RunConfig(Section):
         """The LoRA rank of each link, one per link."""
         return self.lora.rank if isinstance(self.lora.rank, list) else [self.lora.rank] * self.chain.length
 
+    @property
+    def lora_trains(self) -> list[str]:
+        """What each link trains, one per link: both, A or B."""
+        return self.lora.train if isinstance(self.lora.train, list) else [self.lora.train] * self.chain.length
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether links begin at factors that are not zero, of which only the change is learnt."""
+        return self.lora.init in ("pissa", "gradient")
+
+    def tied_rank(self, link: int) -> int:
+        """The LoRA rank of a link as it is tied and saved: one that begins elsewhere has that start beside it."""
+        return self.lora_ranks[link - 1] * (2 if self.starts_elsewhere else 1)
+
     def tied_alpha(self, link: int) -> float:
-        """The alpha that a link, counted from 1, is tied with and saved as: its own, times its chain.merge_weight."""
+        """The alpha that a link, counted from 1, is tied with and saved as: its own, times its chain.merge_weight, and doubled
+        where `tied_rank` is, so that the scaling is the same."""
         weight = self.chain.merge_weight
-        return self.lora.alpha * (weight[link - 1] if isinstance(weight, list) else weight)
+        weight = weight[link - 1] if isinstance(weight, list) else weight
+        return self.alpha_of(link) * weight * (2 if self.starts_elsewhere else 1)
+
+    def alpha_of(self, link: int) -> float:
+        """A link's alpha: what B A is multiplied by is always alpha_of(link) / r, for all that read a link."""
+        by_root = self.lora.scaling == "alpha/sqrt(r)"
+        return self.lora.alpha * (self.lora_ranks[link - 1] ** 0.5 if by_root else 1.0)
 
 
 SECTIONS = tuple(

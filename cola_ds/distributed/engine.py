@@ -22,6 +22,7 @@ from cola_ds.distributed.deepspeed_internals import (
     forget_modules,
     look_at_gradients_together,
     loss_scale,
+    loss_scale_state,
     steps_traced_alone,
     take_down_engine,
 )
@@ -108,21 +109,26 @@ def free_engine(engine: Engine) -> None:
 
 
 def set_learning_rate(engine: Engine, lr: float) -> None:
-    """Set the rate of the next step."""
+    """Set the rate of the next step; of a group with a `lr_ratio` its multiple of that."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+
+def fp16_scale(engine: Engine) -> float:
+    """What the loss is multiplied by in fp16; 1 in other dtypes."""
+    return loss_scale(engine) if loss_scale_state(engine) else 1.0
 
 
 @contextmanager
-def evaluating(engine: Engine) -> Iterator[None]:
+def evaluating(engine: Engine, gradients: bool = False) -> Iterator[None]:
     """Forward passes without dropout, gradients or compiled code inside the block; the engine is as before after it.
 
-    Collective.
+    With `gradients`, backward passes too, by torch.autograd.grad, towards what is no Parameter. Collective.
     """
     was_training = engine.module.training  # the engine itself does not keep count
     engine.eval()
     try:
-        with torch.no_grad(), uncompiled(), steps_traced_alone(engine):
+        with torch.set_grad_enabled(gradients), uncompiled(), steps_traced_alone(engine):
             yield
     finally:
         engine.train(was_training)

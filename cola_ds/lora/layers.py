@@ -6,6 +6,8 @@
                                       lora_A (r, in)     Gaussian
                                       lora_B (out, r)    zero
 
+A factor that is not trained is a buffer: on every process whole, as those that are trained are within a step.
+
 LoRALinear is an nn.Linear, so the names of the base weights in the state dict stay what they were.
 """
 
@@ -56,22 +58,49 @@ def inner_product(
     return ((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T) * (scaling1 * scaling2)).sum()
 
 
-def draw_lora_A(seed: int, link: int, layer: str, shape: tuple[int, int]) -> Tensor:
+def draw_lora_A(seed: int, link: int, layer: str, shape: tuple[int, int], uniform: bool = False) -> Tensor:
     """The A (r, in) that `layer` starts `link` with, in fp32 on the CPU.
 
     Drawn from a seed that names (seed, link, layer): the same on every process, at every world size and in every order.
-    Gaussian (COLA, algorithm 1), with the variance 1 / (3 in) of the uniform draw in LoRA's own code and PEFT's default.
+    Gaussian (COLA, algorithm 1), with the variance 1 / (3 in) of the uniform draw in LoRA's own code and PEFT's default; or that
+    draw itself.
     """
-    digest = hashlib.sha256(f"{seed}/{link}/{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = generator_of(seed, link, layer)
+    if uniform:
+        return (2 * torch.rand(shape, generator=generator) - 1) / shape[1] ** 0.5
     return torch.randn(shape, generator=generator) / (3 * shape[1]) ** 0.5
 
 
-class LoRALinear(nn.Linear):
-    """y = W x + b + scaling * B A dropout(x), with W frozen."""
+def generator_of(seed: int, link: int, what: str) -> torch.Generator:
+    """Random numbers of their own for what a link needs."""
+    digest = hashlib.sha256(f"{seed}/{link}/{what}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
-    lora_A: nn.Parameter  # (r, in)
-    lora_B: nn.Parameter  # (out, r)
+
+def draw_factors(
+    seed: int, link: int, layer: str, shapes: tuple[tuple[int, int], tuple[int, int]], init: str, train: str
+) -> tuple[Tensor | None, Tensor | None]:  # the shapes of A (r, in) and B (out, r)
+    """The A and B that `layer` starts `link` with, in fp32 on the CPU; None is zero, and one of them is.
+
+    Where A alone is trained (`train`), B is drawn as A is otherwise, by its own inputs: variance 1 / (3 r), uniform or Gaussian.
+    Both draws have every direction alike, as RAC-LoRA's convergence asks for (arXiv 2410.08305).
+    """
+    of_A, of_B = shapes
+    if train == "A":
+        return None, draw_lora_A(seed, link, f"{layer}.lora_B", of_B, init == "kaiming")
+    return draw_lora_A(seed, link, layer, of_A, init == "kaiming"), None
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + scaling * B A dropout(x), with W frozen.
+
+    A link that starts elsewhere than at zero has B A - B0 A0 in the place of B A: `start_A` and `start_B` stay what they are.
+    """
+
+    lora_A: Tensor  # (r, in)
+    lora_B: Tensor  # (out, r)
+    start_A: Tensor | None  # like them
+    start_B: Tensor | None
 
     def __init__(self, base: nn.Linear, dropout: float, train_bias: bool):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
@@ -83,24 +112,53 @@ class LoRALinear(nn.Linear):
             self.bias.requires_grad_(train_bias)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = 0.0
+        for name in ("start_A", "start_B"):
+            self.register_buffer(name, None, persistent=False)
 
-    def reset(self, lora_A: Tensor, scaling: float, device: torch.device) -> None:
-        """Start a new link: fresh A (r, in) and zero B, as new Parameters in the base weight's dtype.
+    def reset(
+        self, lora_A: Tensor | None, scaling: float, device: torch.device, lora_B: Tensor | None = None, train: str = "both",
+        started: bool = False,
+    ) -> None:  # fmt: skip
+        """Start a new link: A (r, in) and B (out, r), of which one may be None, zero; in the base weight's dtype.
 
         New Parameters rather than new values: the LoRA rank may change, and no gradient, hook or shard of the old link
-        is carried over.
+        is carried over. `train`: both, A or B, the other is frozen. `started`: with room for factors that it starts at, zero yet.
         """
-        dtype = self.weight.dtype
-        self.lora_A = nn.Parameter(lora_A.to(device=device, dtype=dtype))
-        # B = 0 keeps the outputs unchanged at birth; A is random, else both gradients would vanish.
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora_A.shape[0], device=device, dtype=dtype))
+        lora_rank = lora_A.shape[0] if lora_A is not None else cast(Tensor, lora_B).shape[1]
+        there: dict[str, Any] = {"device": device, "dtype": self.weight.dtype}
+        # B = 0 keeps the outputs unchanged at birth; A is random, else both gradients would vanish. Or the other way round.
+        zero_A, zero_B = (lora_rank, self.in_features), (self.out_features, lora_rank)
+        for name, drawn, shape in (("lora_A", lora_A, zero_A), ("lora_B", lora_B, zero_B)):
+            values = torch.zeros(shape, **there) if drawn is None else drawn.to(**there)
+            if hasattr(self, name):
+                delattr(self, name)
+            if train in ("both", name[-1]):
+                self.register_parameter(name, nn.Parameter(values))
+            else:
+                self.register_buffer(name, values, persistent=False)
+        self.start_A = torch.zeros(zero_A, **there) if started else None
+        self.start_B = torch.zeros(zero_B, **there) if started else None
         self.scaling = scaling
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of what the link adds, scaling * B @ A: with its start beside it, [A; A0] (2r, in) and [B, -B0] (out, 2r)."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Factors of the link that are not trained, by name."""
+        own = {name: getattr(self, name) for name in ("lora_A", "lora_B", "start_A", "start_B")}
+        return {
+            name: factor for name, factor in own.items() if factor is not None and not isinstance(factor, nn.Parameter)
+        }
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        lora_A, lora_B = self.factors()
         if isinstance(self.dropout, nn.Dropout) and self.training:
             base = F.linear(x, self.weight, self.bias)
-            return base + F.linear(F.linear(self.dropout(x), self.lora_A) * self.scaling, self.lora_B)
-        return cast(Tensor, _LoRAProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling))
+            return base + F.linear(F.linear(self.dropout(x), lora_A) * self.scaling, lora_B)
+        return cast(Tensor, _LoRAProduct.apply(x, self.weight, self.bias, lora_A, lora_B, self.scaling))
 
 
 class _LoRAProduct(torch.autograd.Function):
@@ -194,8 +252,20 @@ def set_scaling(model: nn.Module, scaling: float) -> None:
         layer.scaling = scaling
 
 
-def start_link(model: nn.Module, link: int, lora_rank: int, alpha: float, seed: int, device: torch.device) -> None:
-    """Give every injected layer the A and B that `link` starts with."""
+def frozen_factors(model: nn.Module) -> dict[str, Tensor]:
+    """Of all injected layers, those factors of the link that are not trained, by names as Parameters have."""
+    return {
+        f"{name}.{part}": held for name, layer in lora_layers(model).items() for part, held in layer.frozen().items()
+    }
+
+
+def start_link(
+    model: nn.Module, link: int, lora_rank: int, alpha: float, seed: int, device: torch.device, init: str = "gaussian",
+    train: str = "both", started: bool = False,
+) -> None:  # fmt: skip
+    """Give every injected layer the A and B that `link` starts with, as far as they are drawn; `started`: with room for the
+    factors that the link starts at (training/starts.py)."""
     for name, layer in lora_layers(model).items():
-        lora_A = draw_lora_A(seed, link, name, (lora_rank, layer.in_features))
-        layer.reset(lora_A, alpha / lora_rank, device)
+        shapes = (lora_rank, layer.in_features), (layer.out_features, lora_rank)
+        lora_A, lora_B = draw_factors(seed, link, name, shapes, init, train)
+        layer.reset(lora_A, alpha / lora_rank, device, lora_B, train, started)

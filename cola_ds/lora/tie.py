@@ -17,7 +17,7 @@ from cola_ds.distributed.shards import (
     numel,
     writable_part,
 )
-from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_lora_A, inner_product, lora_layers
+from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_factors, inner_product, lora_layers
 from cola_ds.lora.remainders import Remainder
 from cola_ds.run.peft_files import bias_name, lora_names
 
@@ -75,24 +75,28 @@ def tie_link(
             learnt.append(layer.bias)
         whole = [] if local else [layer.weight]
         with gathered(learnt), gathered(whole, write=True):
+            lora_A, lora_B = layer.factors()
             weight, start = local_shard(layer.weight) if local else (writable_part(layer.weight), 0)
             before = remainders.get(name)
             if weight.dtype != torch.float32 and before is None and not last:
                 remainders[name] = Remainder.of(weight, exact)
-            square = _add_link(layer, weight, start, before, remainders.get(name), exact)
+            factors = (lora_A, lora_B, layer.scaling)
+            square = _add_link(factors, weight, start, before, remainders.get(name), exact)
             squares.append(square / copies(layer.weight))
-            factors = (layer.lora_A, layer.lora_B, layer.scaling)
             delta_squares.append(inner_product(factors, factors))
             if collectives.falls_to_this_process(number):
                 if name in earlier:
                     A, B, scalings = (each.to(accelerator.device()) for each in earlier[name])
                     shared.append(inner_product((A, B, scalings), factors))
                 if not last or looked_at:
-                    earlier[name] = _joined(earlier.get(name), layer)
+                    earlier[name] = _joined(earlier.get(name), factors)
             if keep_tensors:
                 names = (*lora_names(name), bias_name(name))
-                tied.tensors |= {key: p.detach().to("cpu", copy=True) for key, p in zip(names, learnt, strict=False)}
-        local_shard(layer.lora_B)[0].zero_()
+                tied.tensors |= {
+                    key: p.detach().to("cpu", copy=True)
+                    for key, p in zip(names, (lora_A, lora_B, *learnt[2:]), strict=False)
+                }
+        _forget(layer)
         tied.bytes_moved += collective_bytes(learnt) + collective_bytes(whole, write=True)
     # Reading a number from the device below also waits for the copies of remainders to the host.
     nothing = torch.zeros((), dtype=torch.float64, device=accelerator.device())
@@ -102,26 +106,35 @@ def tie_link(
     return tied
 
 
-def _joined(before: Links | None, layer: LoRALinear) -> Links:
+def _forget(layer: LoRALinear) -> None:
+    """Have the link add nothing any more: what began at zero is zero again. (A frozen factor, and one that is drawn anew, may
+    stay.)"""
+    local_shard(layer.lora_B if layer.lora_B.requires_grad else layer.lora_A)[0].zero_()
+    if layer.start_B is not None:
+        layer.start_B.zero_()
+
+
+def _joined(before: Links | None, factors: tuple[Tensor, Tensor, float]) -> Links:
     """A layer's links on the host, with the one that it has now."""
-    A, B = (half.detach().to("cpu", copy=True) for half in (layer.lora_A, layer.lora_B))
-    scalings = torch.full((len(A), 1), layer.scaling, dtype=torch.float64)
+    A, B = (half.detach().to("cpu", copy=True) for half in factors[:2])
+    scalings = torch.full((len(A), 1), factors[2], dtype=torch.float64)
     if before is None:
         return A, B, scalings
     return torch.cat([before[0], A]), torch.cat([before[1], B], dim=1), torch.cat([before[2], scalings])
 
 
 def _add_link(
-    layer: LoRALinear, weight: Tensor, start: int, before: Remainder | None, after: Remainder | None, exact: bool
-) -> Tensor:
-    """Add a layer's link to a flat part of its weight that begins at `start`, with the remainder of `before`; the new one goes to
-    `after`. None: there is none. -> (), the new remainder's squared norm"""
-    device = layer.lora_A.device
+    factors: tuple[Tensor, Tensor, float], weight: Tensor, start: int, before: Remainder | None, after: Remainder | None,
+    exact: bool,
+) -> Tensor:  # fmt: skip
+    """Add a layer's link, (A, B, scaling), to a flat part of its weight that begins at `start`, with the remainder of `before`;
+    the new one goes to `after`. None: there is none. -> (), the new remainder's squared norm"""
+    device = factors[0].device
     nothing = torch.zeros((), device=device)
     square = nothing.double()
     for begin in range(0, weight.numel(), _ELEMENTS_AT_ONCE):
         piece = slice(begin, min(begin + _ELEMENTS_AT_ONCE, weight.numel()))
-        delta = delta_slice(layer.lora_A, layer.lora_B, layer.scaling, start + begin, piece.stop - begin)
+        delta = delta_slice(*factors, start + begin, piece.stop - begin)
         remainder = nothing if before is None else before.read(begin, weight[piece], device)
         left = add_link(weight[piece], delta, remainder, exact)
         square += torch.linalg.vector_norm(left, dtype=torch.float64).square()
@@ -131,11 +144,23 @@ def _add_link(
 
 
 @torch.no_grad()
-def restart_link(model: nn.Module, link: int, alpha: float, seed: int) -> None:
-    """Give every injected layer the A that `link` starts with, at the same LoRA rank, in its shards. B is zero since the tie."""
+def restart_link(
+    model: nn.Module, link: int, alpha: float, seed: int, init: str = "gaussian", train: str = "both"
+) -> None:  # fmt: skip
+    """Give every injected layer what `link` starts with, at the same LoRA rank, in its shards. What begins at zero is zero since
+    the tie."""
     for name, layer in lora_layers(model).items():
-        part, start = local_shard(layer.lora_A)
         lora_rank = numel(layer.lora_A) // layer.in_features
         layer.scaling = alpha / lora_rank  # a tie may have weighed the link before otherwise
-        lora_A = draw_lora_A(seed, link, name, (lora_rank, layer.in_features))
-        part.copy_(lora_A.flatten()[start : start + part.numel()])
+        shapes = (lora_rank, layer.in_features), (layer.out_features, lora_rank)
+        drawn = draw_factors(seed, link, name, shapes, init, train)
+        for factor, values in zip((layer.lora_A, layer.lora_B), drawn, strict=True):
+            if values is not None:
+                put_whole(factor, values)
+
+
+@torch.no_grad()
+def put_whole(factor: Tensor, values: Tensor) -> None:
+    """Give A or B, wherever it lies, new values: what of them this process keeps."""
+    part, start = local_shard(factor)
+    part.copy_(values.flatten()[start : start + part.numel()])

@@ -52,6 +52,10 @@ class Layout:
     """Of an element of a target; 0: none is kept."""
     tied: int
     """Elements of A and B of all links but the last: each layer's are kept on the host of one process."""
+    frozen: int = 0
+    """Elements of the factors that are not trained, in the link that has most: on every process whole."""
+    start_bytes: int = 0
+    """Of what is found of the first gradient, where links start at its directions."""
     over_gloo: bool
     """On the CPU. A gather is there twice then, as was measured."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
@@ -119,14 +123,15 @@ def memory_of(layout: Layout, step: MicroStep, evaluation: MicroStep | None) -> 
     updating = [Line("at the update: gradients in fp32, and the optimizer's own", _update_bytes(layout))]
     tying = [Line("at a knot", _knot_bytes(layout))]
     evaluating = _evaluating(layout, evaluation, gathered is not None)
-    worst = max((passing, updating, tying, evaluating), key=lambda lines: sum(line.bytes for line in lines))
+    starting = [*passing, Line("at a link's start: products with the first gradient", layout.start_bytes)]
+    worst = max((passing, updating, tying, evaluating, starting), key=lambda lines: sum(line.bytes for line in lines))
     return Memory([line for line in (*device, *worst) if line.bytes], [line for line in host if line.bytes], gathered)
 
 
 def _standing(layout: Layout) -> tuple[list[Line], list[Line]]:
     """What is there all the time, where it computes and on its host."""
-    device = list(_weights(layout))
-    host: list[Line] = []
+    frozen = Line("A or B that is not trained, and where a link starts", layout.frozen * layout.element_bytes)
+    device, host = [*_weights(layout), frozen], list[Line]()
     states = _STATES[layout.optimizer]
     mine = -(-layout.trained // layout.processes)
     bucket = int(layout.zero.get("reduce_bucket_size", 500_000_000)) * layout.element_bytes

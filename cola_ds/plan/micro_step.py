@@ -116,12 +116,12 @@ def _attention(
 def trace(
     skeleton: Any, targets: list[str], lora_rank: int | None, rows: tuple[int, int], *, attention: str | None,
     dtype: torch.dtype, dropout: float = 0.0, biases: bool = False, recomputes: bool = False, device: str = "cuda",
-    trains: bool = True,
+    trains: bool = True, started: bool = False,
 ) -> MicroStep:  # fmt: skip
     """Trace a micro step of `rows` (rows, tokens each) of text whose every token is predicted, on a `device` of that kind.
 
     `lora_rank` None: every weight is trained (method full). `attention` is Transformers' name of it; None: its own choice.
-    Without `trains` it is a forward pass alone, as an evaluation has.
+    `started`: links start elsewhere than at zero. Without `trains` it is a forward pass alone, as an evaluation has.
 
     Raises UserError for a model whose code looks at values, which a tensor of the meta device has none of.
     """
@@ -131,7 +131,9 @@ def trace(
     else:
         inject(model, targets, dropout, biases)
         for layer in lora_layers(model).values():
-            layer.reset(torch.empty(lora_rank, layer.in_features, device="meta"), 1.0, torch.device("meta"))
+            layer.reset(
+                torch.empty(lora_rank, layer.in_features, device="meta"), 1.0, torch.device("meta"), started=started
+            )
     if recomputes:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -16,9 +16,10 @@ from cola_ds.data.batch import StepExamples
 from cola_ds.distributed.devices import KNOWN, peak_tflops
 from cola_ds.errors import UserError, quoted
 from cola_ds.evaluation.attention import VARLEN
+from cola_ds.lora.starts import sketch_width
 from cola_ds.plan.memory import Layout, Memory, memory_of
 from cola_ds.plan.micro_step import MicroStep, trace
-from cola_ds.training.prepared import Described, trained_of_links
+from cola_ds.training.prepared import Described, frozen_of_links, tied_of_links, trained_of_links
 from cola_ds.training.settle import Settled, bytes_a_remainder, settle
 from cola_ds.training.work import link_work
 
@@ -153,10 +154,11 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Of the largest one: masters, moments, and every link before."""
         links, size = trained_of_links(self.described), self.layout.element_bytes
+        tied, frozen = tied_of_links(self.described), frozen_of_links(self.described)
         if not self.described.config.trains_lora:
             return 12 * links[0]
-        before = itertools.accumulate([0, *links[:-1]])
-        return max(12 * link + size * tied for link, tied in zip(links, before, strict=True))
+        before = itertools.accumulate([0, *tied[:-1]])
+        return max(12 * link + size * (own + past) for link, own, past in zip(links, frozen, before, strict=True))
 
 
 def plan_run(described: Described, cluster: Cluster) -> Plan:
@@ -218,11 +220,21 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
         processes=cluster.processes, per_node=cluster.per_node, stage=zero["stage"], in_nodes=settled.nodes is not None,
         offload_param=offloads("offload_param"), offload_optimizer=offloads("offload_optimizer"), zero=zero, element_bytes=size,
         gradient_bytes={"fp32": 4, "bf16": 2, "fp16": 2}.get(accumulates, size), optimizer=config.optim.name,
-        full=config.method == "full", trained=max(links), tied=sum(links[:-1]),
+        full=config.method == "full", trained=max(links), tied=sum(tied_of_links(described)[:-1]),
+        frozen=max(frozen_of_links(described)), start_bytes=_start_bytes(described),
         targets=sum(targets), largest_target=max(targets, default=0), gathered_tie=config.chain.tie == "gathered",
         remainder_bytes=bytes_a_remainder(config), over_gloo=cluster.on_host,
         weights={name: own for name, own in weights.items() if own},
     )  # fmt: skip
+
+
+def _start_bytes(described: Described) -> int:
+    """Of two products with the gradient of each target layer, which stand side by side in fp32."""
+    if described.config.lora.init != "gradient" or not described.config.trains_lora:
+        return 0
+    layers = [described.skeleton.get_submodule(name) for name in described.targets]
+    shapes = [(layer.in_features, layer.out_features) for layer in layers]
+    return sum(4 * sketch_width(max(described.config.lora_ranks), shape) * sum(shape) for shape in shapes)
 
 
 def _micro_step(described: Described, cluster: Cluster) -> MicroStep:
@@ -267,7 +279,7 @@ def _traced(facts: _Facts, rows: int, trains: bool = True) -> MicroStep:
         (rows, facts.described.max_length), attention=VARLEN if joined else config.model.attention,
         dtype=getattr(torch, DTYPES[config.model.dtype].torch_name), dropout=config.lora.dropout,
         biases=config.lora.bias == "lora_only", recomputes=facts.recomputes, device=facts.device,
-        trains=trains,
+        trains=trains, started=config.starts_elsewhere,
     )  # fmt: skip
 
 
@@ -279,7 +291,7 @@ def _flops(described: Described, cluster: Cluster) -> float | None:
         indices=[], lengths=[width] * rows,
     )  # fmt: skip
     try:
-        work = link_work(described, max(config.lora_ranks)).of(examples)
+        work = link_work(described, max(config.lora_ranks), started=config.starts_elsewhere).of(examples)
     except ValueError:
         return None
     again = (4 / 3 if config.method == "full" else 1.5) if config.model.activation_checkpointing else 1.0

@@ -260,7 +260,7 @@ class RunDir:
     def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> str:
         """Write a link of the named layers as a PEFT adapter, and into run.json what it is: its folder appears whole or not at
         all. Returns its SHA-256."""
-        lora_rank, alpha, target = config.lora_ranks[link - 1], config.tied_alpha(link), self.link_path(link)
+        lora_rank, alpha, target = config.tied_rank(link), config.tied_alpha(link), self.link_path(link)
         files = adapter_files(config, lora_rank, alpha, layers, tensors)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         tied = {

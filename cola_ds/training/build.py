@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 import torch
 
@@ -19,14 +18,15 @@ from cola_ds.distributed.monitor import Monitor
 from cola_ds.distributed.nodes import make_groups
 from cola_ds.errors import UserError
 from cola_ds.evaluation.attention import VARLEN
-from cola_ds.lora.layers import inject, start_link
+from cola_ds.lora.layers import inject
+from cola_ds.lora.starts import begin_link
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
 from cola_ds.run.model_files import weight_files
 from cola_ds.run.model_folder import model_folder
 from cola_ds.training.kernels import use_kernels
 from cola_ds.training.metrics import MetricLogger
-from cola_ds.training.optim import make_optimizer
+from cola_ds.training.optim import optimizer_of
 from cola_ds.training.prepared import Prepared
 from cola_ds.training.state import Chain, ChainState
 
@@ -69,10 +69,10 @@ def build_chain(
     if restored:
         restore_model(model, config, state.link, found, state.remainders, state.earlier, process)
     elif config.trains_lora:
-        start_link(model, 1, config.lora_ranks[0], config.lora.alpha, config.run.seed, accelerator.device())
+        begin_link(model, config, 1, accelerator.device())
     if compiles:
         compilation.compile_blocks(model)
-    engine = build_engine(model, prepared.engine_config, partial(make_optimizer, config.optim))
+    engine = build_engine(model, prepared.engine_config, optimizer_of(config.optim, model))
     engine.train(config.trains)
 
     joined = prepared.attention == VARLEN

@@ -30,7 +30,8 @@ def diagnose(chain: Chain) -> dict[str, Any]:
     row says: means over the layers, and how long it took.
     """
     begin, state = time.perf_counter(), chain.state
-    layers, lora_ranks = lora_layers(chain.engine.module), chain.config.lora_ranks[: state.link]
+    layers = lora_layers(chain.engine.module)
+    lora_ranks = [chain.config.tied_rank(link) for link in range(1, state.link + 1)]
     is_last = state.link == chain.links
     found = torch.zeros(len(layers), sum(parts_of(lora_ranks)) + 1, dtype=torch.float64, device=accelerator.device())
     for number, name in enumerate(layers):

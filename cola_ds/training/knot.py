@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from cola_ds.distributed.moments import prune_moments
 from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
-from cola_ds.lora.layers import lora_layers, set_scaling, start_link
+from cola_ds.lora.layers import lora_layers, set_scaling
+from cola_ds.lora.starts import begin_link
 from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
 from cola_ds.training.diagnostics import diagnose
-from cola_ds.training.optim import make_optimizer
+from cola_ds.training.optim import optimizer_of
 from cola_ds.training.plateau import why_ended
+from cola_ds.training.starts import place_start
 from cola_ds.training.state import Chain, step_examples
 
 
@@ -75,7 +76,7 @@ def _check_link(chain: Chain) -> None:
 
 def _tie(chain: Chain) -> TiedLink:
     state, config, model = chain.state, chain.config.chain, chain.engine.module
-    set_scaling(model, chain.config.tied_alpha(state.link) / chain.config.lora_ranks[state.link - 1])
+    set_scaling(model, chain.config.tied_alpha(state.link) / chain.config.tied_rank(state.link))
     tied = tie_link(
         model, state.remainders, state.earlier, local=config.tie == "local", exact=config.merge == "exact",
         last=state.link == chain.links, keep_tensors=chain.folder is not None, looked_at=config.diagnostics,
@@ -122,19 +123,22 @@ def extend_chain(chain: Chain) -> float:
     """Start the next link: fresh A and B, and an optimizer that knows nothing of the old ones but what
     chain.optimizer_at_knot keeps. Returns seconds.
 
-    In place where the LoRA rank stays: a rebuilt engine starts alike, but takes 0.4 of a step (tests/bench/knots.py), moves A and
-    B twice, and its first step takes longer by as much again.
+    In place where the LoRA rank, and what is trained, stay: a rebuilt engine starts alike, but takes 0.4 of a step
+    (tests/bench/knots.py), moves A and B twice, and its first step takes longer by as much again.
     """
     begin = time.perf_counter()
     config, model, link = chain.config, chain.engine.module, chain.state.link + 1
-    lora_rank = config.lora_ranks[link - 1]
-    if lora_rank == config.lora_ranks[link - 2]:
-        restart_link(model, link, config.lora.alpha, config.run.seed)
+    before, after = ((config.lora_ranks[each - 1], config.lora_trains[each - 1]) for each in (link - 1, link))
+    if before == after:
+        restart_link(
+            model, link, config.alpha_of(link), config.run.seed, config.lora.init, config.lora_trains[link - 1]
+        )
         restart_optimizer(chain.engine, keep_state=config.chain.optimizer_at_knot != "reset")
     else:
-        start_link(model, link, lora_rank, config.lora.alpha, config.run.seed, accelerator.device())
-        chain.engine = rebuild_engine(chain.engine, chain.engine_config, partial(make_optimizer, config.optim))
+        begin_link(model, config, link, accelerator.device())
+        chain.engine = rebuild_engine(chain.engine, chain.engine_config, optimizer_of(config.optim, model))
         chain.engine.train()
+    place_start(chain, link)
     return time.perf_counter() - begin
 
 

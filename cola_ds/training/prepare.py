@@ -24,6 +24,7 @@ from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.errors import UserError, cut, first_line
 from cola_ds.evaluation.attention import VARLEN, check_anywhere, choose_attention, shown_name, transformers_name
 from cola_ds.lora.layers import find_targets
+from cola_ds.lora.starts import check_starts
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
 from cola_ds.training.kernels import check_kernels
@@ -56,6 +57,7 @@ def describe(config: RunConfig, weights: bool = False) -> Described:
     )
     skeleton = _skeleton_of(config.model)
     targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
+    check_starts(config, {name: skeleton.get_submodule(name) for name in targets})
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) else None
     max_length = config.data.max_length

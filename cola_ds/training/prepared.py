@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ class Prepared:
 
 
 def count_trainable(prepared: Prepared | Described, link: int) -> int:
-    """Parameters that `link` trains: A and B (and biases, if asked), or all of them with method full."""
+    """Parameters that `link` trains: A and B, or one of them (and biases, if asked), or all of them with method full."""
     config = prepared.config
     if config.method == "full":
         return sum(p.numel() for p in prepared.skeleton.parameters())
@@ -106,17 +107,49 @@ def count_trainable(prepared: Prepared | Described, link: int) -> int:
     if config.lora.bias == "lora_only":
         layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
         biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)
-    return count_adapters(prepared, link) + biases
+    part = {"both": "AB"}.get(config.lora_trains[link - 1], config.lora_trains[link - 1])
+    return _factors(prepared, link, part) + biases
 
 
 def trained_of_links(prepared: Prepared | Described) -> list[int]:
     """Parameters that each link trains."""
-    lora_ranks = prepared.config.lora_ranks
-    counts = {lora_rank: count_trainable(prepared, lora_ranks.index(lora_rank) + 1) for lora_rank in {*lora_ranks}}
-    return [counts[lora_rank] for lora_rank in lora_ranks]
+    return _of_links(prepared, count_trainable)
+
+
+def frozen_of_links(prepared: Prepared | Described) -> list[int]:
+    """Elements of each link's factors that are not trained: of A or B, and of what a link starts at."""
+    if not prepared.config.trains_lora:
+        return [0]
+    return _of_links(prepared, lambda prepared, link: _held(prepared, link) - count_trainable(prepared, link))
+
+
+def tied_of_links(prepared: Prepared | Described) -> list[int]:
+    """Elements of each link as it is tied and saved: A and B, both halves of them where it starts elsewhere, and biases."""
+    return _of_links(prepared, _held)
+
+
+def _held(prepared: Prepared | Described, link: int) -> int:
+    if not prepared.config.trains_lora:
+        return count_trainable(prepared, link)
+    part = {"A": "B", "B": "A"}.get(prepared.config.lora_trains[link - 1], "")
+    beside = count_adapters(prepared, link) if prepared.config.starts_elsewhere else 0
+    return count_trainable(prepared, link) + _factors(prepared, link, part) + beside
+
+
+def _of_links(prepared: Prepared | Described, count: Callable[[Prepared | Described, int], int]) -> list[int]:
+    """A count of each link; of those alike once."""
+    kinds = list(zip(prepared.config.lora_ranks, prepared.config.lora_trains, strict=True))
+    counts = {kind: count(prepared, kinds.index(kind) + 1) for kind in {*kinds}}
+    return [counts[kind] for kind in kinds]
 
 
 def count_adapters(prepared: Prepared | Described, link: int) -> int:
     """Elements of A and B of all layers in `link`."""
+    return _factors(prepared, link, "AB")
+
+
+def _factors(prepared: Prepared | Described, link: int, which: str) -> int:
+    """Elements of A, of B, or of both, of all layers in `link`."""
     layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
-    return prepared.config.lora_ranks[link - 1] * sum(layer.in_features + layer.out_features for layer in layers)
+    width = sum(("A" in which) * layer.in_features + ("B" in which) * layer.out_features for layer in layers)
+    return prepared.config.lora_ranks[link - 1] * width

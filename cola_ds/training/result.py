@@ -85,7 +85,11 @@ def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
 def _replay(chain: Chain) -> list[str] | None:
     """The overrides with which a run whose knots the loss has placed comes to the same bits; None for any other."""
     config = chain.config
-    by_link = {"lora.rank": config.lora.rank, "chain.merge_weight": config.chain.merge_weight}
+    by_link = {
+        "lora.rank": config.lora.rank,
+        "lora.train": config.lora.train,
+        "chain.merge_weight": config.chain.merge_weight,
+    }
     return None if config.chain.plateau is None else replay_words(chain.state.decided, by_link)
 
 

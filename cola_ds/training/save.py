@@ -25,6 +25,7 @@ from cola_ds.distributed.engine_state import (
 )
 from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import StoppedError, TrainingFailedError
+from cola_ds.lora.starts import frozen_tensors
 from cola_ds.training.state import Chain, RunFacts, counters, position
 
 _RANDOM_STATE = 2**13  # bytes
@@ -94,6 +95,8 @@ def save_chain(chain: Chain) -> str | None:
         for piece in trained_tensors(chain.engine):
             if attempt and piece:
                 attempt.do(lambda writer, piece=piece: writer.add_trained(piece))
+        if attempt and (frozen := frozen_tensors(chain.engine.module)):
+            attempt.do(lambda writer: writer.add_trained(frozen))
     random_states = collectives.all_gather_bytes(random_state())
     unlogged = chain.logger.state()
     if attempt and checkpoints and chain.facts:
@@ -200,13 +203,19 @@ def _state(chain: Chain, facts: RunFacts, unlogged: dict[str, Any]) -> SavedStat
     )
 
 
-def space_needed(config: RunConfig, trained: list[int], weights: int, world_size: int) -> int:
-    """Bytes that a run's links and checkpoints can take together; `trained` are the elements that each link trains, `weights` the
-    model's parameters.
+def space_needed(
+    config: RunConfig, trained: list[int], weights: int, world_size: int, tied: list[int] | None = None, frozen: int = 0
+) -> int:
+    """Bytes that a run's links and checkpoints can take together; `trained` are the elements that each link trains, `tied` those
+    that it has when it is saved (None: the same), `frozen` the most of them that it does not train; `weights` the model's
+    parameters.
 
     The newest `checkpoint.keep`, the best, and one on its way, with Adam's two moments and every tied link in each of them; and
     what each process adds: its random state, and with method full the headers of its shard files.
     """
-    links = sum(trained) * DTYPES[config.model.dtype].element_bytes if config.trains_lora else 0
+    element_bytes = DTYPES[config.model.dtype].element_bytes
+    links = sum(tied or trained) * element_bytes if config.trains_lora else 0
     each = _RANDOM_STATE + (3 * weights * _PLACE if config.method == "full" else 0)
-    return (config.checkpoint.keep + 2) * (12 * max(trained) + links + 2**17 + world_size * each) + links
+    return (config.checkpoint.keep + 2) * (
+        12 * max(trained) + frozen * element_bytes + links + 2**17 + world_size * each
+    ) + links

@@ -24,7 +24,7 @@ from cola_ds.config.engine_sizes import (
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, cut
 from cola_ds.lora.remainders import remainder_dtype
-from cola_ds.training.prepared import Described, Prepared, trained_of_links
+from cola_ds.training.prepared import Described, Prepared, frozen_of_links, trained_of_links
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,6 @@ def _nodes(
         raise UserError(f"model.shards node needs ZeRO stage 3, and {cut(config.deepspeed)} means stage {stage} here")
     if wanted == "node" and len(nodes) == 1 and len(hosts) > 1 and hosts[0] != UNKNOWN:
         return None, f"over all {len(hosts)} processes: all are on {hosts[0]}"  # or are hosts of one name
-    if wanted == "node" and len(hosts) > 1 and len(nodes) == 1:
-        return None, "in each node, where there are several"
     if wanted == "world" or stage != 3 or len(nodes) == 1:
         return None, ""
     why = why_not_alike(hosts)
@@ -141,6 +139,7 @@ def _shapes_of(prepared: Prepared | Described) -> Shapes:
         vectors=tuple(p.numel() for p in parameters if p.dim() < 2),
         adapter=max(config.lora_ranks) * largest,
         trained=max(trained_of_links(prepared)) if config.trains else 0,
+        frozen=max(frozen_of_links(prepared)),
         targets=sum(layer.weight.numel() for layer in layers),
         width=sum(layer.in_features + layer.out_features for layer in linear),
         vocabulary=vocabulary,

@@ -21,7 +21,7 @@ from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
 from cola_ds.training.build import build_chain
 from cola_ds.training.preflight import check_shared
-from cola_ds.training.prepared import Prepared, trained_of_links
+from cola_ds.training.prepared import Prepared, frozen_of_links, tied_of_links, trained_of_links
 from cola_ds.training.save import space_needed
 from cola_ds.training.state import Chain, RunFacts, from_counters
 from cola_ds.training.work import work_of
@@ -55,7 +55,8 @@ def lock_and_choose(
         if config.trains and chosen != "finished":
             trained = trained_of_links(prepared)
             weights = len(list(prepared.skeleton.parameters()))
-            folder.check_space(space_needed(config, trained, weights, process.world_size))
+            tied, frozen = tied_of_links(prepared), max(frozen_of_links(prepared))
+            folder.check_space(space_needed(config, trained, weights, process.world_size, tied, frozen))
         return chosen if isinstance(chosen, str) else chosen.state.model_dump()
 
     answer = collectives.on_rank_0_with_all(choose, hash_of)

@@ -6,6 +6,7 @@ import collections
 from collections.abc import Iterator
 
 from cola_ds.config.plateau import PlateauConfig, describe, longest_links
+from cola_ds.config.schema import RunConfig
 from cola_ds.data.text import overlap
 from cola_ds.data.tokens import LOSSES
 from cola_ds.evaluation.attention import shown_name
@@ -55,12 +56,16 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
         lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
+    if config.trains_lora and (switches := _switches(config)):
+        lines.append(f"switches    {', '.join(switches)}")
     plateau = config.chain.plateau if config.chain.length > 1 else None
     if plateau is not None:
         lines += _links_beforehand(prepared, plateau)
     for link, knot in enumerate(step_plan.knots, start=1) if config.trains and plateau is None else ():
         name = f"link {link:<7}" if config.trains_lora else "training    "
         lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
+        if config.trains_lora and config.lora_trains[link - 1] != "both":
+            lora_rank += f", {config.lora_trains[link - 1]} alone"
         steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
         lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
     if prepared.stage_reason:
@@ -84,6 +89,18 @@ def _links_beforehand(prepared: Prepared, plateau: PlateauConfig) -> Iterator[st
     for link, steps in enumerate(longest, start=1):
         lora_rank, trainable = config.lora_ranks[link - 1], count_trainable(prepared, link)
         yield f"link {link:<7}at most {steps} steps, LoRA rank {lora_rank}, {trainable:,} trainable parameters"
+
+
+def _switches(config: RunConfig) -> list[str]:
+    """What of a link is not as the paper has it."""
+    lora, found = config.lora, []
+    if lora.init != "gaussian":
+        found.append(f"lora.init {lora.init}")
+    if lora.scaling != "alpha/r":
+        found.append(f"lora.scaling {lora.scaling}")
+    if config.optim.lr_ratio != 1:
+        found.append(f"B's learning rate {config.optim.lr_ratio:g} times A's")
+    return found
 
 
 def _what_became_of(prepared: Prepared) -> Iterator[str]:

@@ -3,7 +3,7 @@
 Counted are matrix products, at 2 for each multiplication with its addition:
 
     a token, a frozen weight that it is multiplied by      4   2 forward, 2 for the gradient of its input
-    a token, a trained weight (A and B; method full: all)  6   2 more for the weight's own gradient
+    a token, a trained weight (A, B; method full: all)     6   2 more for the weight's own gradient
     a pair of positions, one of which sees the other      12   per attention head and its width: scores and values, with gradients
 
 The output head counts where a next token is predicted. Below the first block that is trained a weight counts 2, and a pair 4:
@@ -50,11 +50,15 @@ def pairs(lengths: list[int], window: int | None) -> int:
 
 def work_of(prepared: Prepared) -> list[LinkWork]:
     """The work of each link, in order. Raises ValueError for a model whose work is not that of a dense transformer."""
-    return [link_work(prepared, lora_rank) for lora_rank in prepared.config.lora_ranks]
+    config = prepared.config
+    kinds = list(zip(config.lora_ranks, config.lora_trains, strict=True))
+    works = {kind: link_work(prepared, *kind, started=config.starts_elsewhere) for kind in {*kinds}}
+    return [works[kind] for kind in kinds]
 
 
-def link_work(prepared: Prepared | Described, lora_rank: int) -> LinkWork:
-    """The work of a link of that LoRA rank. Raises ValueError as `work_of` does."""
+def link_work(prepared: Prepared | Described, lora_rank: int, train: str = "both", started: bool = False) -> LinkWork:
+    """The work of a link of that LoRA rank, which trains both, A or B, and may be `started` elsewhere than at zero. Raises
+    ValueError as `work_of` does."""
     skeleton, targets = prepared.skeleton, set(prepared.targets)
     config = skeleton.config.get_text_config()
     if getattr(config, "num_experts_per_tok", None):
@@ -71,7 +75,9 @@ def link_work(prepared: Prepared | Described, lora_rank: int) -> LinkWork:
             raise ValueError(f"{name} ({type(module).__name__}) has weights that are no matrix")
         cost = sum(weight.numel() for weight in weights) * (6 if is_full else 4 if reached else 2)
         if name in targets:
-            cost += 6 * lora_rank * (module.in_features + module.out_features)
+            factors = {"A": module.in_features, "B": module.out_features}
+            cost += lora_rank * sum((6 if train in ("both", each) else 4) * size for each, size in factors.items())
+            cost += 4 * lora_rank * sum(factors.values()) if started else 0
         if module is head:
             per_prediction += cost
         else:

@@ -62,6 +62,17 @@ def test_overrides(load, override, read):
     assert read(load(MINIMAL, override))
 
 
+def test_a_links_scaling_is_always_its_alpha_by_its_rank(load):
+    config = load(MINIMAL, "chain.length=2", "lora.rank=[9, 4]")
+    assert [config.alpha_of(link) for link in (1, 2)] == [config.tied_alpha(link) for link in (1, 2)] == [16, 16]
+    assert (config.lora_trains, config.tied_rank(1)) == (["both", "both"], 9)
+    config = load(MINIMAL, "chain.length=2", "lora.rank=[9, 4]", "lora.scaling=alpha/sqrt(r)", "lora.train=[B, both]")
+    assert [config.alpha_of(link) / r for link, r in ((1, 9), (2, 4))] == [16 / 3, 8]
+    assert config.lora_trains == ["B", "both"]
+    config = load(MINIMAL, "lora.rank=4", "lora.init=pissa")
+    assert (config.tied_rank(1), config.tied_alpha(1)) == (8, 32)  # the same scaling
+
+
 def test_later_override_wins_and_several_apply_together(load):
     config = load(
         MINIMAL, "chain.length=2", "lora.rank=[8, 4]", "optim.lr=1", "optim.lr=2", "chain.knots={epochs: [3]}"
@@ -74,13 +85,16 @@ def test_later_override_wins_and_several_apply_together(load):
     [
         ("lora.rnk=8", "unknown key lora.rnk; did you mean lora.rank?"),
         ("optm.lr=1", "unknown key optm; did you mean optim?"),
-        ("lora.zzz=8", "unknown key lora.zzz; known are rank, alpha, dropout, targets, bias"),
+        ("lora.zzz=8", "unknown key lora.zzz; known are rank, alpha, scaling, train, init, dropout, targets, bias"),
         (
             "lora.rank=0",
             "lora.rank must be a whole number of at least 1, or one such number per link, like [8, 4]; it is 0",
         ),
         ("lora.rank=[8, 0]", "it is [8, 0]"),
         ("lora.rank=true", "it is True"),
+        ("lora.train=C", "lora.train must be both, A or B, or one of these per link, like [both, B]; it is 'C'"),
+        ("lora.train=[B, A]", "lora.train ['B', 'A'] names 2 links, but chain.length is 1"),
+        ("optim.lr_ratio=0", "optim.lr_ratio must be greater than 0; it is 0"),
         ("lora.rank=[8, 4]", "lora.rank [8, 4] names 2 links, but chain.length is 1"),
         ("optim.lr='5e-4'", "optim.lr must be a number; it is '5e-4' (text: write numbers without quotes)"),
         ("optim.lr=fast", "optim.lr must be a number; it is 'fast'"),
@@ -127,6 +141,11 @@ def test_refusals_name_key_value_and_remedy(load, override, message):
     [
         (["method=lora", "chain.length=3"], "method lora contradicts chain.length 3"),
         (["method=full", "chain.length=2"], "method full contradicts chain.length 2"),
+        (
+            ["lora.init=orthogonal", "lora.train=A"],
+            "lora.init orthogonal says how A is drawn, and lora.train A",
+        ),
+        (["method=full", "optim.lr_ratio=4"], "optim.lr_ratio 4 is for B, which method full has not"),
         (["data.text=text", "data.prompt=q"], "data.text contradicts data.prompt and data.completion"),
     ],
 )

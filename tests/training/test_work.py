@@ -14,7 +14,7 @@ from cola_ds.config.loading import load_config
 from cola_ds.data.batch import StepExamples
 from cola_ds.data.batcher import Batcher
 from cola_ds.lora.layers import LoRALinear, find_targets, inject, start_link
-from cola_ds.training.work import LinkWork, pairs, work_of
+from cola_ds.training.work import LinkWork, link_work, pairs, work_of
 from tests.support.runs import three_links, train_in
 from tests.support.toys import ARCHITECTURES, rows, run_config, save_model, save_run
 
@@ -33,7 +33,9 @@ def products_that_torch_counts(monkeypatch):
 
 
 def like_prepared(skeleton, method, targets, lora_ranks=(LORA_RANK,)):
-    config = SimpleNamespace(lora_ranks=list(lora_ranks), method=method)
+    config = SimpleNamespace(
+        lora_ranks=list(lora_ranks), lora_trains=["both"] * len(lora_ranks), starts_elsewhere=False, method=method
+    )
     return SimpleNamespace(skeleton=skeleton, targets=targets, config=config)
 
 
@@ -91,6 +93,19 @@ def test_lora_needs_what_torch_counts(tmp_path, architecture, targets):
     start_link(model, 1, LORA_RANK, 8.0, 0, torch.device("cpu"))
     needed = work.of(of_lengths(*[LENGTH] * EXAMPLES, predictions=EXAMPLES * 7))
     assert counted(model, 7) == needed + hidden_half(model) - not_needed(model, 0)
+
+
+@pytest.mark.parametrize(("train", "started"), [("A", False), ("B", False), ("both", True)])
+def test_a_factor_that_is_not_trained_needs_less(tmp_path, train, started):
+    """No gradient of its own; where a link starts elsewhere, that stands beside it."""
+    model = load(save_model(tmp_path / "model"))
+    names = find_targets(model, "all-linear")
+    prepared = like_prepared(model, "lora", names)
+    both, these = link_work(prepared, LORA_RANK), link_work(prepared, LORA_RANK, train, started)
+    inner, outer = (sum(getattr(model.get_submodule(n), f"{which}_features") for n in names) for which in ("in", "out"))
+    apart = {"A": -2 * outer, "B": -2 * inner}.get(train, 4 * (inner + outer))
+    assert these.per_token - both.per_token == LORA_RANK * apart
+    assert (these.per_prediction, these.per_pair) == (both.per_prediction, both.per_pair)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])

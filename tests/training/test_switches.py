@@ -1,0 +1,226 @@
+"""The switches of a chain (lora.scaling, lora.train, lora.init, optim.lr_ratio): each against plain torch on whole matrices,
+under ZeRO 2 and 3, by one process and several; and what a run with them leaves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cola_ds.commands.export import export
+from cola_ds.config.loading import load_config
+from cola_ds.lora.layers import lora_layers
+from tests.support.distributed import CountedCollectives, process_group, run_distributed
+from tests.support.runs import record, three_links, train_in
+from tests.support.switches import switched_chain
+from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_run, save_sums
+from tests.training.test_chain import ENGINES, make_chain, next_batch, outputs, whole_weights
+
+LINKS, STEPS, KNOTS = 3, 9, (3, 6, 9)
+SWITCHES = {  # the second link begins in place where it has the first one's rank and trains the same
+    "trained": {"rank": [8, 4, 4], "train": ["B", "B", "A"], "scaling": "alpha/sqrt(r)", "init": "kaiming"},
+    "orthogonal": {"rank": [8, 8, 4], "train": ["B", "B", "both"], "init": "orthogonal"},
+    "pissa": {"rank": [8, 8, 4], "train": ["both", "both", "B"], "init": "pissa"},
+    "gradient": {"rank": [2, 2, 1], "train": ["both"] * 3, "init": "gradient", "scaling": "alpha/sqrt(r)"},
+}
+RATIO = {"trained": 1, "orthogonal": 4, "pissa": 1, "gradient": 2}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("switches")
+    return save_model(folder / "model"), save_sums(folder / "train.jsonl", 50)
+
+
+def config_for(toy, which, run_dir, engine="zero3", **optim):
+    return run_config(
+        *toy, run_dir, lora={"alpha": 8, **SWITCHES[which]}, chain={"length": LINKS}, deepspeed=ENGINES[engine],
+        optim={"max_steps": STEPS, "max_grad_norm": 0.5, "lr_ratio": RATIO[which], **optim},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def references(toy):
+    return {which: switched_chain(config_for(toy, which, "unused"), KNOTS) for which in SWITCHES}
+
+
+def run_all(process, paths):
+    """What `cola-ds train` does, of several runs one after the other."""
+    from cola_ds.checkpoint.decide import ResumeOptions
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.run import run_prepared
+
+    process_group(process)
+    for path in paths:
+        run_prepared(prepare(load_config(path), process.world_size), process, ResumeOptions(), frees=True)
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("zero2", 1), ("zero3", 2), ("zero2", 2), ("zero3", 4)])
+def test_switches_follow_plain_torch(toy, references, tmp_path, engine, world_size):
+    paths = []
+    for which in SWITCHES:
+        config = config_for(toy, which, tmp_path / which, engine, micro_batch_size=2 if world_size < 4 else 1)
+        paths.append(save_run(tmp_path / f"{which}.yaml", config))
+    run_distributed(run_all, world_size, paths)
+    for which in SWITCHES:
+        losses, model, links = references[which]
+        found = [row["loss"] for row in rows(tmp_path / which / "metrics.jsonl")]
+        assert found == pytest.approx(losses, rel=1e-5), which
+        for row in rows(tmp_path / which / "knots.jsonl"):
+            assert row["loss_after"] == pytest.approx(row["loss_before"], rel=1e-5), which
+        exported = load_file(export(tmp_path / which, "hf", tmp_path / f"{which}-merged") / "model.safetensors")
+        for name, tensor in exported.items():
+            torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-5, msg=f"{which} {name}")
+        for number, learnt in enumerate(links, start=1):
+            check_link(tmp_path / which / f"chain/link-{number:04d}", learnt, which)
+
+
+def test_shards_in_each_node_start_alike(toy, references, tmp_path):
+    """Each node finds its own weights' directions, and all begin at those of process 0."""
+    config = config_for(toy, "pissa", "unused", micro_batch_size=1)
+    train_in(tmp_path, {**config, "model": {**config["model"], "shards": "node"}}, 4, hosts=[["a", "b", "a", "b"]])
+    found = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl")]
+    assert found == pytest.approx(references["pissa"][0], rel=1e-5)
+    environment = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))
+    assert environment["shards"] == "node"
+
+
+def check_link(folder, learnt, which):
+    """A tied link is a PEFT adapter of what was learnt: its start too, where it has one."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name, (A, B, A0, B0, scaling) in learnt.items():
+        lora_A, lora_B = (tensors[f"base_model.model.{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
+        assert len(lora_A) == said["r"] == (2 if B0.any() else 1) * len(A)
+        assert said["lora_alpha"] / said["r"] == pytest.approx(scaling)
+        expected = scaling * (B @ A - B0 @ A0)
+        torch.testing.assert_close(scaling * lora_B @ lora_A, expected, rtol=1e-4, atol=2e-6, msg=f"{which} {name}")
+
+
+def test_a_run_with_a_start_is_one_peft_adapter(toy, tmp_path):
+    """The whole chain as PEFT's adapter has the logits of the merged model, and the base is what it was."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path = save_run(tmp_path / "run.yaml", config_for(toy, "pissa", tmp_path / "run", "zero2"))
+    run_distributed(run_all, 1, [path])
+    merged = AutoModelForCausalLM.from_pretrained(export(tmp_path / "run", "hf", tmp_path / "merged"))
+    base = AutoModelForCausalLM.from_pretrained(toy[0])
+    ids = torch.arange(3, 40)[None]
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, export(tmp_path / "run", "peft", tmp_path / "adapter"))
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-5, atol=1e-5)
+    assert (adapted(ids).logits - before).abs().max() > 1e-2
+
+
+def test_what_is_said_and_counted_beforehand(toy, tmp_path):
+    """Per unit of LoRA rank two layers' q_proj and v_proj have 4 x 32 inputs and 2 x (32 + 16) outputs."""
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.prepared import frozen_of_links, tied_of_links, trained_of_links
+    from cola_ds.training.summary import summarize
+
+    def prepared(which):
+        return prepare(load_config(save_run(tmp_path / f"{which}.yaml", config_for(toy, which, tmp_path / "run"))), 1)
+
+    trained, pissa = prepared("trained"), prepared("pissa")
+    assert trained_of_links(trained) == [8 * 96, 4 * 96, 4 * 128]
+    assert frozen_of_links(trained) == [8 * 128, 4 * 128, 4 * 96]
+    assert tied_of_links(trained) == [8 * 224, 4 * 224, 4 * 224]
+    assert trained_of_links(pissa) == [8 * 224, 8 * 224, 4 * 96]
+    assert frozen_of_links(pissa) == [8 * 224, 8 * 224, 4 * 128 + 4 * 224]
+    assert tied_of_links(pissa) == [16 * 224, 16 * 224, 8 * 224]
+    said = summarize(trained, 1)
+    assert "switches    lora.init kaiming, lora.scaling alpha/sqrt(r)\n" in said
+    assert "link 1      steps 1-3, LoRA rank 8, B alone, 768 trainable parameters" in said
+    assert "switches    lora.init orthogonal, B's learning rate 4 times A's\n" in summarize(prepared("orthogonal"), 1)
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+GOING_ON = {  # dropout is on in all of them
+    "pissa bf16": {"lora": {"rank": [8, 4, 4], "init": "pissa", "train": ["both", "B", "B"]}, "model": {"dtype": "bf16"}},
+    "gradient stage 2": {
+        "lora": {"rank": [2, 2, 4], "init": "gradient"}, "optim": {"lr_ratio": 4}, "deepspeed": ENGINES["zero2"],
+    },
+    "orthogonal offloaded": {
+        "lora": {"rank": [4, 4, 8], "init": "orthogonal", "train": ["B", "B", "both"], "scaling": "alpha/sqrt(r)"},
+        "model": {"dtype": "bf16"}, "optim": {"lr_ratio": 4}, "deepspeed": str(REPOSITORY / "ds_configs/zero3_offload_cpu.json"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", GOING_ON)
+def test_a_stopped_run_ends_with_the_same_bits(toy, tmp_path, which):
+    """Stopped in the first link, and in the first step of the second: frozen factors and starts are the bits that they were."""
+    config = three_links((*toy, toy[1]), **GOING_ON[which])
+    weights = train_in(tmp_path / "whole", config)
+    assert train_in(tmp_path / "stopped", config, stops=[("step", 2), ("step", 3)]) == weights
+    assert record(tmp_path / "stopped/run") == record(tmp_path / "whole/run")
+
+
+# -- what starts cost --------------------------------------------------------------------------------------------------
+
+
+def count_starts(process, paths):
+    """What the collectives of a start carry, and of a step; whether a start is without a trace; what it finds."""
+    from cola_ds.training.first_gradient import GradientProducts
+    from cola_ds.training.loop import tune_lora
+    from cola_ds.training.starts import place_start
+
+    found = {}
+    for init, path in paths.items():
+        chain = make_chain(process, path)
+        outputs(chain, next_batch(chain))
+        with CountedCollectives() as start:
+            place_start(chain, 1)
+        with CountedCollectives() as steps:
+            tune_lora(chain)
+        found[init] = [size for _, size in start.calls], [size for _, size in steps.calls], whole_weights(chain)
+    for way in ("plain", "measured"):  # dropout is on
+        chain = make_chain(process, paths["gaussian"])
+        for step in range(4):
+            if way == "measured" and step < 2:  # before any step, and between two
+                layers = lora_layers(chain.engine.module).items()
+                GradientProducts(chain).times({name: torch.ones(layer.in_features, 2) for name, layer in layers})
+                assert not any(param.grad is not None for param in chain.engine.module.parameters())
+            with CountedCollectives() as steps:
+                step_once(chain)
+        found[way] = whole_weights(chain), sum(size for _, size in steps.calls)
+    return found
+
+
+def step_once(chain):
+    from cola_ds.training.loop import train_step
+    from cola_ds.training.state import step_examples
+
+    train_step(chain.engine, step_examples(chain, chain.state.step), 1e-2, chain.world_size)
+    chain.state.step += 1
+
+
+@pytest.mark.parametrize(("engine", "recomputes"), [("zero3", True), ("zero2", False)])
+def test_a_start_moves_no_more_than_a_layer_at_a_time_and_leaves_no_trace(tmp_path, engine, recomputes):
+    model, data = (
+        save_model(tmp_path / "model", hidden_size=96, intermediate_size=64),
+        save_sums(tmp_path / "t.jsonl", 20),
+    )
+    paths = {}
+    for init in ("gaussian", "pissa", "gradient"):
+        config = run_config(
+            model, data, tmp_path / init, lora={"rank": 1, "init": init, "dropout": 0.2}, chain={"length": 1},
+            model={"activation_checkpointing": recomputes}, optim={"max_steps": 3, "micro_batch_size": 2},
+            deepspeed=ENGINES[engine],
+        )  # fmt: skip
+        paths[init] = save_run(tmp_path / f"{init}.yaml", config)
+    weight, k = 4 * 96 * 96, 2 * 1 + 16
+    for found in run_distributed(count_starts, 2, paths):
+        assert found["gaussian"][0] == []
+        sizes, steps, _ = found["pissa"]
+        assert max(sizes) == (4 * 96 * k if engine == "zero3" else 4 * 2 * 96)  # products, and what process 0 has found
+        assert max(sizes) < weight / 2
+        sizes, steps, _ = found["gradient"]
+        assert max(sizes) <= max(*steps, weight)  # weights as they are gathered in any pass
+        reduced = [size for size in sizes if size == 4 * 96 * k]
+        assert len(reduced) >= 4 * 2  # four passes, of two layers' q_proj at least
+        for name, tensor in found["plain"][0].items():
+            assert torch.equal(found["measured"][0][name], tensor), name
+        assert found["measured"][1] == found["plain"][1]
