@@ -5,14 +5,13 @@ import dataclasses
 import pytest
 
 from cola_ds.checkpoint.decide import Identity, ResumeOptions, choose_start
-from cola_ds.checkpoint.format import Counters, Rows
+from cola_ds.checkpoint.format import Rows
 from cola_ds.config.deepspeed_json import read_engine_config
 from cola_ds.config.keys import default_of, flat_keys
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.run.folder import RunDir
 from cola_ds.run.marker import Marker
-from cola_ds.training.state import from_counters
 from tests.support.recorded import recorded
 
 BEFORE = {
@@ -84,12 +83,9 @@ def test_a_run_goes_on_with_what_it_has_watched(tmp_path):
         choose_start(RunDir(tmp_path), now, Identity(engine, "x", None, "z"), ResumeOptions(), None)
 
 
-def test_counters_and_rows_of_versions_without_links_and_watch():
+def test_rows_of_versions_without_links_and_watch():
     rows = Rows.model_validate({"metrics": 1, "evals": 2, "knots": 3})
     assert (rows.links, rows.watch) == (0, 0)
-    known = {name: 0 for name, field in Counters.model_fields.items() if field.is_required()}
-    known |= {"link": 1, "link_tokens": [0], "best": None, "ended_step": None, "change_square": 0.0, "link_hashes": []}
-    assert from_counters(Counters.model_validate(known)).watched_step == -1
 
 
 def test_the_default_of_every_key():
