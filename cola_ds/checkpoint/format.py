@@ -61,8 +61,6 @@ class Counters(_Saved):
     skipped_in_link: int
     skipped_in_a_row: int
     evaluated_step: int
-    watched_step: int = -1
-    """-1 too in checkpoints of before there was data.watch."""
     best_step: int
     best: float | None
     no_better: int

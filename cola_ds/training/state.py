@@ -38,8 +38,6 @@ class ChainState:
     skipped_in_a_row: int = 0
     evaluated_step: int = 0
     """The step after which the last evaluation was."""
-    watched_step: int = -1
-    """The step after which data.watch was last looked at; -1: never."""
     best_step: int = 0
     best: float = math.inf
     """The lowest objective (run/scores.py) so far, and the step it was found after."""

@@ -9,10 +9,11 @@ from cola_ds.training.state import Chain, position
 
 
 def watch_is_due(chain: Chain) -> bool:
-    """Whether the chain is before its first step, or behind a knot, and data.watch has not been looked at there."""
+    """Whether there is data.watch, and the chain is before its first step or behind a knot. Asked once at each: no checkpoint
+    is written between a look and the next step, so that what goes on from one there has not looked yet."""
     state = chain.state
     behind_knot = state.step in chain.step_plan.knots and state.link > chain.step_plan.link_of(state.step)
-    return chain.watched is not None and state.watched_step != state.step and (state.step == 0 or behind_knot)
+    return chain.watched is not None and (state.step == 0 or behind_knot)
 
 
 def watch_if_due(chain: Chain) -> None:
@@ -32,5 +33,4 @@ def watch_if_due(chain: Chain) -> None:
     if found is None:
         stop_here(chain, int(stop))
         return
-    chain.state.watched_step = chain.state.step
     chain.logger.watched(position(chain), found)

@@ -108,12 +108,9 @@ def test_a_run_goes_on_with_what_it_has_watched(tmp_path):
         choose_start(RunDir(tmp_path), now, Identity(engine, "x", None, "z"), ResumeOptions(), None)
 
 
-def test_counters_and_rows_of_versions_without_links_and_watch():
+def test_rows_of_versions_without_links_and_watch():
     rows = Rows.model_validate({"metrics": 1, "evals": 2, "knots": 3})
     assert (rows.links, rows.watch) == (0, 0)
-    known = {name: 0 for name, field in Counters.model_fields.items() if field.is_required()}
-    known |= {"link": 1, "link_tokens": [0], "best": None, "ended_step": None, "change_square": 0.0, "link_hashes": []}
-    assert from_counters(Counters.model_validate(known)).watched_step == -1
 
 
 def test_the_default_of_every_key():

@@ -1,6 +1,7 @@
 """chain.diagnostics and data.watch in whole runs: what the rows say, and that nothing else changes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -159,9 +160,28 @@ def test_a_stopped_run_ends_with_the_same_rows(toy, looked_at, tmp_path, stops):
     assert record(tmp_path / "run") == record(run)
 
 
+def test_rows_behind_a_checkpoint_are_taken_back(toy, looked_at, tmp_path):
+    """A run that had gone on past a knot, and goes back to a checkpoint before it."""
+    weights, run = looked_at
+    config = three_links(toy, **ON, **watching(toy), checkpoint={"keep": 2})
+    train_in(tmp_path, config, stops=[("step", 3), ("step", 3)], end=False)
+    assert len(rows(tmp_path / "run/watch.jsonl")) == 2
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    assert train_in(tmp_path, config) == weights
+    assert record(tmp_path / "run") == record(run)
+
+
 def test_another_world_size_has_the_rows_of_its_links(toy, tmp_path):
     train_in(tmp_path, three_links(toy, **ON), world_size=(2, 1), stops=[("step", 6)])
     check_rows(tmp_path / "run", toy[0], [8, 4, 4], exact_base=True)
+
+
+def test_with_node_shards_too(toy, looked_at, tmp_path):
+    """Two nodes of one process: the weights that are decomposed are gathered in a node."""
+    weights, run = looked_at
+    config = three_links(toy, **ON, **watching(toy), model={"shards": "node"})
+    assert train_in(tmp_path, config, hosts=[("a", "b")]) == weights
+    assert record(tmp_path / "run") == record(run)
 
 
 def test_rows_are_read_back(looked_at):
