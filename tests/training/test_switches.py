@@ -17,8 +17,8 @@ from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_ru
 from tests.training.test_chain import ENGINES, make_chain, next_batch, outputs, whole_weights
 
 LINKS, STEPS, KNOTS = 3, 9, (3, 6, 9)
-SWITCHES = {  # the second link begins in place where it has the first one's rank and trains the same
-    "trained": {"rank": [8, 4, 4], "train": ["B", "B", "A"], "scaling": "alpha/sqrt(r)", "init": "kaiming"},
+SWITCHES = {  # a link begins in place where it has the rank of the one before and trains the same
+    "trained": {"rank": [8, 4, 4], "train": ["B", "A", "A"], "scaling": "alpha/sqrt(r)", "init": "kaiming"},
     "orthogonal": {"rank": [8, 8, 4], "train": ["B", "B", "both"], "init": "orthogonal"},
     "pissa": {"rank": [8, 8, 4], "train": ["both", "both", "B"], "init": "pissa"},
     "gradient": {"rank": [2, 2, 1], "train": ["both"] * 3, "init": "gradient", "scaling": "alpha/sqrt(r)"},
@@ -123,8 +123,8 @@ def test_what_is_said_and_counted_beforehand(toy, tmp_path):
         return prepare(load_config(save_run(tmp_path / f"{which}.yaml", config_for(toy, which, tmp_path / "run"))), 1)
 
     trained, pissa = prepared("trained"), prepared("pissa")
-    assert trained_of_links(trained) == [8 * 96, 4 * 96, 4 * 128]
-    assert frozen_of_links(trained) == [8 * 128, 4 * 128, 4 * 96]
+    assert trained_of_links(trained) == [8 * 96, 4 * 128, 4 * 128]
+    assert frozen_of_links(trained) == [8 * 128, 4 * 96, 4 * 96]
     assert tied_of_links(trained) == [8 * 224, 4 * 224, 4 * 224]
     assert trained_of_links(pissa) == [8 * 224, 8 * 224, 4 * 96]
     assert frozen_of_links(pissa) == [8 * 224, 8 * 224, 4 * 128 + 4 * 224]
