@@ -186,14 +186,14 @@ def _plan(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.config.loading import load_config
 
     config = load_config(args.config, args.overrides)
-    from cola_ds.commands.plan import count_of, plan, size_of
+    from cola_ds.commands.plan import count_of, counts_of, plan, size_of
     from cola_ds.plan.run import Cluster
     from cola_ds.training.api import quiet_libraries
 
     quiet_libraries(process)
     if args.table is not None and args.nodes is not None:
         raise UserError("--table names numbers of nodes, and --nodes one: use one of them")
-    table = [] if args.table is None else [count_of(word, "--table") for word in str(args.table).split(",")]
+    table = [] if args.table is None else counts_of(args.table, "--table")
     host = None if args.host_memory is None else int(size_of(args.host_memory, "--host-memory"))
     cluster = Cluster(
         nodes=count_of("1" if args.nodes is None else args.nodes, "--nodes"), per_node=count_of(args.gpus, "--gpus"),

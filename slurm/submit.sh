@@ -59,6 +59,7 @@ done
 counts=("${BASH_REMATCH[1]}" "${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}")
 [ "${counts[0]}" -le "${counts[1]}" ] || fail "--nodes $nodes: the first number must not be the larger"
 [ -z "$gpus" ] || [ -z "$tasks" ] || fail "--gpus and --tasks contradict each other: a GPU has one process"
+[ -n "$gpus" ] || [ ${#planned[@]} -eq 0 ] || fail "${planned[0]} is of the GPUs that --gpus asks for: say how many"
 per_node=${gpus:-${tasks:-2}}
 [[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--gpus and --tasks take a number from 1; it is $per_node"
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max-restarts $max_restarts must be a number"

@@ -16,6 +16,7 @@ from cola_ds.training.prepared import Described
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _GIB = 2**30
+_MOST = 9_999_999
 
 
 def size_of(text: str, option: str, rate: bool = False) -> float:
@@ -30,11 +31,19 @@ def size_of(text: str, option: str, rate: bool = False) -> float:
 
 
 def count_of(text: str, option: str) -> int:
-    """A whole number from 1. Raises UserError."""
+    """A whole number from 1 to _MOST. Raises UserError."""
     word = str(text).strip()
     if not re.fullmatch("[0-9]{1,7}", word) or int(word) < 1:
-        raise UserError(f"{option} {quoted(text)} must be a whole number from 1")
+        raise UserError(f"{option} {quoted(text)} must be a whole number from 1 to {_MOST:,}")
     return int(word)
+
+
+def counts_of(text: str, option: str) -> list[int]:
+    """Several, with commas between them. Raises UserError."""
+    try:
+        return [count_of(word, option) for word in str(text).split(",")]
+    except UserError:
+        raise UserError(f"{option} {quoted(text)} must be whole numbers from 1 to {_MOST:,}, such as 1,2,4") from None
 
 
 def plan(config: RunConfig, cluster: Cluster, table: Sequence[int] = ()) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 from cola_ds.config.schema import ModelConfig
 from cola_ds.errors import UserError, cut, first_line
 
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer of a model. Raises UserError for whatever its files or the hub make transformers raise."""
     from transformers import AutoTokenizer
 
+    _check_sentencepiece(Path(model.path))
     try:
         return AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -23,6 +27,29 @@ def load_tokenizer(model: ModelConfig) -> Any:
     except Exception as error:
         where = "" if os.path.isdir(model.path) else "is not a folder here, and the hub does not give it: "
         raise UserError(f"model.path {cut(model.path)}: {where}{first_line(error)}") from None
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Transformers looks for another package where the one that it needs is missing, at some length."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    absent = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    for name in _SENTENCEPIECE if absent else ():
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                first = file.read(1)
+            if first == b"\n":  # tiktoken's files, which have the same name, begin with a letter
+                raise UserError(
+                    f"model.path {folder}: its tokenizer, {name}, is SentencePiece's, which is not installed: "
+                    "pip install sentencepiece protobuf"
+                )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # such as of a part of a package that is not there
+        return False
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -121,7 +121,9 @@ def read_learnt(folder: str | Path) -> Learnt:
 def _result(folder: Path, marker: Marker) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no result.json: the run has not finished")
+        raise UserError(
+            f"{folder} has no result.json: the run has not finished; the command that began it goes on with it"
+        )
     if sha256_of(path) not in marker.facts.get("result", []):
         raise UserError(
             f"{path} is not what the run in this folder wrote: put that back, or remove it, and the run's own command goes on "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from cola_ds.errors import UserError, first_line, quoted
 
 _MOST_BYTES = 2**26  # of a JSON that describes a model, or lists its weights
 _MOST_PARTS = 10_000  # layers or experts: transformers makes a module of each, or a list, before it looks further
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
 def check_folder(folder: Path) -> None:
@@ -24,7 +22,6 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"model.path {folder} has no model.safetensors, nor an index of several; pickled weights are not read: convert them"
         )
-    _check_tokenizer(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,26 +76,3 @@ def _named_by(index: Path) -> list[Path]:
             "copy the model anew"
         )
     return [index.with_name(name) for name in names]
-
-
-def _check_tokenizer(folder: Path) -> None:
-    """Transformers looks for another package where the one that it needs is missing, at some length."""
-    if (folder / "tokenizer.json").is_file():
-        return
-    absent = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-    for name in _SENTENCEPIECE if absent else ():
-        if (folder / name).is_file():
-            with open(folder / name, "rb") as file:
-                first = file.read(1)
-            if first == b"\n":  # tiktoken's files, which have the same name, begin with a letter
-                raise UserError(
-                    f"model.path {folder}: its tokenizer, {name}, is SentencePiece's, which is not installed: "
-                    "pip install sentencepiece protobuf"
-                )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # such as of a part of a package that is not there
-        return False

@@ -56,6 +56,19 @@ def _values(value: Any) -> Any:
     return value
 
 
+def _methods(value: Any) -> Any:
+    for name, overrides in value.items() if isinstance(value, dict) else ():
+        if isinstance(overrides, dict) and "grid" in overrides:
+            if not isinstance(overrides["grid"], dict):
+                raise ValueError(f"{name}.grid must be keys with lists of values")
+            for key, values in overrides["grid"].items():
+                try:
+                    _values(values)
+                except ValueError as error:
+                    raise ValueError(f"{name}.grid.{key} {error}") from None
+    return value
+
+
 def _seeds(value: Any) -> Any:
     if value is None or value == "all":
         return value
@@ -92,8 +105,9 @@ class Sweep(BaseModel):
     dir: str = Field(min_length=1)
     tasks: Annotated[list[str] | dict[str, Overrides | None], BeforeValidator(_tasks)]
     """Values of data.task, or by name what differs from the base; data.task is the name unless that says otherwise."""
-    methods: dict[str, Overrides | None] = Field(min_length=1)
-    """By name, what differs from the base; a name that is a method is the method, unless that says otherwise."""
+    methods: Annotated[dict[str, Overrides | None], BeforeValidator(_methods), Field(min_length=1)]
+    """By name, what differs from the base; a name that is a method is the method, unless that says otherwise. `grid` among it is
+    what is searched there instead, key by key."""
     grid: dict[str, Annotated[list[Any] | Literal["paper"], BeforeValidator(_values)]] = {}
     """By key, the values to search; a key that a task or a method sets is not searched there."""
     seeds: Annotated[list[int], BeforeValidator(_seeds)]
@@ -175,9 +189,11 @@ def load_plan(path: str, common: list[str]) -> Plan:
             raise UserError(f"{path}: two of {some_of(list(names))} have the same folder; name them otherwise")
     series = []
     for (task, of_task), (name, of_method) in itertools.product(sweep.task_overrides().items(), sweep.methods.items()):
-        here = {**of_task, **({"method": name} if name in _METHODS else {}), **(of_method or {})}
-        _check_keys(path, here, [override.partition("=")[0] for override in common], sweep)
-        series.append(_make_series(sweep, raw, common, task, name, here))
+        own = dict(of_method or {})
+        grid = {**sweep.grid, **own.pop("grid", {})}
+        here = {**of_task, **({"method": name} if name in _METHODS else {}), **own}
+        _check_keys(path, here, [override.partition("=")[0] for override in common], grid)
+        series.append(_make_series(sweep, raw, common, task, name, here, grid))
         if sum(len(one.points) * len(one.group.seeds) for one in series) > _MOST_RUNS:
             raise UserError(f"{path}: tasks, methods, grid and seeds make more than {_MOST_RUNS:,} runs; name fewer")
     runs: list[Run] = []
@@ -204,7 +220,8 @@ def _load_sweep(path: str) -> Sweep:
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {explain_some(error)}") from None
-    if "paper" in [values for key, values in sweep.grid.items() if key != "optim.lr"]:
+    grids = [sweep.grid, *((overrides or {}).get("grid", {}) for overrides in sweep.methods.values())]
+    if "paper" in [values for grid in grids for key, values in grid.items() if key != "optim.lr"]:
         raise UserError(f"{path}: grid: paper stands for the paper's values of optim.lr, and of nothing else")
     return sweep
 
@@ -221,29 +238,34 @@ def _task_name(task: str) -> str:
     return Path(task).stem if is_task_file(task) else task
 
 
-def _check_keys(path: str, here: Overrides, common: list[str], sweep: Sweep) -> None:
+def _check_keys(path: str, here: Overrides, common: list[str], grid: dict[str, Any]) -> None:
     """Refuse keys that the sweep sets by itself, and overrides of the command line that it would set again."""
-    for key in (*here, *sweep.grid, *common):
+    for key in (*here, *grid, *common):
         if key in SECTIONS:  # it would replace all that the base says there
             raise UserError(
                 f"{path}: {key} is a section: write its keys as {key}.{next(iter(keys_of([key])))}, with a dot"
             )
         if key in _OWN_KEYS:
             raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
-        if names_file(key) and key in sweep.grid:  # a point is named by its values
+        if names_file(key) and key in grid:  # a point is named by its values
             raise UserError(f"{path}: grid: {key} is nothing to search: make each of its values a task or a method")
     for key in common:
-        if key in here or key in sweep.grid:
+        if key in here or key in grid:
             raise UserError(f"override {key}: the sweep's tasks, methods or grid set it; change it in {path}")
 
 
-def _make_series(sweep: Sweep, raw: dict[str, Any], common: list[str], task: str, name: str, here: Overrides) -> Series:
+def _make_series(
+    sweep: Sweep, raw: dict[str, Any], common: list[str], task: str, name: str, here: Overrides, grid: dict[str, Any]
+) -> Series:  # fmt: skip
     words = [override_word(key, value) for key, value in here.items()]
     merged = dict(raw)
     for word in words:
         apply_override(merged, word)
-    grid = {} if merged.get("method") in _NOT_TRAINED else {k: v for k, v in sweep.grid.items() if k not in here}
-    grid_points = _points(grid, merged)
+    grid = {} if merged.get("method") in _NOT_TRAINED else {k: v for k, v in grid.items() if k not in here}
+    try:
+        grid_points = _points(grid, merged)
+    except UserError as error:
+        raise UserError(f"{task} / {name}: {error}") from None
     points = {_point_name(point): [override_word(*item) for item in point.items()] for point in grid_points}
     seeds = tuple(sweep.seeds)
     search = seeds if sweep.search_seeds == "all" else tuple(sweep.search_seeds or seeds[:1])
@@ -275,6 +297,11 @@ def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:
     optimizer = optim.get("name", "adamw") if isinstance(optim, dict) else None
     if "paper" in grid.values() and "optim.name" in grid:
         raise UserError("grid.optim.lr paper goes by optim.name, which the grid varies: make each optimizer a method")
+    if "paper" in grid.values() and merged.get("method") == "full":
+        raise UserError(
+            "grid.optim.lr paper is for LoRA and chains; full fine-tuning's rates depend on the model: give the method a grid of "
+            "its own, like full: {grid: {optim.lr: [1.0e-6, 5.0e-6]}}"
+        )
     paper = PAPER_GRIDS.get(str(optimizer), PAPER_GRIDS["adamw"])  # another name is refused with the run's config
     lists = [paper if values == "paper" else values for values in grid.values()]
     if math.prod(map(len, lists)) > _MOST_RUNS:

@@ -95,6 +95,8 @@ def _nodes(
         raise UserError(f"model.shards node needs ZeRO stage 3, and {cut(config.deepspeed)} means stage {stage} here")
     if wanted == "node" and len(nodes) == 1 and len(hosts) > 1 and hosts[0] != UNKNOWN:
         return None, f"over all {len(hosts)} processes: all are on {hosts[0]}"  # or are hosts of one name
+    if wanted == "node" and len(hosts) > 1 and len(nodes) == 1:
+        return None, "in each node, where there are several"
     if wanted == "world" or stage != 3 or len(nodes) == 1:
         return None, ""
     why = why_not_alike(hosts)

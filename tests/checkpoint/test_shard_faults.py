@@ -4,11 +4,13 @@ import errno
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from cola_ds.checkpoint import shards
 from cola_ds.checkpoint.format import DamagedError, read_checkpoint
+from cola_ds.checkpoint.store import CheckpointWriter
 from tests.checkpoint.test_checkpoint import DAMAGES, flip, rewrite_manifest
 from tests.checkpoint.test_shards import FULL
 from tests.support.jobs import at_file_event, run_job
@@ -89,8 +91,10 @@ def test_shards_that_were_swapped_or_vouched_for(copied):
 
 
 def test_a_damaged_shard_is_passed_over(copied, tmp_path):
+    """And so is a file beside the shards that the manifest does not know."""
     folder, words, expected = copied
     flip(folder / "checkpoints" / NEWEST / SHARDS[1])
+    (folder / "checkpoints" / BEFORE / "shard-00000-00000.safetensors").write_bytes(b"nobody vouches for it")
     statuses, said = run_job(tmp_path, words)
     assert statuses == [0, 0], said
     assert f"{NEWEST} is damaged: {SHARDS[1]} has changed: its SHA-256 does not hold; using the one before it" in said
@@ -195,6 +199,20 @@ def test_no_room_for_one_process_and_stopping(toy, stopped, tmp_path):
     assert statuses == [0, 0], said
     assert "going on from step 2" in said
     assert left(tmp_path / "run") == stopped[1]
+
+
+def test_a_shard_that_process_0_does_not_see_is_no_part_of_a_checkpoint(tmp_path):
+    """Each process says what it has written; a file that is not here, or not whole, ends the attempt."""
+    writer, entry = SimpleNamespace(scratch=tmp_path, files={}), {"bytes": 3, "sha256": "0" * 64}
+    for content in (None, b"12", b"1234"):
+        if content is not None:
+            (tmp_path / SHARDS[1]).write_bytes(content)
+        with pytest.raises(OSError, match=f"{SHARDS[1]} is not here as its process wrote it"):
+            CheckpointWriter.add_files(writer, {SHARDS[1]: entry})
+    assert not writer.files
+    (tmp_path / SHARDS[1]).write_bytes(b"123")
+    CheckpointWriter.add_files(writer, {SHARDS[1]: entry})
+    assert writer.files == {SHARDS[1]: entry}
 
 
 def killed_at(rank, victim, number):

@@ -280,6 +280,20 @@ def test_the_space_that_is_asked_for(config_of, whole):
     assert max(each) <= needed / (config.checkpoint.keep + 2) < max(each) + 2**18
 
 
+def test_the_space_that_is_asked_for_holds_the_headers(config_of, tmp_path):
+    """Of many small weights they take more than the weights."""
+    from cola_ds.config.schema import RunConfig
+
+    count, processes, kinds = 500, 4, ["master", "exp_avg", "exp_avg_sq"]
+    tensors = {f"{kind}/model.layers.{n}.mlp.gate_proj.weight": torch.ones(8) for kind in kinds for n in range(count)}
+    wrote = 0
+    for rank, parts in enumerate(partitioned(tensors, processes)):
+        wrote += sum(len(content) for _, content in shards.shard_files(rank, parts, kinds))
+    config = RunConfig.model_validate({**config_of(), "run": {"dir": str(tmp_path)}})
+    assert wrote > 4 * 12 * 8 * count
+    assert wrote <= space_needed(config, [8 * count], count, processes) / (config.checkpoint.keep + 2)
+
+
 def hash_together(process, path):
     """How many files this process hashes of a checkpoint, where all help; then where what others say is wrong, or nothing."""
     process_group(process)

@@ -1,5 +1,6 @@
 """`cola-ds plan`: what it counts, against counts of other kinds, and what it refuses."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,9 +8,14 @@ import torch
 
 from cola_ds.cli import main
 from cola_ds.commands.plan import size_of
+from cola_ds.config.loading import load_config
 from cola_ds.lora.layers import find_targets, inject, start_link
 from cola_ds.plan.gathers import Sizes, gathers
+from cola_ds.plan.memory import Layout, memory_of
 from cola_ds.plan.micro_step import MicroStep, trace
+from cola_ds.plan.recommend import smallest
+from cola_ds.plan.run import Cluster, plan_run
+from cola_ds.training.prepare import describe
 from tests.support.toys import ARCHITECTURES, run_config, save_model, save_run
 
 
@@ -93,11 +99,60 @@ WEIGHTS = {"a": [(1, 100)], "b": [(2, 200)], "c": [(3, 300), (4, 5)]}
         (Sizes(resident=10, prefetch=0, live=10**9, reuse=10**9), 600, 600),  # all stay until their second use
         (Sizes(resident=10, prefetch=1, live=10**9, reuse=0), 600, 2 * 600),  # and the next one beside it
         (Sizes(resident=250, prefetch=0, live=10**9, reuse=0), 300, 2 * 300),  # a and b never leave
+        (Sizes(resident=10, prefetch=1, live=100, reuse=0), 300, 2 * 600),  # no room for the next one
     ],
 )
 def test_gathers_follow_deepspeeds_rules(sizes, peak, moved):
     found = gathers(A_B_C, WEIGHTS, sizes, 1)
     assert (found.peak, found.moved) == (peak, moved)
+
+
+def layout(**changed):
+    """Of a run whose lines are small numbers."""
+    facts = {
+        "processes": 4, "per_node": 2, "stage": 3, "in_nodes": False, "offload_param": False, "offload_optimizer": False,
+        "zero": {"stage3_param_persistence_threshold": 10, "reduce_bucket_size": 8}, "element_bytes": 2, "gradient_bytes": 2,
+        "optimizer": "adamw", "full": False, "trained": 8, "targets": 500, "largest_target": 300, "gathered_tie": False,
+        "remainder_bytes": 2, "tied": 8, "over_gloo": False, "weights": WEIGHTS,
+    }  # fmt: skip
+    return Layout(**{**facts, **changed})
+
+
+def lines_of(evaluation=None, **changed):
+    """What a process needs, by line, where it computes and on its host."""
+    memory = memory_of(layout(**changed), A_B_C, evaluation)
+    return {line.what: line.bytes for line in (*memory.device, *memory.host)}
+
+
+def test_a_knot_and_an_evaluation_count_where_they_take_most():
+    assert lines_of()["at a knot"] == 300 * 4 * 7
+    assert lines_of(gathered_tie=True)["at a knot"] == 300 * (4 * 7 + 2)
+    assert lines_of(largest_target=10**7)["at a knot"] == 2**22 * 4 * 7  # a piece at a time
+    found = lines_of(evaluation=MicroStep(peaks=[10**6]))
+    assert (found["an evaluation"], found["base weights, gathered"]) == (10**6, 2 * 300 * 2)
+    assert "at a knot" not in found
+    found = lines_of(evaluation=MicroStep(peaks=[10**6]), processes=1, per_node=1)
+    assert found["an evaluation"] == 10**6 and "base weights, gathered" not in found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "merge", "each"), [("bf16", "exact", 2), ("bf16", "plain", 4), ("fp16", "exact", 4), ("fp32", "exact", 0)]
+)
+def test_remainders_count_as_they_are_kept(run, dtype, merge, each):
+    config = load_config(run(model={"dtype": dtype}, chain={"merge": merge}))
+    found = plan_run(describe(config), CLUSTER)
+    assert found.layout.remainder_bytes == each
+    assert lines_of(remainder_bytes=each).get("remainders", 0) == each * 125
+    assert lines_of(remainder_bytes=each, in_nodes=True).get("remainders", 0) == each * 250
+
+
+CLUSTER = Cluster(
+    nodes=2, per_node=2, device="H100", memory=2**36, host_memory=2**37, network=1e9, node_network=1e9, disk=1e9
+)  # fmt: skip
+
+
+def test_what_shares_a_node_shares_its_host():
+    assert CLUSTER.memory_of_a_process() == (2**36, 2**36)
 
 
 def words_of(path, *more):
@@ -113,6 +168,8 @@ def test_a_plan_names_every_share_and_what_is_assumed(run, capsys):
     ]
     total = float(re.search(r"([\d.]+) MiB  in all", said)[1])
     assert sum(lines) == pytest.approx(total, abs=0.1 * len(lines))
+    on_host = re.findall(r"^ +([\d,.]+) MiB  ", said.partition("on the host")[2], re.MULTILINE)
+    assert f"a node's host: {2 * sum(float(found.replace(',', '')) for found in on_host) / 1024:.1f} GiB" in said
     for word in (
         "shards      in each node",
         "base weights, in shards",
@@ -151,6 +208,42 @@ def test_what_does_not_fit_is_refused_with_what_would(run, capsys):
     capsys.readouterr()
     assert main([*plan, "--memory", "1KiB"]) == 2
     assert "use devices with more memory" in capsys.readouterr().err
+
+
+def test_what_is_too_small_is_named_at_the_edge(run, capsys):
+    """Of a device 90% may be filled: what fits into it whole, and nothing else would do, still wants another device."""
+    path = run(optim={"micro_batch_size": 1, "global_batch_size": 2}, deepspeed="zero3")
+    cluster = dataclasses.replace(CLUSTER, nodes=1, host_memory=None)
+    least = smallest(plan_run(describe(load_config(path)), cluster))
+    plan = words_of(path, "--device", "H100", *least.overrides)
+    assert main([*plan, "--memory", f"{least.plan.total_device / 0.95:.0f}B"]) == 2
+    assert "use devices with more memory" in capsys.readouterr().err
+
+
+def test_checkpointing_saves_memory_and_costs_time(run, capsys):
+    held, seconds = [], []
+    for recomputes in ("false", "true"):
+        words = words_of(run(data={"max_length": 64}), "--device", "H100", "deepspeed=zero2")
+        assert main([*words, f"model.activation_checkpointing={recomputes}"]) == 0
+        said = capsys.readouterr().out
+        held.append(float(re.search(r"([\d.]+) MiB  in all", said)[1]))
+        seconds.append(float(re.search(r"([\d.e-]+) s computing", said)[1]))
+    assert held[1] < held[0]
+    assert seconds[1] == pytest.approx(1.5 * seconds[0], rel=0.02)  # the forward pass once more
+
+
+def test_a_knot_sends_what_is_trained_and_a_gathered_one_the_targets(run):
+    """Twice where nodes have shards of their own: they compare checksums first. A gathered weight comes, and goes back."""
+    found = {}
+    for way, sections in {
+        "world": {}, "node": {"model": {"shards": "node"}}, "gathered": {"chain": {"tie": "gathered"}},
+    }.items():  # fmt: skip
+        words = {"model": {"shards": "world"}, "deepspeed": "zero3", **sections}
+        found[way] = plan_run(describe(load_config(run(**words))), CLUSTER)
+    trained, targets = 4 * found["world"].layout.trained, 4 * found["world"].layout.targets
+    assert {way: plan.knot_bytes for way, plan in found.items()} == {
+        "world": trained, "node": 2 * trained, "gathered": trained + 2 * targets,
+    }  # fmt: skip
 
 
 def test_a_host_may_be_too_small(run, capsys):
@@ -232,7 +325,7 @@ def test_a_table_has_a_row_for_each_number_of_nodes(run, capsys):
         (["--network", "50Gb/s"], "--network '50Gb/s' must be a size like 50GB/s, in bytes a second"),
         (["--nodes", "0"], "--nodes '0' must be a whole number from 1"),
         (["--nodes=--"], "--nodes [] must be a whole number from 1"),
-        (["--table", "1,x"], "--table 'x' must be a whole number from 1"),
+        (["--table", "1,x"], "--table '1,x' must be whole numbers from 1 to 9,999,999, such as 1,2,4"),
         (["--table", "1,2", "--nodes", "2"], "use one of them"),
         (["--device", "H1000"], "--device 'H1000' is not known; use cpu or one of V100"),
         (["optim.max_steps=1"], "chain.length 2 needs at least one step per link"),

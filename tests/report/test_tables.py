@@ -167,7 +167,7 @@ def test_the_papers_numbers(tmp_path):
         assert ("[72.76]" in tables(folder, paper="low-data")) == expected
     for name in PAPER_TABLES:
         tables(tmp_path, paper=name)
-    with pytest.raises(UserError, match=r"--paper 1: known are opt-1.3b, llama-2-7b, ranks, sgd, adagrad, low-data"):
+    with pytest.raises(UserError, match=r"--paper 1: known are main, opt-1.3b, llama-2-7b, ranks, sgd"):
         tables(tmp_path, paper="1")
 
 

@@ -196,9 +196,14 @@ def test_a_tokenizer_of_sentencepiece_alone_names_sentencepiece(model, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    assert "its tokenizer, tokenizer.model, is SentencePiece's, which is not installed: pip install" in refusal(model)
+    config = ModelConfig(path=str(model))
+    with pytest.raises(
+        UserError, match=r"its tokenizer, tokenizer\.model, is SentencePiece's, which is not installed: pip install"
+    ):
+        load_tokenizer(config)
     (model / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's
-    assert _model_path(str(model), weights=True) == str(model)
+    with pytest.raises(UserError, match="tiktoken"):
+        load_tokenizer(config)
 
 
 @pytest.mark.parametrize("path", ["a" * 300, "a\0b", "no/such/model", "/dev/null", "x" * 5000])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from cola_ds.report.paper import PAPER_TABLES, published_columns
+from cola_ds.report.paper import PAPER_TABLES, numbers_of, published_columns
 from cola_ds.sweep.plan import load_plan
 from tests.data.test_tasks import BY_HAND
 from tests.support.toys import REPOSITORY, save_model
@@ -53,8 +53,7 @@ def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
     assert report.split()[3] == plan.sweep.dir
     if "--paper" in report:  # every number of the paper's table has one place
         assert report.split()[-1] == path.stem
-        columns, *lines = (line.split() for line in PAPER_TABLES[path.stem].splitlines())
-        numbers = {(line[0], column) for line in lines for column in columns}
+        numbers = numbers_of(path.stem)
         found = [
             (series.group.task, column)
             for series in plan.series

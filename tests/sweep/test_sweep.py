@@ -322,6 +322,23 @@ def test_the_papers_grids_and_names(place):
     assert full.configs["epochs=3,schedule=linear"].method == "full"
 
 
+def test_a_method_searches_a_grid_of_its_own(place):
+    methods = {
+        "full": {"grid": {"optim.lr": [1e-6, 5e-6]}},
+        "lora": {},
+        "sgd": {"optim.name": "sgd", "grid": {"lora.rank": [2, 4]}},
+    }
+    write_sweep(place, methods=methods, grid={"optim.lr": "paper"})
+    full, lora, sgd, *_ = load_plan(str(place / "sweep.yaml"), []).series
+    assert [config.optim.lr for config in full.configs.values()] == [1e-6, 5e-6]
+    assert [config.optim.lr for config in lora.configs.values()] == PAPER_GRIDS["adamw"]
+    assert len(sgd.points) == 2 * len(PAPER_GRIDS["sgd"])
+    assert sweep(place, "--freeze", str(place / "frozen")) == 0
+    assert [list(each.points) for each in load_plan(str(place / "frozen/sweep.yaml"), []).series[:3]] == [
+        list(each.points) for each in (full, lora, sgd)
+    ]
+
+
 def test_tasks_by_name(place):
     """In a list, a value of data.task each; otherwise the name is, unless the task says what it is."""
     base = yaml.safe_load((place / "base.yaml").read_text(encoding="utf-8"))
@@ -354,6 +371,22 @@ def test_tasks_by_name(place):
             "paper stands for the paper's values of optim.lr, and of nothing else",
         ),
         ({"grid": {"optim.lr": "paper", "optim.name": ["sgd"]}}, [], "make each optimizer a method"),
+        (
+            {"grid": {"optim.lr": "paper"}, "methods": {"full": {}}},
+            [],
+            "easy / full: grid.optim.lr paper is for LoRA and chains",
+        ),
+        ({"methods": {"lora": {"grid": 3}}}, [], "methods lora.grid must be keys with lists of values"),
+        (
+            {"methods": {"lora": {"grid": {"optim.lr": 3}}}},
+            [],
+            "methods lora.grid.optim.lr must be a list of different values",
+        ),
+        (
+            {"methods": {"lora": {"grid": {"optim.epochs": "paper"}}}},
+            [],
+            "paper stands for the paper's values of optim.lr",
+        ),
         ({"grid": {"lora.rank": [[8], "8"]}}, [], "two points of the grid have the same name: rank=8"),
         (
             {"grid": {"data.task": ["cb", "rte"]}},

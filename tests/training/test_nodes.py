@@ -9,7 +9,7 @@ from tests.config.test_engine_sizes import SMALL
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.jobs import run_job
 from tests.support.runs import record, three_links, train_in
-from tests.support.toys import REPOSITORY, run_config, save_model, save_run, thorough
+from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_run, thorough
 
 TWO_BY_TWO = ["a", "a", "b", "b"]
 DEALT_IN_TURN = ["a", "b", "a", "b"]
@@ -128,6 +128,9 @@ def test_a_run_says_where_its_shards_are(toy, tmp_path, shards, names, said_of_t
     assert f"shards      {said_of_them}" in said
     kept = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["shards"]
     assert kept == ("node" if "b" in names else "world")
+    (loaded,) = [row for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "loaded"]
+    assert loaded["bytes"] == (toy[0] / "model.safetensors").stat().st_size  # of all processes together
+    assert loaded["gb_per_s"] == pytest.approx(loaded["bytes"] / 1e9 / loaded["seconds"])
 
 
 @pytest.mark.parametrize(
