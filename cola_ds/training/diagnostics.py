@@ -46,7 +46,8 @@ def diagnose(chain: Chain) -> dict[str, Any]:
     if chain.folder:
         for row in rows:
             chain.folder.append(
-                "links.jsonl", {"link": state.link, "step": state.step, "lora_rank": lora_ranks[-1], **row}
+                "links.jsonl",
+                {"link": state.link, "step": state.step, "lora_rank": chain.config.lora_ranks[state.link - 1], **row},
             )
     return {**_summary(rows, is_last), "diagnostics_s": time.perf_counter() - begin}
 
