@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cola_ds.report.tables import markdown
-from cola_ds.run.folder import RunDir
+
+if TYPE_CHECKING:
+    from cola_ds.run.folder import RunDir
 
 _COLUMNS = (
     "run", "link", "to step", "rank", "norm", "rounding error", "effective rank", "of the sum", "rows overlap", "columns overlap",
@@ -27,6 +29,10 @@ def looked_at(runs: Mapping[str, Path]) -> dict[str, Path]:
 
 def links_table(runs: Mapping[str, Path]) -> str | None:
     """A row a link of each of the runs; None where there is none. Raises UserError for a row that is damaged."""
+    if not runs:
+        return None
+    from cola_ds.run.folder import RunDir  # and with it torch, which takes longer than a report that has no such runs
+
     rows = [row for name, run in runs.items() for row in _rows(name, RunDir(run))]
     return markdown(_COLUMNS, rows) if rows else None
 

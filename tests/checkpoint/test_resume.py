@@ -231,7 +231,7 @@ def test_patience_counts_from_the_last_best(monkeypatch):
     monkeypatch.setattr(validation, "evaluate", lambda chain: next(losses))
     monkeypatch.setattr(validation, "save_checkpoint", lambda chain: True)
     chain = Part(
-        config=Part(eval=Part(patience=2, every=1), checkpoint=Part(best=False)),
+        config=Part(eval=Part(patience=2, every=1), checkpoint=Part(best=False), chain=Part(length=1, plateau=None)),
         state=state.ChainState(), links=1, held_out=True, folder=None,
         step_plan=StepPlan(epochs=Epochs(9, 9), global_batch_size=9, total_steps=9, knots=(9,), micro_steps=1),
         logger=Part(say=lambda message: None, event=lambda what, **facts: None),

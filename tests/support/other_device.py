@@ -43,7 +43,7 @@ def ties() -> None:
             kept = Remainder.of(weight, exact)
             check(kept.kept, HERE)
             for before, after in ((None, kept), (kept, kept), (kept, None), (None, None)):
-                check(tie._add_link(layer, weight, 0, before, after, exact), THERE)
+                check(tie._add_link((*layer.factors(), layer.scaling), weight, 0, before, after, exact), THERE)
         check(layer.weight, where)
         check(inner_product(*[(layer.lora_A, layer.lora_B, 2.0)] * 2), THERE)
 
