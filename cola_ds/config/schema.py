@@ -126,7 +126,8 @@ class ChainConfig(Section):
     """exact: what rounding keeps out of bf16 or fp16 weights is added back at the next knot. plain: it is lost, and reported."""
     merge_weight: Annotated[float | list[float], BeforeValidator(weights_of_links), Mark.FIXED] = 1.0
     """The factor that a link is tied with, W <- W + merge_weight * scaling * B A: one for all links, or one per link. Below 1 the
-    outputs change at a knot. It is the step size of Frank-Wolfe in the paper's idealised COLA (arXiv 2401.04151, algorithm 2)."""
+    outputs change at a knot. As the step size of Frank-Wolfe in the paper's idealised COLA (arXiv 2401.04151, algorithm 2), but
+    that what came before is not shrunk."""
     optimizer_at_knot: Annotated[str | dict[str, float], BeforeValidator(moments_of_next_link)] = "reset"
     """What the next link's optimizer starts with. reset: nothing. keep: the moments and step counts of the link before.
     {prune: 0.9}: these, with the 0.9 of smallest magnitude of each moment set to zero (ReLoRA, arXiv 2307.05695)."""
