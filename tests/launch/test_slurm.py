@@ -14,7 +14,7 @@ from tests.support import forked
 from tests.support.jobs import run_job
 from tests.support.launching import Cluster, clean_environment, workers
 from tests.support.runs import record, three_links
-from tests.support.toys import REPOSITORY, rows, save_run
+from tests.support.toys import REPOSITORY, rows, save_run, thorough
 
 STEPS = 300
 TWO_NODES = ("--nodes", "2", "--tasks", "1")
@@ -124,7 +124,7 @@ def check_close(folder, whole):
     assert found == pytest.approx([row["loss"] for row in whole["metrics.jsonl"]], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize(("nodes", "tasks"), [("1-2", "2"), ("2", "1")])
+@pytest.mark.parametrize(("nodes", "tasks"), thorough([("1-2", "2")], [("2", "1")]))
 def test_a_node_is_lost(cluster, toy, whole, tmp_path, nodes, tasks):
     """The job goes on with the other node, and half as many processes, whose shards are all there is; or it is queued again, and
     waits for the node."""

@@ -35,10 +35,10 @@ CHECKPOINTING = {"model": {"activation_checkpointing": True}}
 BF16 = {"model": {"dtype": "bf16"}}
 CASES = [
     ("llama", 1, {"deepspeed": "zero2"}),
-    ("qwen2", 4, {}),
     ("opt", 2, {**BF16, "deepspeed": "zero3_bf16_offload_cpu"}),
 ]
 MORE = [
+    ("qwen2", 4, {}),
     ("llama", 2, {}),
     ("opt", 2, CHECKPOINTING),
     ("opt", 1, {**BF16, "deepspeed": "zero2"}),

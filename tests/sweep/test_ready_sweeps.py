@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import yaml
 from cola_ds.report.paper import PAPER_TABLES, numbers_of, published_columns
 from cola_ds.sweep.plan import load_plan
 from tests.data.test_tasks import BY_HAND
-from tests.support.toys import REPOSITORY, save_model
+from tests.support.toys import REPOSITORY, save_model, save_sums
 
-SWEEPS = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") if not path.stem.endswith("base"))
+READY = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") if not path.stem.endswith("base"))
+SWEEPS = [path for path in READY if path.parent.name != "teacher"]
+OF_A_TEACHER = [path for path in READY if path.parent.name == "teacher"]
 
 FEW = {"num_train": 20, "num_dev": 4, "num_test": 4, "demonstrations": 2}
 
@@ -74,6 +77,36 @@ def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
         assert prepared.test.task.name == series.group.task
         if config.trains_lora:
             assert len(prepared.step_plan.knots) == config.chain.length == len(config.lora_ranks)
+
+
+@pytest.mark.parametrize("path", OF_A_TEACHER, ids=lambda path: path.stem)
+def test_a_ready_sweep_of_a_teacher_resolves(path, models, tmp_path, monkeypatch):
+    """Its first lines make the teachers of all its tasks, run it and show it; a chain takes LoRA's steps."""
+    from cola_ds.training.prepare import prepare
+
+    monkeypatch.chdir(REPOSITORY)
+    name = str(path.relative_to(REPOSITORY))
+    plan = load_plan(name, [])
+    head = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    assert f"cola-ds sweep {name}" in head
+    assert f"python launch/sweeps/teacher/table.py {plan.sweep.dir}" in head
+    assert "python launch/sweeps/teacher/make.py build/teacher/" in head
+    save_sums(tmp_path / "rows.jsonl", 2000)
+    for series in plan.series:
+        config = series.configs[series.group.points[0]]
+        folder = Path(config.data.train).parent
+        assert folder == Path(config.data.eval).parent == Path(config.model.path).parent
+        assert folder.name == series.group.task and f"--rank {folder.name.split('-')[1]}" in head.replace(
+            "$R", folder.name[-1]
+        )
+        rows = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
+        config = config.model_copy(update={
+            "model": config.model.model_copy(update={"path": str(models["llama"])}),
+            "data": config.data.model_copy(update=rows), "deepspeed": "ds_configs/zero3.json",
+        })  # fmt: skip
+        step_plan = prepare(config, 1).step_plan
+        assert step_plan.knots[-1] == config.optim.max_steps
+        assert len(step_plan.knots) == config.chain.length
 
 
 def test_pickled_weights_become_safetensors(models, tmp_path):
