@@ -18,8 +18,8 @@ from tests.data.test_tasks import BY_HAND
 from tests.support.toys import REPOSITORY, save_model, save_sums
 
 READY = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") if not path.stem.endswith("base"))
-SWEEPS = [path for path in READY if path.parent.name != "teacher"]
-OF_A_TEACHER = [path for path in READY if path.parent.name == "teacher"]
+OF_FILES = [path for path in READY if path.parent.name in ("search", "teacher")]
+SWEEPS = [path for path in READY if path not in OF_FILES]
 
 FEW = {"num_train": 20, "num_dev": 4, "num_test": 4, "demonstrations": 2}
 
@@ -79,26 +79,28 @@ def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
             assert len(prepared.step_plan.knots) == config.chain.length == len(config.lora_ranks)
 
 
-@pytest.mark.parametrize("path", OF_A_TEACHER, ids=lambda path: path.stem)
-def test_a_ready_sweep_of_a_teacher_resolves(path, models, tmp_path, monkeypatch):
-    """Its first lines make the teachers of all its tasks, run it and show it; a chain takes LoRA's steps."""
+@pytest.mark.parametrize("path", OF_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_ready_sweep_of_files_resolves(path, models, tmp_path, monkeypatch):
+    """Its first lines run it and show it, and make the teachers of all its tasks; a chain takes LoRA's steps."""
     from cola_ds.training.prepare import prepare
 
     monkeypatch.chdir(REPOSITORY)
     name = str(path.relative_to(REPOSITORY))
     plan = load_plan(name, [])
-    head = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    assert f"cola-ds sweep {name}" in head
-    assert f"python launch/sweeps/teacher/table.py {plan.sweep.dir}" in head
-    assert "python launch/sweeps/teacher/make.py build/teacher/" in head
+    head = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert f"cola-ds sweep {name}" in " ".join(head)
+    of_teacher = path.parent.name == "teacher"
+    shown_by = "python launch/sweeps/teacher/table.py" if of_teacher else "cola-ds report"
+    assert f"{shown_by} {plan.sweep.dir}" in head
     save_sums(tmp_path / "rows.jsonl", 2000)
     for series in plan.series:
         config = series.configs[series.group.points[0]]
         folder = Path(config.data.train).parent
-        assert folder == Path(config.data.eval).parent == Path(config.model.path).parent
-        assert folder.name == series.group.task and f"--rank {folder.name.split('-')[1]}" in head.replace(
-            "$R", folder.name[-1]
-        )
+        assert folder == Path(config.data.eval).parent
+        if of_teacher:
+            assert folder == Path(config.model.path).parent and folder.name == series.group.task
+            made = f"make.py build/teacher/{folder.name} --rank {folder.name.split('-')[1]}"
+            assert made in " ".join(head).replace("$R", folder.name.split("-")[1])
         rows = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
         config = config.model_copy(update={
             "model": config.model.model_copy(update={"path": str(models["llama"])}),
