@@ -104,8 +104,8 @@ class LoraConfig(Section):
     init: Annotated[Literal["gaussian", "kaiming", "orthogonal", "pissa", "gradient"], Mark.FIXED] = "gaussian"
     """What a link begins with. gaussian: A drawn with variance 1 / (3 in), B zero. kaiming: A uniform, of that variance, as
     PEFT's. orthogonal: A's rows orthogonal to those of all earlier links. pissa: the leading singular directions of the weight as
-    it is (arXiv 2404.02948). gradient: those of its first gradient (LoRA-GA, arXiv 2407.05000). With the last two B A begins as
-    B0 A0, and B A - B0 A0 is what is learnt: outputs are unchanged, and so is the weight."""
+    it is (arXiv 2404.02948). gradient: those of its first gradient (LoRA-GA, arXiv 2407.05000). With the last two a link
+    begins at B0 A0, and trains how far A and B go from there: outputs are unchanged, and so is the weight."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of A, while training."""
     targets: Annotated[str | list[str], BeforeValidator(_targets), Mark.FIXED] = Field(default=["q_proj", "v_proj"])
@@ -156,7 +156,8 @@ class OptimConfig(Section):
     warmup_steps: int = Field(default=0, ge=0, lt=LIMIT)
     """Linear warm-up at the start of each link, in steps."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """As the optimizer has it: decoupled with adamw, in the gradient with the others."""
+    """As the optimizer has it: decoupled with adamw, in the gradient with the others. It pulls to zero; with lora.init pissa and
+    gradient to where the link began."""
     max_grad_norm: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Global gradient norm to clip to; null or 0 turns clipping off."""
     epochs: Count | None = None

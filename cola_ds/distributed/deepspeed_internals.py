@@ -255,7 +255,7 @@ def look_at_gradients_together(engine: Any) -> None:
 
 
 def loss_scale(engine: Any) -> float:
-    """The scale of the next step (0.19.8)."""
+    """What the next step's loss is multiplied by, fixed or not; 1 in other dtypes than fp16 (0.19.8)."""
     return float(_part(engine.optimizer, "loss_scale"))
 
 

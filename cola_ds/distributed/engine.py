@@ -22,7 +22,6 @@ from cola_ds.distributed.deepspeed_internals import (
     forget_modules,
     look_at_gradients_together,
     loss_scale,
-    loss_scale_state,
     steps_traced_alone,
     take_down_engine,
 )
@@ -112,11 +111,6 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
     """Set the rate of the next step; of a group with a `lr_ratio` its multiple of that."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
-
-
-def fp16_scale(engine: Engine) -> float:
-    """What the loss is multiplied by in fp16; 1 in other dtypes."""
-    return loss_scale(engine) if loss_scale_state(engine) else 1.0
 
 
 @contextmanager

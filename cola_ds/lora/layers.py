@@ -6,7 +6,8 @@
                                       lora_A (r, in)     Gaussian
                                       lora_B (out, r)    zero
 
-A factor that is not trained is a buffer: on every process whole, as those that are trained are within a step.
+A factor that is not trained is a buffer: on every process whole, as those that are trained are within a step. So are the
+factors that a link starts at (lora.init pissa, gradient), from which A and B are the way then.
 
 LoRALinear is an nn.Linear, so the names of the base weights in the state dict stay what they were.
 """
@@ -94,7 +95,8 @@ def draw_factors(
 class LoRALinear(nn.Linear):
     """y = W x + b + scaling * B A dropout(x), with W frozen.
 
-    A link that starts elsewhere than at zero has B A - B0 A0 in the place of B A: `start_A` and `start_B` stay what they are.
+    A link that starts elsewhere than at zero has (B0 + B) (A0 + A) - B0 A0 in the place of B A: A0 and B0 (`start_A`, `start_B`)
+    stay what they are, and A and B are how far it has gone from there.
     """
 
     lora_A: Tensor  # (r, in)
@@ -141,10 +143,14 @@ class LoRALinear(nn.Linear):
         self.scaling = scaling
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of what the link adds, scaling * B @ A: with its start beside it, [A; A0] (2r, in) and [B, -B0] (out, 2r)."""
+        """A and B of what the link adds, scaling * B @ A.
+
+        One with a start adds B0 A + B (A0 + A): [A; A0 + A] (2r, in) and [B0, B] (out, 2r). As the difference of two products,
+        [A0 + A; A0] and [B0 + B, -B0], it would be the same but in bf16, where a small A or B is lost beside what it is added to.
+        """
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+        return torch.cat([self.lora_A, self.start_A + self.lora_A]), torch.cat([self.start_B, self.lora_B], dim=1)
 
     def frozen(self) -> dict[str, Tensor]:
         """Factors of the link that are not trained, by name."""
@@ -263,9 +269,11 @@ def start_link(
     model: nn.Module, link: int, lora_rank: int, alpha: float, seed: int, device: torch.device, init: str = "gaussian",
     train: str = "both", started: bool = False,
 ) -> None:  # fmt: skip
-    """Give every injected layer the A and B that `link` starts with, as far as they are drawn; `started`: with room for the
-    factors that the link starts at (training/starts.py)."""
+    """Give every injected layer the A and B that `link` starts with, as far as they are drawn; `started`: zeros, with room for
+    the factors that the link starts at (training/place_start.py)."""
     for name, layer in lora_layers(model).items():
         shapes = (lora_rank, layer.in_features), (layer.out_features, lora_rank)
-        lora_A, lora_B = draw_factors(seed, link, name, shapes, init, train)
+        lora_A, lora_B = (
+            (torch.zeros(shapes[0]), None) if started else draw_factors(seed, link, name, shapes, init, train)
+        )
         layer.reset(lora_A, alpha / lora_rank, device, lora_B, train, started)

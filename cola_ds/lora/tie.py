@@ -108,10 +108,10 @@ def tie_link(
 
 def _forget(layer: LoRALinear) -> None:
     """Have the link add nothing any more: what began at zero is zero again. (A frozen factor, and one that is drawn anew, may
-    stay.)"""
-    local_shard(layer.lora_B if layer.lora_B.requires_grad else layer.lora_A)[0].zero_()
-    if layer.start_B is not None:
-        layer.start_B.zero_()
+    stay; so may a start, from which there is no way then.)"""
+    began_at_zero = [layer.lora_B if layer.lora_B.requires_grad else layer.lora_A]
+    for factor in began_at_zero if layer.start_A is None else (layer.lora_A, layer.lora_B):
+        local_shard(factor)[0].zero_()
 
 
 def _joined(before: Links | None, factors: tuple[Tensor, Tensor, float]) -> Links:
@@ -152,6 +152,8 @@ def restart_link(
     for name, layer in lora_layers(model).items():
         lora_rank = numel(layer.lora_A) // layer.in_features
         layer.scaling = alpha / lora_rank  # a tie may have weighed the link before otherwise
+        if layer.start_A is not None:
+            continue  # nothing is drawn
         shapes = (lora_rank, layer.in_features), (layer.out_features, lora_rank)
         drawn = draw_factors(seed, link, name, shapes, init, train)
         for factor, values in zip((layer.lora_A, layer.lora_B), drawn, strict=True):

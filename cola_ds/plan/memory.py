@@ -55,7 +55,7 @@ class Layout:
     frozen: int = 0
     """Elements of the factors that are not trained, in the link that has most: on every process whole."""
     start_bytes: int = 0
-    """Of what is found of the first gradient, where links start at its directions."""
+    """Of what is there while products with the first gradient are found, where links start at its directions."""
     over_gloo: bool
     """On the CPU. A gather is there twice then, as was measured."""
     weights: Mapping[str, Sequence[tuple[int, int]]]

@@ -229,12 +229,21 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
 
 
 def _start_bytes(described: Described) -> int:
-    """Of two products with the gradient of each target layer, which stand side by side in fp32."""
-    if described.config.lora.init != "gradient" or not described.config.trains_lora:
+    """Of the product with the gradient of each target layer and what is multiplied by it, which stand side by side in fp32; and
+    of what one layer has for a moment: its inputs and their gradients in fp32, and what a micro batch adds to its product."""
+    config = described.config
+    if config.lora.init != "gradient" or not config.trains_lora:
         return 0
-    layers = [described.skeleton.get_submodule(name) for name in described.targets]
-    shapes = [(layer.in_features, layer.out_features) for layer in layers]
-    return sum(4 * sketch_width(max(described.config.lora_ranks), shape) * sum(shape) for shape in shapes)
+    tokens = config.optim.micro_batch_size * described.max_length
+    copied = tokens if DTYPES[config.model.dtype].element_bytes < 4 else 0
+    held, moment = 0, 0
+    for name in described.targets:
+        layer = described.skeleton.get_submodule(name)
+        sizes = layer.in_features, layer.out_features
+        k = sketch_width(max(config.lora_ranks), sizes)
+        held += 4 * k * sum(sizes)
+        moment = max(moment, 4 * copied * sum(sizes) + 4 * k * (tokens + max(sizes)))
+    return held + moment
 
 
 def _micro_step(described: Described, cluster: Cluster) -> MicroStep:

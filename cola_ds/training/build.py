@@ -85,7 +85,7 @@ def build_chain(
     return Chain(
         config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
         world_size=process.world_size, train=train, held_out=held_out, watched=watched, test=prepared.test,
-        tokenizer=prepared.tokenizer, folder=folder, state=state, in_nodes=nodes is not None,
+        tokenizer=prepared.tokenizer, folder=folder, state=state, in_nodes=nodes is not None, restored=restored,
         loaded=_loaded(config, loading_s) if folder else {},
         logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),
     )  # fmt: skip

@@ -20,8 +20,8 @@ from cola_ds.lora.starts import begin_link
 from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
 from cola_ds.training.diagnostics import diagnose
 from cola_ds.training.optim import optimizer_of
+from cola_ds.training.place_start import place_start
 from cola_ds.training.plateau import why_ended
-from cola_ds.training.starts import place_start
 from cola_ds.training.state import Chain, step_examples
 
 
@@ -129,16 +129,18 @@ def extend_chain(chain: Chain) -> float:
     begin = time.perf_counter()
     config, model, link = chain.config, chain.engine.module, chain.state.link + 1
     before, after = ((config.lora_ranks[each - 1], config.lora_trains[each - 1]) for each in (link - 1, link))
-    if before == after:
+    in_place = before == after
+    if in_place:
         restart_link(
             model, link, config.alpha_of(link), config.run.seed, config.lora.init, config.lora_trains[link - 1]
         )
-        restart_optimizer(chain.engine, keep_state=config.chain.optimizer_at_knot != "reset")
     else:
         begin_link(model, config, link, accelerator.device())
         chain.engine = rebuild_engine(chain.engine, chain.engine_config, optimizer_of(config.optim, model))
         chain.engine.train()
-    place_start(chain, link)
+    moved = place_start(chain, link)
+    if in_place or moved:
+        restart_optimizer(chain.engine, keep_state=config.chain.optimizer_at_knot != "reset")
     return time.perf_counter() - begin
 
 

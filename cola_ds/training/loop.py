@@ -20,10 +20,10 @@ from cola_ds.distributed.engine import Engine, set_learning_rate
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.training.knot import pass_knot
 from cola_ds.training.optim import learning_rate
+from cola_ds.training.place_start import place_start
 from cola_ds.training.plateau import begin_losses, take_step_loss
 from cola_ds.training.save import checkpoint_is_due, save_checkpoint, stop_here
 from cola_ds.training.skips import check_skips, record_skipped_step
-from cola_ds.training.starts import place_start
 from cola_ds.training.state import Chain, position, step_examples
 from cola_ds.training.validation import evaluate_if_due
 from cola_ds.training.watch import watch_if_due
@@ -36,7 +36,7 @@ def run_chain(chain: Chain) -> None:
     asked for it, TrainingFailedError when losses, gradients or adapters are not finite.
     """
     chain.logger.restart_clock()
-    if chain.state.step == 0 and chain.config.trains_lora:
+    if chain.config.trains_lora and not chain.restored:
         place_start(chain, 1)
     evaluate_if_due(chain)  # one that was stopped in the evaluation at which it had arrived
     watch_if_due(chain)

@@ -101,6 +101,8 @@ class Chain:
     """Whether each node keeps the base in shards of its own."""
     folder: RunDir | None
     """Takes the tied links; None on every process but 0."""
+    restored: bool = False
+    """Whether it was put where a checkpoint left it: what its link begins with is there."""
     loaded: dict[str, float] = field(default_factory=dict)
     """How long the weights took, their bytes, and GB/s. On process 0 alone."""
     state: ChainState = field(default_factory=ChainState)

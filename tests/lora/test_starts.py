@@ -9,7 +9,14 @@ from torch import nn
 from cola_ds.config.schema import LoraConfig
 from cola_ds.errors import UserError
 from cola_ds.lora import starts
-from cola_ds.lora.layers import LoRALinear, draw_factors, draw_lora_A, frozen_factors, start_link
+from cola_ds.lora.layers import (
+    LoRALinear,
+    delta_weight,
+    draw_factors,
+    draw_lora_A,
+    frozen_factors,
+    start_link,
+)
 
 SHAPES = (4, 50), (30, 4)
 
@@ -42,10 +49,8 @@ def test_a_link_adds_nothing_at_birth_and_trains_what_it_says(train, started):
             draw = torch.randn
             layer.start_A.copy_(draw(lora_rank, 50))
             layer.start_B.copy_(draw(30, lora_rank))
-            layer.lora_A.data.copy_(layer.start_A)
-            layer.lora_B.data.copy_(layer.start_B)
         x = torch.randn(5, 50)
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
         trained = {name for name, param in model.named_parameters() if param.requires_grad}
         assert trained == {f"q.lora_{half}" for half in ("AB" if train == "both" else train)}
         beside = {"q.start_A", "q.start_B"} if started else set()
@@ -63,11 +68,79 @@ def test_a_started_link_is_what_its_factors_say():
         layer.start_B.copy_(torch.randn(30, 4))
         x = torch.randn(5, 50, requires_grad=True)
         A, B = (half.detach().clone().requires_grad_() for half in (layer.lora_A, layer.lora_B))
-        expected = nn.functional.linear(x, layer.weight + 2.0 * (B @ A - layer.start_B @ layer.start_A), layer.bias)
+        B0, A0 = layer.start_B, layer.start_A
+        expected = nn.functional.linear(x, layer.weight + 2.0 * ((B0 + B) @ (A0 + A) - B0 @ A0), layer.bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
         found = torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_A, layer.lora_B])
         for mine, theirs in zip(found, torch.autograd.grad(expected.square().sum(), [x, A, B]), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-2)
+
+
+def difference(A, B, A0, B0):
+    """The two products as one might have them: a link of A0 + A and B0 + B, less its start."""
+    return torch.cat([A0 + A, A0]), torch.cat([B0 + B, -B0], dim=1)
+
+
+def far_from(expected, found):
+    return float((found.detach().double() - expected).norm() / expected.norm())
+
+
+def test_a_small_change_of_a_large_start_is_not_lost_in_bf16():
+    """Outputs and gradients against fp64, of the same bf16 numbers; the difference of two products loses the half of them."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(50, 30, bias=False).bfloat16(), dropout=0.0, train_bias=False)
+    layer.reset(1e-3 * torch.randn(4, 50), 2.0, torch.device("cpu"), 1e-3 * torch.randn(30, 4), started=True)
+    layer.start_A.copy_(torch.randn(4, 50))
+    layer.start_B.copy_(torch.randn(30, 4))
+    A, B, A0, B0 = (x.detach().double() for x in (layer.lora_A, layer.lora_B, layer.start_A, layer.start_B))
+    expected = 2.0 * ((B0 + B) @ (A0 + A) - B0 @ A0)
+    assert far_from(expected, delta_weight(*layer.factors(), 2.0)) < 0.005
+    of_two = difference(layer.lora_A, layer.lora_B, layer.start_A, layer.start_B)
+    assert far_from(expected, delta_weight(*of_two, 2.0)) > 0.5
+
+    x, wanted = torch.randn(64, 50).bfloat16(), torch.randn(64, 30).bfloat16()
+    found = torch.autograd.grad((layer(x) * wanted).sum(), [layer.lora_A, layer.lora_B])
+    G = 2.0 * wanted.double().T @ x.double()
+    assert far_from((B0 + B).T @ G, found[0]) < 0.01
+    assert far_from(G @ (A0 + A).T, found[1]) < 0.01
+
+
+def tuned(dtype, form, steps=30):
+    """What a link has learnt of a change of a weight, (30, 50), in some steps of AdamW on fp32 masters: `form` makes its factors
+    of copies of them in dtype, as in a step. With `difference` A0 + A and B0 + B are trained themselves."""
+    draw = torch.Generator().manual_seed(0)
+    x, target = torch.randn(200, 50, generator=draw).to(dtype), 1e-3 * torch.randn(30, 50, generator=draw)
+    starts_at = [torch.randn(*shape, generator=draw).bfloat16().float() for shape in SHAPES]
+    whole = form is difference
+    masters = [nn.Parameter(start.clone() if whole else torch.zeros_like(start)) for start in starts_at]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, weight_decay=0.0)
+    copies = [master.detach().to(dtype).requires_grad_() for master in masters]
+    A0, B0 = (start.to(dtype) for start in starts_at)
+
+    def factors():
+        return form(copies[0] - A0, copies[1] - B0, A0, B0) if whole else form(*copies, A0, B0)
+
+    for _ in range(steps):
+        A, B = factors()
+        loss = ((x @ A.T) @ B.T - x @ target.to(dtype).T).float().square().mean()
+        for master, grad in zip(masters, torch.autograd.grad(loss, copies), strict=True):
+            master.grad = grad.float()
+        optimizer.step()
+        for copy, master in zip(copies, masters, strict=True):
+            copy.data.copy_(master.detach())
+    return delta_weight(*factors(), 1.0).detach()
+
+
+def as_a_link_has_it(A, B, A0, B0):
+    layer = SimpleNamespace(lora_A=A, lora_B=B, start_A=A0, start_B=B0)
+    return LoRALinear.factors(layer)
+
+
+def test_training_from_a_start_in_bf16_follows_fp32():
+    exact = tuned(torch.float32, difference).double()
+    torch.testing.assert_close(tuned(torch.float32, as_a_link_has_it).double(), exact, rtol=1e-3, atol=1e-5)
+    assert far_from(exact, tuned(torch.bfloat16, as_a_link_has_it)) < 0.1
+    assert far_from(exact, tuned(torch.bfloat16, difference)) > 0.5
 
 
 def test_orthogonal_rows():

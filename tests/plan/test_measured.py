@@ -44,6 +44,7 @@ MORE = [
     ("opt", 1, {**BF16, "deepspeed": "zero2"}),
     ("qwen2", 2, {**BF16, "deepspeed": "zero3_bf16"}),
     ("llama", 2, {"deepspeed": "zero3_offload_cpu"}),
+    ("llama", 2, {"lora": {"init": "gradient", "rank": 64}}),
     ("qwen2", 4, CHECKPOINTING),
     ("llama", 4, {"deepspeed": "zero2"}),
     ("llama", 2, {"method": "full", "optim": {"lr": 1e-5}}),

@@ -146,6 +146,16 @@ def test_remainders_count_as_they_are_kept(run, dtype, merge, each):
     assert lines_of(remainder_bytes=each, in_nodes=True).get("remainders", 0) == each * 250
 
 
+@pytest.mark.parametrize(("dtype", "copies"), [("fp32", 0), ("bf16", 4 * 128 * 64)])
+def test_a_start_at_the_gradient_counts_what_is_there_at_once(run, dtype, copies):
+    """Two products of each layer, k being 20 and, of v_proj with its 16 rows, 16; what q_proj has for a moment in a micro batch
+    of 2 rows of 64 tokens: what is added to its product; in bf16 its inputs and their gradients in fp32."""
+    found = plan_run(describe(load_config(run(model={"dtype": dtype}, lora={"rank": 2, "init": "gradient"}))), CLUSTER)
+    assert found.layout.start_bytes == 2 * 4 * (20 * (32 + 32) + 16 * (32 + 16)) + 4 * 20 * (128 + 32) + copies
+    found = plan_run(describe(load_config(run(lora={"rank": 2, "init": "pissa"}))), CLUSTER)
+    assert found.layout.start_bytes == 0
+
+
 CLUSTER = Cluster(
     nodes=2, per_node=2, device="H100", memory=2**36, host_memory=2**37, network=1e9, node_network=1e9, disk=1e9
 )  # fmt: skip

@@ -59,6 +59,15 @@ def start(name, module, link, r, scaling, init, train, earlier, gradient):
     return A, B, *((A.clone(), B.clone()) if elsewhere else (torch.zeros_like(A), torch.zeros_like(B)))
 
 
+@torch.no_grad()
+def decay(learnt, rates, weight_decay):
+    """Decoupled as AdamW's, but to where a link began, which is zero but where it starts at factors of its own."""
+    for A, B, A0, B0, _ in learnt:
+        for factor, began, rate in ((A, A0, rates[0]), (B, B0, rates[1])):
+            if factor.requires_grad:
+                factor -= rate * weight_decay * (factor - began)
+
+
 def switched_chain(config, knots):
     """Train as a run's dict says. Returns the losses, the merged model, and each link's (A, B, A0, B0, scaling) by layer."""
     model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
@@ -99,8 +108,10 @@ def switched_chain(config, knots):
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], optim["max_grad_norm"])
+            rate = optim["lr"] * (1 - step / knots[-1])
             for group in optimizer.param_groups:
-                group["lr"] = optim["lr"] * (1 - step / knots[-1]) * group["times"]
+                group["lr"] = rate * group["times"]
+            decay(learnt.values(), (rate, rate * optim.get("lr_ratio", 1)), optim.get("weight_decay", 0.0))
             optimizer.step()
             losses.append(loss.item())
         with torch.no_grad():

@@ -1,15 +1,19 @@
 """The switches of a chain (lora.scaling, lora.train, lora.init, optim.lr_ratio): each against plain torch on whole matrices,
 under ZeRO 2 and 3, by one process and several; and what a run with them leaves."""
 
+import gc
 import json
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from cola_ds.commands.export import export
 from cola_ds.config.loading import load_config
-from cola_ds.lora.layers import lora_layers
+from cola_ds.lora.layers import LoRALinear, lora_layers
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.runs import record, three_links, train_in
 from tests.support.switches import switched_chain
@@ -23,6 +27,7 @@ SWITCHES = {  # a link begins in place where it has the rank of the one before a
     "pissa": {"rank": [8, 8, 4], "train": ["both", "both", "B"], "init": "pissa"},
     "gradient": {"rank": [2, 2, 1], "train": ["both"] * 3, "init": "gradient", "scaling": "alpha/sqrt(r)"},
 }
+DECAY = {"trained": 0.0, "orthogonal": 0.0, "pissa": 5.0, "gradient": 0.0}
 RATIO = {"trained": 1, "orthogonal": 4, "pissa": 1, "gradient": 2}
 
 
@@ -35,7 +40,7 @@ def toy(tmp_path_factory):
 def config_for(toy, which, run_dir, engine="zero3", **optim):
     return run_config(
         *toy, run_dir, lora={"alpha": 8, **SWITCHES[which]}, chain={"length": LINKS}, deepspeed=ENGINES[engine],
-        optim={"max_steps": STEPS, "max_grad_norm": 0.5, "lr_ratio": RATIO[which], **optim},
+        optim={"max_steps": STEPS, "max_grad_norm": 0.5, "lr_ratio": RATIO[which], "weight_decay": DECAY[which], **optim},
     )  # fmt: skip
 
 
@@ -158,6 +163,193 @@ def test_a_stopped_run_ends_with_the_same_bits(toy, tmp_path, which):
     assert record(tmp_path / "stopped/run") == record(tmp_path / "whole/run")
 
 
+def frozen(checkpoint):
+    """What a checkpoint holds of the link beside what is trained."""
+    held = {}
+    for path in sorted(checkpoint.glob("trained-*.safetensors")):
+        held |= {name: tensor for name, tensor in load_file(path).items() if name.startswith("frozen/")}
+    return held
+
+
+def test_a_start_that_was_placed_is_not_placed_again(toy, tmp_path):
+    """Stopped before the first step: the same bits, and at another number of processes the start that was found."""
+    watched = {"watch": str(save_sums(tmp_path / "watch.jsonl", 9, seed=2))}
+    config = three_links((*toy, toy[1]), lora={"rank": [2, 2, 4], "init": "gradient"}, data=watched)
+    weights = train_in(tmp_path / "whole", config)
+    assert train_in(tmp_path / "stopped", config, stops=[("watch", 1)]) == weights
+    assert record(tmp_path / "stopped/run") == record(tmp_path / "whole/run")
+    config["checkpoint"] = {"every_steps": 2, "keep": 9}
+    train_in(tmp_path / "fewer", config, stops=[("watch", 1), ("step", 2)], world_size=(2, 1, 1), end=False)
+    first, later = (frozen(tmp_path / f"fewer/run/checkpoints/step-0000000{step}") for step in (0, 2))
+    assert {name.rpartition(".")[2] for name in first} == {"start_A", "start_B"}
+    for name, held in first.items():
+        assert torch.equal(later[name], held), name
+
+
+# -- the first gradient ------------------------------------------------------------------------------------------------
+
+
+def starts_of(chain):
+    """Where each layer of the first link starts."""
+    from cola_ds.training.place_start import place_start
+
+    place_start(chain, 1)
+    layers = lora_layers(chain.engine.module).items()
+    return {f"{name}.{half}": getattr(layer, half).clone() for name, layer in layers for half in ("start_A", "start_B")}
+
+
+def numbers_that_drop(chain):
+    modules = chain.engine.module.named_modules()
+    return {f"{name}.{key}": value for name, module in modules for key, value in vars(module).items() if "drop" in key}
+
+
+def find_starts(process, paths):
+    found = []
+    for path in paths:
+        chain = make_chain(process, path)
+        dropping = numbers_that_drop(chain)
+        found.append(starts_of(chain))
+        assert numbers_that_drop(chain) == dropping  # they are back
+    return found
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_no_dropout_of_a_model_is_in_its_first_gradient(tmp_path, engine):
+    """OPT drops in its blocks, and whole blocks, by numbers of their own; with activation checkpointing these are in training."""
+    drops = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+    data, paths = save_sums(tmp_path / "train.jsonl", 20), []
+    for name, dropout, recomputes in (("plain", {}, False), ("off", drops, False), ("on", drops, True)):
+        path = save_model(tmp_path / name, "opt", **dropout)
+        config = run_config(
+            path, data, tmp_path / f"{name}-run", lora={"rank": 2, "init": "gradient"}, deepspeed=ENGINES[engine],
+            model={"activation_checkpointing": recomputes}, chain={"length": 1},
+        )  # fmt: skip
+        paths.append(save_run(tmp_path / f"{name}.yaml", config))
+    plain, *others = run_distributed(find_starts, 1, paths)[0]
+    for other in others:
+        for name, start in plain.items():
+            torch.testing.assert_close(other[name], start, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dynamic", "scale"), [("half", False, 128), ("half", True, 256), ("bfloat16", False, 1)]
+)
+def test_a_first_gradient_has_the_loss_scale_of_its_engine(monkeypatch, dtype, dynamic, scale):
+    """As DeepSpeed makes its scalers of "loss_scale": 128, or 0 with an initial one of 256."""
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    from cola_ds.training import first_gradient
+
+    dynamic_args = {
+        "init_scale": 256, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2, "consecutive_hysteresis": False,
+    }  # fmt: skip
+    made = CreateLossScaler(getattr(torch, dtype), 128, dynamic, dynamic_args)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=made, loss_scale=made.cur_scale))
+    examples = SimpleNamespace(micro_batches=[], loss_tokens=10)
+    monkeypatch.setattr(first_gradient, "step_examples", lambda chain, step: examples)
+    chain = SimpleNamespace(engine=engine, state=SimpleNamespace(step=3))
+    assert first_gradient.GradientProducts(chain)._factor == scale / 10
+
+
+def overflow(process, path, nothing):
+    """Starts as they are, with a loss that overflows until it is divided twice, and with one that always does."""
+    from cola_ds.errors import TrainingFailedError
+    from cola_ds.training import first_gradient
+
+    chain, found = make_chain(process, path), []
+    for scale in (1.0, 2.0**134, nothing):
+        first_gradient.loss_scale = lambda engine, scale=scale: scale
+        try:
+            found.append(starts_of(chain))
+        except TrainingFailedError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_gradient_that_overflows_is_found_with_a_smaller_loss(toy, tmp_path):
+    path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run"))
+    for plain, smaller, none in run_distributed(overflow, 2, path, float("inf")):
+        for name, start in plain.items():
+            torch.testing.assert_close(smaller[name], start, rtol=1e-3, atol=1e-5, msg=name)
+        assert none == "lora.init gradient: the gradient at step 0 is not finite; use another lora.init"
+
+
+def cut_off(process, path, on):
+    """Let no gradient reach the second block's attention, on some of the processes."""
+    from cola_ds.errors import UserError
+
+    chain = make_chain(process, path)
+    if process.rank in on:
+        attention = chain.engine.module.model.layers[1].self_attn
+        attention.register_forward_hook(lambda _, args, out: (out[0].detach(), *out[1:]))
+    try:
+        return {name: float(start.norm()) for name, start in starts_of(chain).items()}
+    except UserError as error:
+        return str(error)
+
+
+def test_a_layer_that_no_gradient_reaches_is_named_by_all(toy, tmp_path):
+    path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run"))
+    for said in run_distributed(cut_off, 2, path, [0, 1]):
+        assert said == (
+            "lora.init gradient: no example of step 0 has a gradient that reaches model.layers.1.self_attn.q_proj (and 1 more); "
+            "leave it out of lora.targets, or use another lora.init"
+        )
+    # At stage 3 all must gather what any one does: there no layer can be left out by some of them.
+    path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run", "zero2"))
+    first, second = run_distributed(cut_off, 2, path, [1])
+    assert first == second
+    assert all(size > 0 for size in first.values())
+
+
+class _Dense:
+    """Products with whole gradients, in `GradientProducts`' place, that note how much there is of as many columns."""
+
+    gradients: ClassVar[dict[str, torch.Tensor]] = {}
+    most: ClassVar[int] = 0
+
+    def __init__(self, chain):
+        pass
+
+    def _products(self, by, transposed):
+        found = {n: (self.gradients[n].T if transposed else self.gradients[n]) @ each for n, each in by.items()}
+        type(self).most = max(self.most, bytes_of(30))
+        return found
+
+    def times(self, right):
+        return self._products(right, False)
+
+    def transposed_times(self, left):
+        return self._products(left, True)
+
+
+def bytes_of(columns):
+    """Of all tensors that there are of so many columns."""
+    alive = (each for each in gc.get_objects() if type(each) is torch.Tensor)
+    return sum(each.nbytes for each in alive if each.ndim == 2 and each.shape[1] == columns)
+
+
+def test_directions_of_a_gradient_take_one_product_by_rows_and_one_by_columns(monkeypatch):
+    """As the plan counts: (in + out) k fp32 numbers of all layers, k being 2 * 7 + 16."""
+    from cola_ds.training import place_start
+
+    sizes = {"q": (50, 40), "k": (64, 33), "v": (32, 70)}
+    model = nn.ModuleDict({name: LoRALinear(nn.Linear(*size), 0.0, train_bias=False) for name, size in sizes.items()})
+    _Dense.gradients = {
+        name: torch.randn(out, 14) @ torch.diag(0.8 ** torch.arange(14)) @ torch.randn(14, into)
+        for name, (into, out) in sizes.items()
+    }
+    monkeypatch.setattr(place_start, "GradientProducts", _Dense)
+    config = SimpleNamespace(lora_ranks=[7], run=SimpleNamespace(seed=0))
+    chain = SimpleNamespace(engine=SimpleNamespace(module=model), config=config)
+    before, held = bytes_of(30), sum(4 * 30 * sum(size) for size in sizes.values())
+    for name, _, S, V in place_start._of_gradient(chain, 1):
+        _, expected, Vh = torch.linalg.svd(_Dense.gradients[name].double(), full_matrices=False)
+        torch.testing.assert_close(S[:7], expected[:7], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((V[:, :7].T @ Vh[:7].T).abs(), torch.eye(7).double(), rtol=1e-3, atol=1e-3)
+    assert _Dense.most - before == held
+
+
 # -- what starts cost --------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +357,7 @@ def count_starts(process, paths):
     """What the collectives of a start carry, and of a step; whether a start is without a trace; what it finds."""
     from cola_ds.training.first_gradient import GradientProducts
     from cola_ds.training.loop import tune_lora
-    from cola_ds.training.starts import place_start
+    from cola_ds.training.place_start import place_start
 
     found = {}
     for init, path in paths.items():

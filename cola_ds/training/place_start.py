@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from cola_ds.distributed import accelerator, collectives, watchdog
-from cola_ds.distributed.engine import restart_optimizer
 from cola_ds.distributed.products import times, transposed_times
-from cola_ds.errors import TrainingFailedError
 from cola_ds.lora.layers import LoRALinear, draw_factors, lora_layers
 from cola_ds.lora.starts import (
     draw_sketch,
@@ -30,21 +28,24 @@ _WEIGHT_ROUNDS, _GRADIENT_ROUNDS = 4, 1
 """How often the iteration is repeated: a round costs two products with each weight, or two passes over a step's examples."""
 
 
-def place_start(chain: Chain, link: int) -> None:
-    """Give the link that has just been begun (drawn, and nothing else; the engine around it) what it begins with, and the
-    optimizer masters of that. Parameters must be in their shards, and are so afterwards."""
+def place_start(chain: Chain, link: int) -> bool:
+    """Give the link that has just been begun (drawn, and nothing else; the engine around it) what it begins with. Parameters must
+    be in their shards, and are so afterwards.
+
+    Returns whether a Parameter has new values, which the optimizer's masters must have from it (`restart_optimizer`). What a link
+    starts at is none.
+    """
     config = chain.config
     if config.lora.init == "orthogonal" and link > 1:
         _make_orthogonal(chain, link)
-    elif config.starts_elsewhere:
+        return True
+    if config.starts_elsewhere:
         watchdog.heartbeat(f"start of link {link}")
         layers = lora_layers(chain.engine.module)
         directions = _of_gradient(chain, link) if config.lora.init == "gradient" else _of_weights(chain, link)
         for name, U, S, V in directions:
             _start_at(layers[name], *_factors(chain, link, layers[name], U, S, V))
-    else:
-        return
-    restart_optimizer(chain.engine, keep_state=config.chain.optimizer_at_knot != "reset")
+    return False
 
 
 def _make_orthogonal(chain: Chain, link: int) -> None:
@@ -73,21 +74,28 @@ def _of_weights(chain: Chain, link: int) -> Iterator[tuple[str, Tensor, Tensor, 
 
 
 def _of_gradient(chain: Chain, link: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Those of the gradient of each layer's weight, on the examples of the step that comes next."""
-    layers = lora_layers(chain.engine.module)
+    """Those of the gradient of each layer's weight, on the examples of the step that comes next.
+
+    A pass meets all layers, so that Q (out, k) and Z (in, k) of all are there at once: of each one, and what comes of one of them
+    takes its place.
+    """
     products = GradientProducts(chain)
-    Y = products.times({name: _sketch(chain, link, name, layer) for name, layer in layers.items()})
-    Q = {name: orthonormal(columns) for name, columns in Y.items()}
-    Z = products.transposed_times(Q)
-    for _ in range(_GRADIENT_ROUNDS):
-        Y = products.times({name: orthonormal(columns) for name, columns in Z.items()})
-        Q = {name: orthonormal(columns) for name, columns in Y.items()}
-        Z = products.transposed_times(Q)
-    if not all(bool(torch.isfinite(columns).all()) for columns in Z.values()):
-        raise TrainingFailedError(
-            f"lora.init gradient: the gradient at step {chain.state.step} is not finite; use another lora.init"
-        )
-    yield from ((name, *singular(Q[name], Z[name])) for name in layers)
+    Z = {name: _sketch(chain, link, name, layer) for name, layer in lora_layers(chain.engine.module).items()}
+    Q: dict[str, Tensor] = {}
+    for _ in range(1 + _GRADIENT_ROUNDS):
+        Q.clear()
+        Q = products.times(_orthonormal(Z))
+        Z.clear()
+        Z = products.transposed_times(_orthonormal(Q))
+    for name in list(Z):
+        yield name, *singular(Q.pop(name), Z.pop(name))
+
+
+def _orthonormal(columns: dict[str, Tensor]) -> dict[str, Tensor]:  # by layer (n, k) -> (n, k)
+    """An orthonormal basis in the place of what it spans, layer by layer."""
+    for name in columns:
+        columns[name] = orthonormal(columns[name])
+    return columns
 
 
 def _sketch(chain: Chain, link: int, name: str, layer: LoRALinear) -> Tensor:  # -> (in, k)
@@ -109,10 +117,7 @@ def _factors(
     return both[: A0.numel()].view_as(A0), both[A0.numel() :].view_as(B0)
 
 
-@torch.no_grad()
 def _start_at(layer: LoRALinear, A0: Tensor, B0: Tensor) -> None:
     assert layer.start_A is not None and layer.start_B is not None
     layer.start_A.copy_(A0)
     layer.start_B.copy_(B0)
-    put_whole(layer.lora_A, A0)
-    put_whole(layer.lora_B, B0)
