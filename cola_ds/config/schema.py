@@ -326,12 +326,16 @@ class RunConfig(Section):
         """The LoRA rank of a link as it is tied and saved: one that begins elsewhere has that start beside it."""
         return self.lora_ranks[link - 1] * (2 if self.starts_elsewhere else 1)
 
+    @property
+    def tied_weights(self) -> list[float]:
+        """chain.merge_weight, one per link."""
+        weight = self.chain.merge_weight
+        return weight if isinstance(weight, list) else [weight] * self.chain.length
+
     def tied_alpha(self, link: int) -> float:
         """The alpha that a link, counted from 1, is tied with and saved as: its own, times its chain.merge_weight, and doubled
         where `tied_rank` is, so that the scaling is the same."""
-        weight = self.chain.merge_weight
-        weight = weight[link - 1] if isinstance(weight, list) else weight
-        return self.alpha_of(link) * weight * (2 if self.starts_elsewhere else 1)
+        return self.alpha_of(link) * self.tied_weights[link - 1] * (2 if self.starts_elsewhere else 1)
 
     def alpha_of(self, link: int) -> float:
         """A link's alpha: what B A is multiplied by is always alpha_of(link) / r, for all that read a link."""
