@@ -146,7 +146,7 @@ def test_evaluations_of_a_task_decide_by_its_dev_score(monkeypatch):
     scores = iter([0.5, 0.6, 0.6])
     scored = []
 
-    def score(chain, split, stopped):
+    def score(chain, split):
         scored.append(split)
         value = next(scores) if split == "dev" else 0.4
         return TaskScore(split=split, metric="accuracy", score=value, examples=10, seconds=0.0)
@@ -208,6 +208,30 @@ def test_what_is_known_beforehand_is_said(toy, tmp_path):
         "link 3      at most 5 steps, LoRA rank 4, 896 trainable parameters",
         "link 4      at most 4 steps, LoRA rank 2, 448 trainable parameters",
     ]
+
+
+def test_room_is_asked_for_links_that_can_begin(toy, tmp_path):
+    """Sixteen steps have room for four links of four steps at least: two windows of two."""
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.start import _space_needed
+
+    def needed(length):
+        chain = {"length": length, "knots": {"plateau": KNOTS}}
+        path = save_run(tmp_path / "run.yaml", by_loss(toy, chain=chain, lora={"rank": 8}))
+        return _space_needed(prepare(load_config(path), 1), 1)
+
+    assert needed(3) < needed(4) == needed(400)
+
+
+def test_switches_of_links_that_the_loss_ends_are_said(toy, tmp_path):
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
+
+    chain = {"merge_weight": [1, 0.5], "optimizer_at_knot": {"prune": 0.9}, "length": 2}
+    sections = {"lora": {"rank": 8, "train": "B"}, "chain": {**chain, "knots": {"plateau": KNOTS}}}
+    said = summarize(prepare(load_config(save_run(tmp_path / "run.yaml", by_loss(toy, **sections))), 1), 1).splitlines()
+    assert "switches    lora.train B, chain.merge_weight [1.0, 0.5], chain.optimizer_at_knot {prune: 0.9}" in said
+    assert "link 1      at most 16 steps, LoRA rank 8, B alone, 768 trainable parameters" in said
 
 
 def replayed(config, run):
