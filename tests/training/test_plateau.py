@@ -304,6 +304,21 @@ def test_with_its_knots_given_a_run_has_the_same_bits(whole, given):
     assert found == expected
 
 
+def test_a_replay_has_the_values_of_each_link(toy, tmp_path):
+    """Of a chain that might have had six links: what is trained, and the ties' factors, are those of the links there were."""
+    by_link = {"lora": {"rank": 4, "train": ["B", "A", "both", "B", "A", "A"]}}
+    chain = {"length": 6, "knots": {"plateau": KNOTS}, "merge_weight": [0.5, 1.0, 0.25, 0.75, 1.0, 0.3]}
+    config = by_loss(toy, **by_link, chain=chain)
+    weights = train_in(tmp_path, config, 1)
+    again = replayed(config, tmp_path / "run")
+    links = again["chain"]["length"]
+    assert 1 < links < 6
+    assert again["lora"]["train"] == by_link["lora"]["train"][:links]
+    assert again["chain"]["merge_weight"] == chain["merge_weight"][:links]
+    assert train_in(tmp_path / "again", again, 1) == weights
+    assert learnt(tmp_path / "again/run") == learnt(tmp_path / "run")
+
+
 def test_stopped_before_at_and_after_a_decision(toy, whole, given, tmp_path):
     """After step 5, in a window; after step 6, where the link is to end; after step 8, where the next link's first window ends.
     What it logs is what the run with its knots given logs."""
