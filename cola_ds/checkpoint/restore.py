@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,9 @@ def restore_model(
         return
     frozen = frozen_factors(model)
     collectives.on_rank_0(lambda: _check_shapes(found, params, frozen))
-    for kind, held in (("master", params), (_FROZEN, frozen)):
-        for name, _, whole in _from_process_0(found, held, kind):
-            put_whole(held[name], whole)
+    held = {**params, **frozen}  # no name is in both
+    for name, _, whole in _from_process_0(found, held, ("master", _FROZEN)):
+        put_whole(held[name], whole)
 
 
 def _tie_again(
@@ -194,16 +194,16 @@ def _refuse_misfit(path: Path, shapes: dict[str, tuple[int, ...]], expected: dic
         )
 
 
-def _from_process_0(found: Checkpoint | None, params: Mapping[str, Tensor], kind: str | None) -> Any:
-    """Name, kind and whole values (flat, fp32, on the device) of the saved tensors of `params`; of one kind if it is given.
-    Collective."""
+def _from_process_0(found: Checkpoint | None, params: Mapping[str, Tensor], kinds: Container[str] | None) -> Any:
+    """Name, kind and whole values (flat, fp32, on the device) of the saved tensors of `params`; of some kinds if they are given.
+    Reads each file once. Collective."""
     keys = collectives.broadcast_object(list(found.shapes()) if found else None)
     held = found.trained() if found else None
     for expected in keys:
         key, tensor = next(held) if held else (expected, None)
         assert key == expected
         this, _, name = key.partition("/")
-        if kind in (None, this) and name in params:
+        if (kinds is None or this in kinds) and name in params:
             yield name, this, collectives.broadcast_tensor(tensor, numel(params[name]))
 
 

@@ -112,6 +112,8 @@ def _head(plan: Plan) -> list[str]:
         f"batch       {batch} x {_number(plan.micro_steps, 'micro step')} x {cluster.processes} processes",
         f"engine      {stage}",
     ]
+    if config.chain.plateau is not None and config.chain.length > 1:
+        lines.insert(3, f"links       at most {config.chain.length}, which the loss ends")
     if layout.stage == 3 and cluster.nodes > 1:
         where = "in each node" if layout.in_nodes else "over all processes"
         lines.append(f"shards      {settled.shards_reason or where}")

@@ -130,10 +130,12 @@ class ChainConfig(Section):
     that what came before is not shrunk."""
     optimizer_at_knot: Annotated[str | dict[str, float], BeforeValidator(moments_of_next_link)] = "reset"
     """What the next link's optimizer starts with. reset: nothing. keep: the moments and step counts of the link before.
-    {prune: 0.9}: these, with the 0.9 of smallest magnitude of each moment set to zero (ReLoRA, arXiv 2307.05695)."""
+    {prune: 0.9}: these, with the 0.9 of smallest magnitude of each moment set to zero (ReLoRA, arXiv 2307.05695, which warms up
+    after each: optim.warmup_steps)."""
     diagnostics: Annotated[bool, Mark.FREE] = False
     """Find out at each knot what the link has learnt, from A and B alone: spectra, effective ranks and overlaps with earlier
-    links, layer by layer, into links.jsonl; at the last knot intruder dimensions, too. No result changes."""
+    links, layer by layer, into links.jsonl; at the last knot intruder dimensions, too, of some layers where there are many. No
+    result changes."""
 
     @property
     def plateau(self) -> PlateauConfig | None:
@@ -327,12 +329,16 @@ class RunConfig(Section):
         """The LoRA rank of a link as it is tied and saved: one that begins elsewhere has that start beside it."""
         return self.lora_ranks[link - 1] * (2 if self.starts_elsewhere else 1)
 
+    @property
+    def tied_weights(self) -> list[float]:
+        """chain.merge_weight, one per link."""
+        weight = self.chain.merge_weight
+        return weight if isinstance(weight, list) else [weight] * self.chain.length
+
     def tied_alpha(self, link: int) -> float:
         """The alpha that a link, counted from 1, is tied with and saved as: its own, times its chain.merge_weight, and doubled
         where `tied_rank` is, so that the scaling is the same."""
-        weight = self.chain.merge_weight
-        weight = weight[link - 1] if isinstance(weight, list) else weight
-        return self.alpha_of(link) * weight * (2 if self.starts_elsewhere else 1)
+        return self.alpha_of(link) * self.tied_weights[link - 1] * (2 if self.starts_elsewhere else 1)
 
     def alpha_of(self, link: int) -> float:
         """A link's alpha: what B A is multiplied by is always alpha_of(link) / r, for all that read a link."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ds.config.plateau import known_knots, least_steps
+from cola_ds.config.plateau import known_knots, least_steps, longest_links
 from cola_ds.config.schema import ChainConfig, RunConfig
 from cola_ds.errors import UserError
 
@@ -90,6 +90,22 @@ class StepPlan:
     def link_of(self, step: int) -> int:
         """The link that a step (counted from 1) belongs to; 1 before any step."""
         return bisect.bisect_left(self.knots, step) + 1
+
+
+def with_longest_chain(config: RunConfig, least_steps: int, total_steps: int) -> RunConfig:
+    """The config with as many links as there can be at most, for what must be there for all of them: where the loss places the
+    knots, chain.length may be more than can begin."""
+    chain, lora, plateau = config.chain, config.lora, config.chain.plateau
+    if plateau is None or chain.length == 1:
+        return config
+    most = len(longest_links(plateau, least_steps, chain.length, total_steps))
+
+    def cut(by_link: Any) -> Any:
+        return by_link[:most] if isinstance(by_link, list) else by_link
+
+    chain = chain.model_copy(update={"length": most, "merge_weight": cut(chain.merge_weight)})
+    lora = lora.model_copy(update={"rank": cut(lora.rank), "train": cut(lora.train)})
+    return config.model_copy(update={"chain": chain, "lora": lora})
 
 
 def rows_per_step(config: RunConfig) -> int:

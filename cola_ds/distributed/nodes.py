@@ -7,6 +7,7 @@ averaged over all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +66,16 @@ def is_everyones(param: nn.Parameter) -> bool:
 
 
 @torch.no_grad()
-def check_alike(model: nn.Module, step: int) -> None:
-    """Raise TrainingFailedError where what is trained is not the same on every node, bit for bit. Collective.
+def check_alike(model: nn.Module, frozen: Iterable[torch.Tensor], step: int) -> None:
+    """Raise TrainingFailedError where what is trained, or `frozen` beside it (whole on every process, and no part of the base),
+    is not the same on all of them, bit for bit. Collective.
 
-    It cannot differ while its gradients are averaged over all processes: this is the proof that they are.
+    What is trained cannot differ while its gradients are averaged over all processes: this is the proof that they are.
     """
     trained = [param for param in model.parameters() if param.requires_grad]
     mine = torch.zeros(2, dtype=torch.int64, device=trained[0].device)
     with gathered(trained):
-        for param in trained:
+        for param in (*trained, *frozen):
             bits = _bits(param.detach())
             places = torch.arange(1, len(bits) + 1, device=bits.device)
             mine += torch.stack([bits.sum(), (bits * places).sum()])  # modulo 2^64; the second sees what moves

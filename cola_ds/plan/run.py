@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from cola_ds.config.deepspeed_json import check_compilable
 from cola_ds.config.dtypes import DTYPES
-from cola_ds.config.steps import Epochs, micro_steps_of, place_knots, rows_per_step
+from cola_ds.config.plateau import least_steps
+from cola_ds.config.steps import Epochs, micro_steps_of, place_knots, rows_per_step, with_longest_chain
 from cola_ds.data.batch import StepExamples
 from cola_ds.distributed.devices import KNOWN, peak_tflops
 from cola_ds.errors import UserError, quoted
@@ -21,7 +22,7 @@ from cola_ds.plan.memory import Layout, Memory, memory_of
 from cola_ds.plan.micro_step import MicroStep, trace
 from cola_ds.training.prepared import Described, frozen_of_links, tied_of_links, trained_of_links
 from cola_ds.training.settle import Settled, bytes_a_remainder, settle
-from cola_ds.training.work import link_work
+from cola_ds.training.work import work_of
 
 FITS = 0.9
 """How much of a device's memory a plan may fill: the rest is CUDA's and NCCL's, and lost between blocks."""
@@ -170,6 +171,7 @@ def plan_run(described: Described, cluster: Cluster) -> Plan:
         raise UserError(f"--device {quoted(cluster.device)} is not known; use cpu or one of {', '.join(KNOWN)}")
     micro_steps = micro_steps_of(config, cluster.processes)
     _check_knots(described)
+    described = _with_longest_chain(described)
     check_compilable(config, described.engine_json["zero_optimization"]["stage"])
     hosts = [f"node {node}" for node in range(cluster.nodes) for _ in range(cluster.per_node)]
     settled = settle(
@@ -200,6 +202,15 @@ def _check_knots(described: Described) -> None:
     chain, steps, size = described.config.chain, described.config.optim.max_steps, rows_per_step(described.config)
     if steps is not None and (chain.knots == "even" or "steps" in chain.knots):
         place_knots(chain.knots, chain.length, steps, Epochs(size * steps, size))
+
+
+def _with_longest_chain(described: Described) -> Described:
+    """Where the loss places the knots, the links that can begin, as far as that is known without data."""
+    config = described.config
+    if config.chain.plateau is None or config.optim.max_steps is None:
+        return described
+    least = least_steps(config.chain.plateau, config.eval.every, lambda: 1)  # an epoch has one step at least
+    return replace(described, config=with_longest_chain(config, least, config.optim.max_steps))
 
 
 def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
@@ -300,7 +311,7 @@ def _flops(described: Described, cluster: Cluster) -> float | None:
         indices=[], lengths=[width] * rows,
     )  # fmt: skip
     try:
-        work = link_work(described, max(config.lora_ranks), started=config.starts_elsewhere).of(examples)
+        work = max(link.of(examples) for link in work_of(described))
     except ValueError:
         return None
     again = (4 / 3 if config.method == "full" else 1.5) if config.model.activation_checkpointing else 1.0

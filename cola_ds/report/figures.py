@@ -124,15 +124,20 @@ def draw_links(runs: Mapping[str, Path], folder: Path) -> None:
                 ylabel="mean over layers",
             )
         for place, key, what in ((0, "row_overlaps", "row"), (1, "column_overlaps", "column")):
-            means = [_means([row[key] for row in rows]) for rows in links.values()]
-            size = len(means)
-            drawn = axes[1, place].imshow(
-                [[*row[:size], *[math.nan] * (size - len(row))] for row in means], vmin=0, vmax=1,
-                extent=(0.5, size + 0.5, size + 0.5, 0.5),
-            )  # fmt: skip
+            shares = _overlaps({link: _means([row[key] for row in rows]) for link, rows in links.items()})
+            size = len(shares)
+            drawn = axes[1, place].imshow(shares, vmin=0, vmax=1, extent=(0.5, size + 0.5, size + 0.5, 0.5))
             axes[1, place].set(title=f"share of {what} spaces in those before", xlabel="earlier link", ylabel="link")
             figure.colorbar(drawn, ax=axes[1, place])
         _save(pyplot, figure, "--figures", folder / f"links-{file_name(name)}.png")
+
+
+def _overlaps(by_link: Mapping[int, list[float]]) -> list[list[float]]:
+    """A square of links by earlier links, both from 1: NaN where there is no earlier one, and for links that nobody looked at
+    (chain.diagnostics may be switched on under way)."""
+    size = max(by_link)
+    rows = [by_link.get(link, [])[:size] for link in range(1, size + 1)]
+    return [[*row, *[math.nan] * (size - len(row))] for row in rows]
 
 
 def _means(lists: list[list[float | None]]) -> list[float]:

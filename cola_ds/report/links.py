@@ -16,8 +16,9 @@ _COLUMNS = (
     "held-out", "watched", "intruders",
 )  # fmt: skip
 LEGEND = (
-    "Links, at their knots. Effective ranks, and the share of a link's row and column space that lies in those of the sum before"
-    " it: means over layers. Watched: loss on data.watch, and its change since the start. Intruders: in how many layers."
+    "Links, at their knots; a run without links at its end. Effective ranks, and the share of a link's row and column space that"
+    " lies in those of the sum before it: means over layers. Watched: loss on data.watch, and its change since the start."
+    " Intruders: in how many layers."
 )
 
 
@@ -40,8 +41,12 @@ def links_table(runs: Mapping[str, Path]) -> str | None:
 def _rows(name: str, folder: RunDir) -> list[list[str]]:
     evaluations = {row["step"]: row for row in folder.rows("evals.jsonl") if row.get("split") != "test"}
     watched = {row["step"]: row.get("loss") for row in folder.rows("watch.jsonl")}
-    found = []
-    for knot in folder.rows("knots.jsonl"):
+    found, knots = [], folder.rows("knots.jsonl")
+    if not knots:  # method full has no links, nor has an evaluation alone
+        for step in [step for step in watched if step] or list(watched):
+            seen = _watched(watched[step], watched.get(0) if step else None)
+            found.append([name, "-", str(step), *["-"] * 7, _held_out(evaluations.get(step, {})), seen, "-"])
+    for knot in knots:
         step, intruders = knot["step"], knot.get("intruders")
         found.append(
             [

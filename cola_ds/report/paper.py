@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cola_ds.config.schema import RunConfig
+from cola_ds.config.switches import switches
 from cola_ds.report.cells import Cell
 
 PAPER_TABLES = {
@@ -109,11 +110,26 @@ def published_scores(cells: Sequence[Cell], table: str) -> dict[tuple[str, str],
     return found
 
 
+def left_out(cells: Sequence[Cell]) -> list[str]:
+    """Why no number of the paper stands beside methods whose links are not its own: a line, or none."""
+    found = {
+        f"{cell.group.name} ({', '.join(unlike)})": None
+        for cell in cells
+        if cell.config is not None and cell.config.trains_lora and (unlike := _unlike(cell.config))
+    }
+    return [f"Without a number of the paper, which has no such links: {'; '.join(found)}."] if found else []
+
+
+def _unlike(config: RunConfig) -> list[str]:
+    """What of a run's links is not as the paper has it; it has no knots of the loss either."""
+    return [*switches(config), *(["chain.knots plateau"] if config.chain.plateau is not None else [])]
+
+
 def published_columns(config: RunConfig, table: str) -> list[str]:
     """Columns of a table of the paper that this method stands in; none where it has nothing like it."""
     if not config.trains_lora:
         return [config.method]
-    if config.chain.plateau is not None:  # the paper has no knots of the loss
+    if _unlike(config):
         return []
     optimizer = table if table in ("sgd", "adagrad") else "adamw"
     if config.optim.name != optimizer or config.data.num_train != _NUM_TRAIN.get(table, config.data.num_train):

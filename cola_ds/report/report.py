@@ -11,7 +11,7 @@ from cola_ds.report.cells import Cell, cell_of_run
 from cola_ds.report.files import check_csv, check_picture, csv_bytes, write_file
 from cola_ds.report.find import find_runs
 from cola_ds.report.links import LEGEND, links_table, looked_at
-from cola_ds.report.paper import PAPER_TABLES, published_scores
+from cola_ds.report.paper import PAPER_TABLES, left_out, published_scores
 from cola_ds.report.tables import comparison_table, flops_table, footnotes, rank_table, run_table, score_table
 from cola_ds.run.scores import as_dev
 from cola_ds.sweep.outcomes import Outcome
@@ -70,6 +70,7 @@ def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
         "Mean ± sample standard deviation of the test score x 100 (seeds); bold: the best that have all their seeds."
     )
     parts.append(legend + (f" In brackets: the paper's own, {paper}." if numbers else ""))
+    parts += map(inline, left_out(cells) if paper else [])
     if flops := flops_table(cells):
         parts += [
             flops,

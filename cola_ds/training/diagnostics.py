@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,9 @@ from cola_ds.training.state import Chain
 
 _DENSE = 1024
 """The smaller side of the largest weights that are decomposed whole."""
+_ENTRIES = 2**24
+"""Elements, out * in, of all weights that are: what keeps the last knot below a step's time."""
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def diagnose(chain: Chain) -> dict[str, Any]:
@@ -64,27 +67,56 @@ def _here(links: Links) -> Links:
 
 def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor) -> None:
     """Put each layer's number of intruder dimensions into `found` (layers,), on the process that minds it; NaN where the weight
-    is too large to be decomposed. Collective.
+    is not looked at (`_decomposed`). Collective.
 
     The base is taken to be the weight as it is stored less the sum of the links: in bf16 its rounding is in both, so that none of
     what is found is rounding's.
     """
-    held: tuple[int, str, Tensor] | None = None
-    for number, (name, layer) in enumerate(layers.items()):
-        mine = collectives.falls_to_this_process(number)
-        if min(layer.in_features, layer.out_features) <= _DENSE:
-            with gathered([layer.weight]):
-                if mine:
-                    held = number, name, layer.weight.detach().to(accelerator.device(), torch.float64, copy=True)
-        elif mine:
+    chosen = _decomposed({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+    chain.logger.event("intruder dimensions", layers=chosen, of_layers=len(layers))
+    numbers = {name: number for number, name in enumerate(layers)}
+    for number in numbers.values():
+        if collectives.falls_to_this_process(number):
             found[number] = math.nan
-        # In rounds: each process has one weight, and all decompose theirs at once.
-        if held and (number % chain.world_size == chain.world_size - 1 or number == len(layers) - 1):
-            at, which, tuned = held
+    for names in _rounds(chosen, numbers, chain.world_size):
+        held: tuple[str, Tensor] | None = None
+        for name in names:
+            with gathered([layers[name].weight]):
+                if collectives.falls_to_this_process(numbers[name]):
+                    weight = layers[name].weight.detach()
+                    held = name, weight.to(accelerator.device(), torch.float64, copy=True)
+        if held:
+            which, tuned = held
             watchdog.heartbeat("diagnostics")
             count = chain.logger.figure(f"intruder dimensions of {which}", partial(_intruders, chain, which, tuned))
-            found[at] = math.nan if count is None else count
-            held = None
+            found[numbers[which]] = math.nan if count is None else count
+
+
+def _decomposed(shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The layers, in order, whose weights (out, in) are decomposed whole: of those that are small enough (_DENSE) as many as have
+    _ENTRIES elements together, one at least. Spread over the depth and over the kinds of layers alike, by multiples of the golden
+    ratio modulo 1: where every n-th was taken, they might all be of one kind."""
+    small = [name for name, shape in shapes.items() if min(shape) <= _DENSE]
+    spread = sorted(range(len(small)), key=lambda number: number * _GOLDEN % 1)
+    left, chosen = _ENTRIES, set[int]()
+    for number in spread:
+        left -= math.prod(shapes[small[number]])
+        if left < 0 and chosen:
+            break
+        chosen.add(number)
+    return [small[number] for number in sorted(chosen)]
+
+
+def _rounds(names: list[str], numbers: Mapping[str, int], world_size: int) -> Iterable[list[str]]:
+    """Layers in order, in rounds in which each process minds one at most: all decompose theirs at once."""
+    mine: dict[int, str] = {}
+    for name in names:
+        if numbers[name] % world_size in mine:
+            yield list(mine.values())
+            mine = {}
+        mine[numbers[name] % world_size] = name
+    if mine:
+        yield list(mine.values())
 
 
 def _intruders(chain: Chain, name: str, tuned: Tensor) -> int:

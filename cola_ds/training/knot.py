@@ -15,7 +15,7 @@ from cola_ds.distributed.moments import prune_moments
 from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
-from cola_ds.lora.layers import lora_layers, set_scaling
+from cola_ds.lora.layers import frozen_factors, lora_layers, set_scaling
 from cola_ds.lora.starts import begin_link
 from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
 from cola_ds.training.diagnostics import diagnose
@@ -71,7 +71,7 @@ def _check_link(chain: Chain) -> None:
             f"link {state.link} is not finite at step {state.step}; it was neither tied nor saved"
         )
     if chain.in_nodes:
-        check_alike(chain.engine.module, state.step)
+        check_alike(chain.engine.module, frozen_factors(chain.engine.module).values(), state.step)
 
 
 def _tie(chain: Chain) -> TiedLink:

@@ -35,9 +35,9 @@ def run_chain(chain: Chain) -> None:
     A chain that was restored from a checkpoint goes on wherever its state says that it is. Raises StoppedError when a signal
     asked for it, TrainingFailedError when losses, gradients or adapters are not finite.
     """
-    chain.logger.restart_clock()
     if chain.config.trains_lora and not chain.restored:
         place_start(chain, 1)
+    chain.logger.restart_clock()  # a start, as a knot, is no step's time
     evaluate_if_due(chain)  # one that was stopped in the evaluation at which it had arrived
     watch_if_due(chain)
     while chain.state.link <= chain.links:

@@ -14,7 +14,7 @@ from cola_ds.checkpoint.shards import shard_files
 from cola_ds.checkpoint.store import CheckpointFolder, CheckpointWriter, write_shards
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import RunConfig
-from cola_ds.distributed import collectives, watchdog
+from cola_ds.distributed import collectives, signals, watchdog
 from cola_ds.distributed.engine_state import (
     loss_scale_state,
     optimizer_scalars,
@@ -25,6 +25,7 @@ from cola_ds.distributed.engine_state import (
 )
 from cola_ds.distributed.nodes import check_alike
 from cola_ds.errors import StoppedError, TrainingFailedError
+from cola_ds.lora.layers import frozen_factors
 from cola_ds.lora.starts import frozen_tensors
 from cola_ds.training.state import Chain, RunFacts, counters, position
 
@@ -54,6 +55,16 @@ def save_checkpoint(chain: Chain) -> bool:
     return False
 
 
+def stop_signal() -> int:
+    """The signal that has asked some process to stop; 0: none. One answer for all: collective."""
+    return int(collectives.all_reduce_max([signals.requested()])[0])
+
+
+def stop_is_asked() -> bool:
+    """Whether there is one: what an evaluation asks between its batches. Collective."""
+    return stop_signal() > 0
+
+
 def stop_here(chain: Chain, signum: int) -> None:
     """Write a checkpoint and raise StoppedError."""
     name, step = signal.Signals(signum).name, chain.state.step
@@ -79,7 +90,7 @@ def save_chain(chain: Chain) -> str | None:
     """
     step, begin = chain.state.step, time.perf_counter()
     if chain.in_nodes:
-        check_alike(chain.engine.module, step)
+        check_alike(chain.engine.module, frozen_factors(chain.engine.module).values(), step)
     checkpoints = CheckpointFolder(chain.folder) if chain.folder else None
     if collectives.broadcast_object(
         checkpoints is None or chain.facts is None or checkpoints.sound(checkpoints.at(step))

@@ -11,6 +11,7 @@ from typing import Any
 from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, decided_knots, engine_facts, links_of
 from cola_ds.checkpoint.format import Checkpoint, SavedState, hash_of
 from cola_ds.checkpoint.restore import restore_engine, restore_folder
+from cola_ds.config.steps import with_longest_chain
 from cola_ds.data.tokenize import chat_template_of
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.deepspeed_internals import end_process
@@ -53,10 +54,7 @@ def lock_and_choose(
             hashing=lambda paths: hashed_by_all([str(path) for path in paths]),
         )  # fmt: skip
         if config.trains and chosen != "finished":
-            trained = trained_of_links(prepared)
-            weights = len(list(prepared.skeleton.parameters()))
-            tied, frozen = tied_of_links(prepared), max(frozen_of_links(prepared))
-            folder.check_space(space_needed(config, trained, weights, process.world_size, tied, frozen))
+            folder.check_space(_space_needed(prepared, process.world_size))
         return chosen if isinstance(chosen, str) else chosen.state.model_dump()
 
     answer = collectives.on_rank_0_with_all(choose, hash_of)
@@ -68,6 +66,15 @@ def lock_and_choose(
         step_plan = prepared.step_plan.deciding(config.chain, saved.chain.decided)
         check_fits(saved.knots, saved.chain.link, saved.chain.step, step_plan)
     return Start(answer == "finished", saved, chosen if isinstance(chosen, Checkpoint) else None)
+
+
+def _space_needed(prepared: Prepared, world_size: int) -> int:
+    step_plan = prepared.step_plan
+    longest = with_longest_chain(prepared.config, step_plan.least_steps, step_plan.total_steps)
+    at_most = dataclasses.replace(prepared, config=longest)
+    weights = len(list(prepared.skeleton.parameters()))
+    tied, frozen = tied_of_links(at_most), max(frozen_of_links(at_most))
+    return space_needed(longest, trained_of_links(at_most), weights, world_size, tied, frozen)
 
 
 def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: Start, since: float) -> Chain:
@@ -93,6 +100,8 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
         restore_engine(chain.engine, saved, found, process)
         chain.logger.go_on(saved.journal.model_dump(), process.rank, process.world_size, chain.state.step)
         chain.logger.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
+        if chain.watched is not None and saved.watch is None:
+            chain.logger.say("data.watch was added under way: its loss before the first step is not known")
     return chain
 
 

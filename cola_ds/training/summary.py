@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterator
 
 from cola_ds.config.plateau import PlateauConfig, describe, longest_links
-from cola_ds.config.schema import RunConfig
+from cola_ds.config.switches import switches
 from cola_ds.data.text import overlap
 from cola_ds.data.tokens import LOSSES
 from cola_ds.evaluation.attention import shown_name
@@ -56,18 +56,19 @@ def summarize(prepared: Prepared, world_size: int) -> str:
         remainders = remainder_bytes(prepared, world_size)
         kept = f", {remainders / 2**20:,.1f} MiB of host memory for remainders" if remainders else ""
         lines.append(f"knots       {config.chain.tie} ties, {config.chain.merge} merges{kept}")
-    if config.trains_lora and (switches := _switches(config)):
-        lines.append(f"switches    {', '.join(switches)}")
+    if config.trains_lora and (set_here := switches(config)):
+        lines.append(f"switches    {', '.join(set_here)}")
+    if isinstance(config.chain.optimizer_at_knot, dict) and not optim.warmup_steps:
+        lines.append(
+            "warning     moments are pruned at knots without optim.warmup_steps; ReLoRA warms up after each, by 50 steps say"
+        )
     plateau = config.chain.plateau if config.chain.length > 1 else None
     if plateau is not None:
         lines += _links_beforehand(prepared, plateau)
     for link, knot in enumerate(step_plan.knots, start=1) if config.trains and plateau is None else ():
         name = f"link {link:<7}" if config.trains_lora else "training    "
-        lora_rank = f", LoRA rank {config.lora_ranks[link - 1]}" if config.trains_lora else ""
-        if config.trains_lora and config.lora_trains[link - 1] != "both":
-            lora_rank += f", {config.lora_trains[link - 1]} alone"
         steps = f"steps {knot - step_plan.link_steps(link) + 1}-{knot}"
-        lines.append(f"{name}{steps}{lora_rank}, {count_trainable(prepared, link):,} trainable parameters")
+        lines.append(f"{name}{steps}, {_what_is_trained(prepared, link)}")
     if prepared.stage_reason:
         stage = prepared.engine_config["zero_optimization"]["stage"]
         lines.append(f"engine      ZeRO stage {stage}: {prepared.stage_reason}")
@@ -87,20 +88,16 @@ def _links_beforehand(prepared: Prepared, plateau: PlateauConfig) -> Iterator[st
     yield f"plateau     {describe(plateau, step_plan.least_steps, is_scored=prepared.test is not None)}"
     longest = longest_links(plateau, step_plan.least_steps, config.chain.length, step_plan.total_steps)
     for link, steps in enumerate(longest, start=1):
-        lora_rank, trainable = config.lora_ranks[link - 1], count_trainable(prepared, link)
-        yield f"link {link:<7}at most {steps} steps, LoRA rank {lora_rank}, {trainable:,} trainable parameters"
+        yield f"link {link:<7}at most {steps} steps, {_what_is_trained(prepared, link)}"
 
 
-def _switches(config: RunConfig) -> list[str]:
-    """What of a link is not as the paper has it."""
-    lora, found = config.lora, []
-    if lora.init != "gaussian":
-        found.append(f"lora.init {lora.init}")
-    if lora.scaling != "alpha/r":
-        found.append(f"lora.scaling {lora.scaling}")
-    if config.optim.lr_ratio != 1:
-        found.append(f"B's learning rate {config.optim.lr_ratio:g} times A's")
-    return found
+def _what_is_trained(prepared: Prepared, link: int) -> str:
+    config, said = prepared.config, f"{count_trainable(prepared, link):,} trainable parameters"
+    if not config.trains_lora:
+        return said
+    train = config.lora_trains[link - 1]
+    alone = "" if train == "both" else f", {train} alone"
+    return f"LoRA rank {config.lora_ranks[link - 1]}{alone}, {said}"
 
 
 def _what_became_of(prepared: Prepared) -> Iterator[str]:

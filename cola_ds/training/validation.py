@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.data.tasks.dataset import TaskData
-from cola_ds.distributed import collectives, signals
 from cola_ds.evaluation.evaluators import HeldOut, TaskScore, held_out_loss, task_score
 from cola_ds.training.plateau import evaluation_ends_link, take_evaluation
-from cola_ds.training.save import save_checkpoint, stop_here
+from cola_ds.training.save import save_checkpoint, stop_here, stop_is_asked, stop_signal
 from cola_ds.training.state import Chain, position
 
 
@@ -44,7 +41,8 @@ def evaluate_if_due(chain: Chain) -> None:
     state.evaluated_step = state.step
     if found < state.best:
         state.best, state.best_step, state.no_better = found, state.step, 0
-        # After the last knot there is nothing to save: the checkpoint before it gives the same outputs.
+        # After the last knot there is nothing to save: the checkpoint before it, which the link is tied from again, leads to
+        # these weights. (Its own outputs are others where chain.merge_weight is below 1.)
         if chain.config.checkpoint.best and state.link <= chain.links:
             save_checkpoint(chain)
         if chain.config.checkpoint.best and chain.folder:
@@ -72,25 +70,18 @@ def evaluate(chain: Chain) -> float | None:
     after the knot counts. Raises StoppedError when a signal asks for it."""
     assert chain.held_out is not None
     chain.logger.stop_clock()
-    stop = 0.0
-
-    def stopped() -> bool:
-        nonlocal stop
-        (stop,) = collectives.all_reduce_max([signals.requested()])
-        return stop > 0
-
     found: list[HeldOut | TaskScore | None]
     if chain.is_scored:
-        found = [_score(chain, "dev", stopped)]
+        found = [_score(chain, "dev")]
     else:
-        found = [held_out_loss(chain.engine, chain.held_out, chain.eval_batch_size, stopped)]
+        found = [held_out_loss(chain.engine, chain.held_out, chain.eval_batch_size, stop_is_asked)]
     if found[0] is not None and evaluation_ends_link(chain, found[0].objective):
         return None
     if chain.is_scored and found[0] is not None and found[0].objective < chain.state.best:
-        found.append(_score(chain, "test", stopped))
+        found.append(_score(chain, "test"))
     for each in found:
         if each is None:
-            stop_here(chain, int(stop))
+            stop_here(chain, stop_signal())
     for each in found:
         assert each is not None
         chain.logger.evaluation(position(chain), each)
@@ -98,7 +89,7 @@ def evaluate(chain: Chain) -> float | None:
     return found[0].objective
 
 
-def _score(chain: Chain, split: str, stop: Callable[[], bool]) -> TaskScore | None:
+def _score(chain: Chain, split: str) -> TaskScore | None:
     data = chain.test if split == "test" or chain.held_out is None else chain.held_out.data
     assert isinstance(data, TaskData)
-    return task_score(chain.engine, data, split, chain.tokenizer, chain.eval_batch_size, stop)
+    return task_score(chain.engine, data, split, chain.tokenizer, chain.eval_batch_size, stop_is_asked)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from cola_ds.distributed import collectives, signals
 from cola_ds.evaluation.evaluators import held_out_loss
-from cola_ds.training.save import stop_here
+from cola_ds.training.save import stop_here, stop_is_asked, stop_signal
 from cola_ds.training.state import Chain, position
 
 
@@ -22,15 +21,8 @@ def watch_if_due(chain: Chain) -> None:
         return
     assert chain.watched is not None
     chain.logger.stop_clock()
-    stop = 0.0
-
-    def stopped() -> bool:
-        nonlocal stop
-        (stop,) = collectives.all_reduce_max([signals.requested()])
-        return stop > 0
-
-    found = held_out_loss(chain.engine, chain.watched, chain.eval_batch_size, stopped)
+    found = held_out_loss(chain.engine, chain.watched, chain.eval_batch_size, stop_is_asked)
     if found is None:
-        stop_here(chain, int(stop))
+        stop_here(chain, stop_signal())
         return
     chain.logger.watched(position(chain), found)

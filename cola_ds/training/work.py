@@ -48,7 +48,7 @@ def pairs(lengths: list[int], window: int | None) -> int:
     return int((seen * (seen + 1) // 2 + (each - seen) * seen).sum())
 
 
-def work_of(prepared: Prepared) -> list[LinkWork]:
+def work_of(prepared: Prepared | Described) -> list[LinkWork]:
     """The work of each link, in order. Raises ValueError for a model whose work is not that of a dense transformer."""
     config = prepared.config
     kinds = list(zip(config.lora_ranks, config.lora_trains, strict=True))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
-from tests.support.runs import record, three_links, train_in
+from tests.support.runs import record, run_once, three_links, train_in
 from tests.support.toys import REPOSITORY, TOP_RUNG, rows
 
 SHARDED = str(REPOSITORY / "tests/support/zero3_sharded.json")
@@ -145,6 +145,29 @@ def test_from_an_earlier_checkpoint_of_the_same_folder(toy, whole, tmp_path):
     assert train_in(tmp_path, config, words={"resume": str(earlier)}) == weights
     assert record(tmp_path / "run") == expected
     assert not list((tmp_path / "run/checkpoints").glob("aside-*"))
+
+
+def count_reads(process, path):
+    """How often a resumed run goes through a checkpoint's trained tensors."""
+    from cola_ds.checkpoint.format import Checkpoint
+
+    reads, inner = [], Checkpoint.trained
+
+    def trained(found):
+        reads.append(found.step)
+        return inner(found)
+
+    Checkpoint.trained = trained
+    run_once(process, path)
+    return reads
+
+
+def test_a_checkpoint_is_read_for_the_model_and_for_the_optimizer(toy, tmp_path):
+    """Once each, with factors that are not trained, too."""
+    config = three_links(toy, lora={"train": "B", "init": "pissa"})
+    train_in(tmp_path, config, 1, stops=[("step", 5)], end=False)
+    (reads,) = run_distributed(count_reads, 1, tmp_path / "run.yaml")
+    assert reads == [5, 5]
 
 
 def test_the_best_checkpoint_is_kept(toy, tmp_path):

@@ -7,7 +7,7 @@ from cola_ds.config.keys import flat_keys
 from cola_ds.config.loading import check_config, load_config
 from cola_ds.config.plateau import PlateauConfig, describe, is_flat, known_knots, longest_links, replay_words
 from cola_ds.config.schema import RunConfig
-from cola_ds.config.steps import resolve
+from cola_ds.config.steps import resolve, with_longest_chain
 from cola_ds.errors import UserError
 
 RUN = {
@@ -98,6 +98,19 @@ def test_the_words_of_a_replay():
         "lora.rank=[8, 4]",
         "chain.merge_weight=[1.0, 0.5]",
     ]
+
+
+def test_the_longest_chain_has_the_links_that_can_begin():
+    """Of 100 steps, links of 30 at least; the fourth has 10 left."""
+    lists = ["lora.rank=[8, 4, 4, 2, 64]", "lora.train=[B, B, A, A, both]", "chain.merge_weight=[1, 1, 1, 0.5, 0.25]"]
+    found = run("chain.length=5", *lists, window=10)
+    longest = with_longest_chain(found, 10, 100)
+    assert (longest.chain.length, longest.lora_ranks) == (4, [8, 4, 4, 2])
+    assert (longest.lora_trains, longest.tied_weights) == (["B", "B", "A", "A"], [1, 1, 1, 0.5])
+    assert (found.chain.length, len(found.lora_ranks)) == (5, 5)
+    assert with_longest_chain(found, 10, 1000) == found
+    given = run("chain.length=5", "chain.knots=even")
+    assert with_longest_chain(given, 10, 100) is given
 
 
 def test_a_replay_is_a_config():

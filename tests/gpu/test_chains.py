@@ -177,6 +177,40 @@ def test_an_export_has_the_engines_weights_and_logits(ran):
     torch.testing.assert_close(ran["exported logits"], ran["logits"], rtol=0, atol=LOGITS[ran["dtype"]])
 
 
+def test_switches_of_a_chain(process, toy, tmp_path, monkeypatch):
+    """A factor that is not trained stays what was drawn, links are tied with their factors, the optimizer counts on, and what the
+    links have learnt is in the rows."""
+    from cola_ds.distributed.engine_state import optimizer_scalars
+    from cola_ds.lora.layers import draw_lora_A
+    from tests.training.test_chain import whole_weights
+
+    factors, lora_rank = (0.5, 1.0, 0.25), 8
+    chain = {"merge_weight": list(factors), "optimizer_at_knot": "keep", "diagnostics": True}
+    path, _ = three_links(toy, tmp_path, "zero3", "bf16", lora={"rank": lora_rank, "train": "B"}, chain=chain)
+    with run(process, path, monkeypatch) as (ended, _):
+        assert optimizer_scalars(ended.engine)["step"] == KNOTS[-1]
+        weights = whole_weights(ended)
+    links, differ, elements = links_of(tmp_path / "run", 3), 0, 0
+    base = AutoModelForCausalLM.from_pretrained(toy[0], dtype=torch.bfloat16).state_dict()
+    for layer in links[0]:
+        total = base[f"{layer}.weight"].double()
+        for number, (link, factor) in enumerate(zip(links, factors, strict=True), start=1):
+            lora_A, lora_B = link[layer]
+            assert torch.equal(lora_A, draw_lora_A(0, number, layer, lora_A.shape).bfloat16().double())
+            assert lora_B.abs().max() > 0
+            total = total + factor * ALPHA / lora_rank * lora_B @ lora_A
+        steps = steps_apart(weights[f"{layer}.weight"], total, torch.bfloat16)
+        assert int(steps.max()) <= 1  # where a sum in fp32 is halfway between two neighbours
+        differ, elements = differ + int((steps > 0).sum()), elements + steps.numel()
+    assert differ <= 2e-3 * elements
+    knots, layers = rows(tmp_path / "run/knots.jsonl"), rows(tmp_path / "run/links.jsonl")
+    for knot in knots:
+        norms = [row["norm"] for row in layers if row["link"] == knot["link"]]
+        assert len(norms) == len(links[0])
+        assert knot["delta_norm"] == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-5)
+    assert knots[-1]["intruder_layers"] == len(links[0])
+
+
 @pytest.mark.skipif(ON_CPU, reason="DeepSpeed's CPU accelerator lacks fp16")
 def test_fp16_finds_its_loss_scale(process, toy, tmp_path, monkeypatch):
     import json

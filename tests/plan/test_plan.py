@@ -290,6 +290,26 @@ def test_evaluation_and_eager_attention_count(run, model, tmp_path, capsys):
     assert eager > as_it_is and "attention eager" in said
 
 
+def test_links_that_cannot_begin_are_not_needed(run, capsys):
+    """A link of 30 steps at least, of 100: four links, whatever chain.length says; the plan is theirs."""
+    said = {}
+    for length, knots in ((40, {"plateau": {"window": 10}}), (4, {"steps": [30, 60, 90]})):
+        words = run(chain={"length": length, "knots": knots}, optim={"max_steps": 100}, model={"dtype": "bf16"})
+        assert main(words_of(words)) == 0
+        said[length] = capsys.readouterr().out.splitlines()
+    assert "links       at most 4, which the loss ends" in said[40]
+    assert [line for line in said[40] if not line.startswith("links")] == said[4]
+
+
+def test_a_factor_that_is_not_trained_saves_work(run):
+    def flops(**lora):
+        config = load_config(run(lora={"targets": "all-linear", **lora}, optim={"max_steps": 6}))
+        return plan_run(describe(config), CLUSTER).flops
+
+    assert flops(train="B") == flops(train=["B", "B"]) < flops(train=["A", "both"]) == flops()
+    assert flops(rank=[4, 8], train=["both", "B"]) > flops()
+
+
 def test_a_checkpoint_is_as_large_as_the_largest(run, capsys):
     assert main(words_of(run(lora={"rank": [16, 1]}))) == 0
     first = int(re.search(r"checkpoint +([\d,]+) bytes", capsys.readouterr().out)[1].replace(",", ""))

@@ -1,11 +1,12 @@
 """What a report says of links, from rows that are written by hand."""
 
 import json
+import math
 
 import pytest
 
 from cola_ds.errors import UserError
-from cola_ds.report.figures import _means
+from cola_ds.report.figures import _means, _overlaps
 from tests.report.test_tables import COLA, save_result, tables
 from tests.support.recorded import recorded
 
@@ -60,6 +61,26 @@ def test_figures_of_links(run, tmp_path):
     write(run / "links.jsonl", [{**layers[0], "singular_values": "many"}])
     with pytest.raises(UserError, match=r"links\.jsonl, row 1: singular_values: .*; the row is damaged"):
         tables(recorded(run), figures=tmp_path / "figures")
+
+
+def test_overlaps_lie_at_the_numbers_of_their_links():
+    """Of a run whose diagnostics were switched on after its first two links."""
+    nothing = pytest.approx(math.nan, nan_ok=True)
+    assert _overlaps({3: [0.1, 0.2], 4: [0.3, 0.4, 0.5]}) == [
+        [nothing] * 4, [nothing] * 4, [0.1, 0.2, nothing, nothing], [0.3, 0.4, 0.5, nothing],
+    ]  # fmt: skip
+    assert _overlaps({1: []}) == [[nothing]]
+
+
+def test_a_run_without_links_is_in_the_table_too(run):
+    """Method full: no knots."""
+    write(run / "knots.jsonl", [])
+    write(run / "watch.jsonl", [{"step": 0, "loss": 3.0}, {"step": 8, "loss": 2.75}])
+    lines = tables(recorded(run)).splitlines()
+    assert "| a | - | 8 | - | - | - | - | - | - | - | 2.5000 | 2.7500 (-0.2500) | - |" in lines
+    assert not [line for line in lines if line.startswith("| a | - | 0 |")]
+    write(run / "watch.jsonl", [{"step": 0, "loss": 3.0}])  # zero-shot: one look
+    assert "| a | - | 0 | - | - | - | - | - | - | - | - | 3.0000 | - |" in tables(recorded(run)).splitlines()
 
 
 def test_means_of_places():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cola_ds.cli import main
+from cola_ds.config.loading import apply_override
 from cola_ds.errors import UserError
 from cola_ds.report.figures import _score_lines
 from cola_ds.report.find import find_runs
@@ -169,6 +170,32 @@ def test_the_papers_numbers(tmp_path):
         tables(tmp_path, paper=name)
     with pytest.raises(UserError, match=r"--paper 1: known are main, opt-1.3b, llama-2-7b, ranks, sgd"):
         tables(tmp_path, paper="1")
+
+
+SWITCHES = [
+    ("lora.init=pissa", "lora.init pissa"),
+    ("lora.scaling=alpha/sqrt(r)", "lora.scaling alpha/sqrt(r)"),
+    ("lora.train=[both, B]", "lora.train [both, B]"),
+    ("optim.lr_ratio=16", "B's learning rate 16 times A's"),
+    ("chain.merge_weight=0.5", "chain.merge_weight 0.5"),
+    ("chain.merge_weight=[1.0, 0.5]", "chain.merge_weight [1.0, 0.5]"),
+    ("chain.optimizer_at_knot={prune: 0.9}", "chain.optimizer_at_knot {prune: 0.9}"),
+    ("chain.knots={plateau: {}}", "chain.knots plateau"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), SWITCHES)
+def test_a_chain_of_other_links_stands_beside_no_number_of_the_paper(tmp_path, override, said):
+    """The column is empty, and a line says why; the plain chain beside it has its number."""
+    save_result(tmp_path / "plain", 0.71, **COLA)
+    config = run_config(Path("model"), Path("train.jsonl"), tmp_path, **COLA)
+    apply_override(config, override)
+    save_result(tmp_path / "switched", 0.7, **{name: config[name] for name in ("chain", "lora", "optim")})
+    text = tables(tmp_path, paper="opt-1.3b")
+    assert text.count("[76.78 ±6.38]") == 1
+    (line,) = (line for line in text.splitlines() if line.startswith("Without a number of the paper"))
+    assert f"({said})." in line
+    assert "Without a number" not in tables(tmp_path)
 
 
 def test_csv_and_figures(tmp_path):
@@ -406,15 +433,3 @@ def test_runs_without_a_task_beside_those_with_one(tmp_path):
     assert f"Not finished: {tmp_path / 'x/two'}" in tables(tmp_path)
     with pytest.raises(UserError, match=r"x/two has no result.json: the run has not finished"):
         tables(tmp_path / "x/two")
-
-
-def test_a_chain_whose_knots_the_loss_places_stands_beside_no_column_of_the_paper():
-    from cola_ds.config.loading import check_config
-    from cola_ds.report.paper import published_columns
-
-    run = {
-        "model": {"path": "m"}, "data": {"train": "t"}, "run": {"dir": "r"}, "optim": {"lr": 1.0, "epochs": 5},
-        "chain": {"length": 2},
-    }  # fmt: skip
-    assert published_columns(check_config(run, [], "run.yaml"), "opt-1.3b") == ["(8,8)", "cola", "cola-2"]
-    assert published_columns(check_config(run, ["chain.knots={plateau: {}}"], "run.yaml"), "opt-1.3b") == []

@@ -15,7 +15,7 @@ from tests.support.distributed import CountedCollectives, run_distributed
 from tests.support.reference import chain_of_lora
 from tests.support.runs import record, three_links, train_in
 from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_run, save_sums
-from tests.training.test_chain import make_chain
+from tests.training.test_chain import make_chain, whole_weights
 
 STEPS, KNOTS = 12, (4, 8, 12)
 ENGINES = {name: str(REPOSITORY / f"ds_configs/{name}.json") for name in ("zero2", "zero3_offload_cpu")}
@@ -153,9 +153,65 @@ def test_the_smallest_of_each_moment_are_zero_and_no_other(toy, tmp_path, world_
         assert max(sizes) == 4 * max(moment.numel() for moment in before.values())  # one moment of one A or B at a time
 
 
+def through_a_knot(process, path):
+    """Moments and step counts before and after a knot; masters and what is trained after it."""
+    from cola_ds.distributed.engine_state import optimizer_scalars, trained
+    from cola_ds.distributed.moments import _whole
+    from cola_ds.training.knot import pass_knot
+    from cola_ds.training.loop import tune_lora
+    from cola_ds.training.starts import place_start
+
+    chain = make_chain(process, path)
+    place_start(chain, 1)
+    tune_lora(chain)
+
+    def moments():
+        params = trained(chain.engine)
+        kinds = [(kind, name) for kind in ("exp_avg", "exp_avg_sq") for name in params]
+        return {f"{kind} {name}": _whole(chain.engine, kind, params[name]) for kind, name in kinds}
+
+    before = moments()
+    pass_knot(chain)
+    masters = {name: _whole(chain.engine, "master", param) for name, param in trained(chain.engine).items()}
+    whole = {name: value.flatten() for name, value in whole_weights(chain).items() if name in masters}
+    return before, moments(), optimizer_scalars(chain.engine), masters, whole
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa"])
+def test_moments_go_on_where_a_link_begins_elsewhere(toy, tmp_path, init):
+    """What the start puts in place is in the masters; moments and step counts are those of the link before."""
+    config = config_for(toy, optimizer_at_knot="keep")
+    config = {
+        **config,
+        "lora": {**config["lora"], "init": init},
+        "run": {**config["run"], "dir": str(tmp_path / "run")},
+    }
+    for before, after, scalars, masters, whole in run_distributed(
+        through_a_knot, 2, save_run(tmp_path / "run.yaml", config)
+    ):
+        assert scalars["step"] == KNOTS[0]
+        for name, moment in before.items():
+            assert moment.abs().max() > 0, name
+            assert torch.equal(after[name], moment), name
+        for name, master in masters.items():
+            assert torch.equal(master, whole[name]), name
+            assert bool(master.any()) == (init == "pissa" or "lora_A" in name), name
+
+
 def test_smallest():
     assert smallest(torch.tensor([3.0, -1.0, 2.0, -4.0]), 0.5).tolist() == [False, True, True, False]
     assert not smallest(torch.tensor([3.0, -1.0]), 0.2).any()
+
+
+def test_pruning_without_a_warm_up_is_warned_of(toy, tmp_path):
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
+
+    path = save_run(tmp_path / "run.yaml", config_for(toy, optimizer_at_knot=PRUNE))
+    for warmup_steps, at_knot, warned in ((0, "{prune: 0.9}", 1), (2, "{prune: 0.9}", 0), (0, "keep", 0)):
+        words = [f"optim.warmup_steps={warmup_steps}", f"chain.optimizer_at_knot={at_knot}"]
+        said = summarize(prepare(load_config(path, words), 1), 1)
+        assert said.count("warning     moments are pruned at knots without optim.warmup_steps") == warned
 
 
 @pytest.mark.parametrize(

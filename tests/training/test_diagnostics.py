@@ -1,17 +1,21 @@
 """chain.diagnostics and data.watch in whole runs: what the rows say, and that nothing else changes."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cola_ds.report.report import report
 from cola_ds.run.folder import RunDir
 from cola_ds.run.peft_files import layers_of, lora_names, read_link
 from tests.lora.test_spectra import dense, expected_intruders, expected_look
-from tests.support.runs import record, three_links, train_in
-from tests.support.toys import REPOSITORY, rows, save_model, save_sums
+from tests.support.distributed import run_distributed
+from tests.support.jobs import run_job
+from tests.support.runs import record, run_once, three_links, train_in
+from tests.support.toys import REPOSITORY, rows, save_model, save_run, save_sums
 
 ZERO2 = str(REPOSITORY / "ds_configs/zero2.json")
 ON = {"chain": {"diagnostics": True}}
@@ -174,6 +178,80 @@ def test_rows_behind_a_checkpoint_are_taken_back(toy, looked_at, tmp_path):
 def test_another_world_size_has_the_rows_of_its_links(toy, tmp_path):
     train_in(tmp_path, three_links(toy, **ON), world_size=(2, 1), stops=[("step", 6)])
     check_rows(tmp_path / "run", toy[0], [8, 4, 4], exact_base=True)
+
+
+def with_a_budget(process, path):
+    """Of four weights of 1024, 512, 1024 and 512 elements."""
+    from cola_ds.training import diagnostics
+
+    diagnostics._ENTRIES = 2600
+    return run_once(process, path)
+
+
+def test_some_layers_are_decomposed(toy, looked_at, tmp_path):
+    """Where all would be too many: rows and journal name them, and say of them what they said; nothing else changes."""
+    config = three_links(toy, **ON, **watching(toy), run={"dir": str(tmp_path / "run")})
+    found = run_distributed(with_a_budget, 2, save_run(tmp_path / "run.yaml", config))
+    assert found == [looked_at[0]] * 2
+    all_rows = [row for row in rows(looked_at[1] / "links.jsonl") if row["link"] == 3]
+    some = [row for row in rows(tmp_path / "run/links.jsonl") if row["link"] == 3]
+    assert [row["intruders"] for row in some] == [*(row["intruders"] for row in all_rows[:3]), None]
+    (told,) = (row for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "intruder dimensions")
+    assert (told["layers"], told["of_layers"]) == ([row["layer"] for row in some[:3]], 4)
+    assert rows(tmp_path / "run/knots.jsonl")[-1]["intruder_layers"] == 3
+
+
+def test_which_layers_are_decomposed():
+    """As many as the budget has room for, of every kind and depth; large ones never, one always."""
+    from cola_ds.training.diagnostics import _ENTRIES, _decomposed
+
+    kinds = {
+        "q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576), "up": (1536, 576),
+        "down": (576, 1536), "head": (2048, 2048),
+    }  # fmt: skip
+    shapes = {f"{block}.{kind}": shape for block in range(30) for kind, shape in kinds.items()}
+    chosen = _decomposed(shapes)
+    assert chosen == [name for name in shapes if name in chosen]
+    assert 0.9 * _ENTRIES < sum(math.prod(shapes[name]) for name in chosen) <= _ENTRIES
+    assert {name.partition(".")[2] for name in chosen} == {*kinds} - {"head"}
+    blocks = [int(name.partition(".")[0]) for name in chosen]
+    assert all(any(third <= block < third + 10 for block in blocks) for third in (0, 10, 20))
+    q_and_v = {name: shape for name, shape in shapes.items() if name.endswith((".q", ".v"))}
+    assert _decomposed(q_and_v) == list(q_and_v)
+    assert _decomposed({"a": (1024, 2**20), "b": (1024, 2**20)}) == ["a"]
+    assert _decomposed({"a": (2048, 2048)}) == []
+
+
+def test_each_process_decomposes_one_at_a_time():
+    from cola_ds.training.diagnostics import _rounds
+
+    numbers = {name: number for number, name in enumerate("abcdefgh")}
+    assert list(_rounds(list("abdefh"), numbers, 2)) == [["a", "b"], ["d", "e"], ["f"], ["h"]]
+    assert list(_rounds(list("ac"), numbers, 1)) == [["a"], ["c"]]
+    assert list(_rounds([], numbers, 2)) == []
+
+
+def test_a_watch_that_is_added_under_way(toy, tmp_path):
+    """Refused in a line; where it is allowed, the looks that are left are taken, and it is said which one is not."""
+    train_in(tmp_path, three_links(toy), 1, stops=[("step", 6)], end=False)
+    words = ["train", tmp_path / "run.yaml", f"data.watch={watching(toy)['data']['watch']}"]
+    statuses, said = run_job(tmp_path / "job", words, world_size=1)
+    assert statuses == [2], said
+    assert "data.watch None -> " in said and "to go on in spite of it: --allow-change data.watch" in said
+    statuses, said = run_job(tmp_path / "job", [*words, "--allow-change", "data.watch"], world_size=1)
+    assert statuses == [0], said
+    assert "data.watch was added under way: its loss before the first step is not known" in said
+    assert [row["step"] for row in rows(tmp_path / "run/watch.jsonl")] == [8, 12]
+
+
+def test_full_fine_tuning_is_watched(toy, tmp_path):
+    """Before the first step and at the end; a report has a row of it."""
+    config = three_links(toy, **watching(toy), method="full", chain={"length": 1}, lora={"rank": 8})
+    train_in(tmp_path, config, 1)
+    first, last = rows(tmp_path / "run/watch.jsonl")
+    assert (first["step"], last["step"]) == (0, 12)
+    text = report([str(tmp_path / "run")])
+    assert f"| {last['loss']:.4f} ({last['loss'] - first['loss']:+.4f}) | - |" in text
 
 
 def test_with_node_shards_too(toy, looked_at, tmp_path):

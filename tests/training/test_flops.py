@@ -81,6 +81,15 @@ def test_the_profiler_counts_every_matrix_product(toy, tmp_path):
     assert profiled_flops(chain, [3 * length, 0]) == 3 * found[0]
 
 
+def test_what_a_link_starts_at_is_counted_beside_it(toy, tmp_path):
+    from cola_ds.training.flops import profiled_flops
+
+    plain, started = prepared(toy, tmp_path), prepared(toy, tmp_path, lora={"rank": [8, 4], "init": "pissa"})
+    length = plain.train.lengths[0]
+    adapters = 2 * (32 + 32 + 32 + 16) * 8
+    assert profiled_flops(started, [length, 0]) - profiled_flops(plain, [length, 0]) == 3 * 2 * length * adapters
+
+
 def test_padding_counts_where_there_is_some(toy, tmp_path):
     """Examples of several lengths in a micro batch: varlen computes each alone, other attention all at the longest's length."""
     from cola_ds.distributed.profiler import forward_flops

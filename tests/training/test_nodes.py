@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from cola_ds.config.engine_sizes import Need, choose_shards, nodes_of, why_not_alike
 from tests.config.test_engine_sizes import SMALL
@@ -221,6 +222,39 @@ def averaged_over_nodes_alone(rank):
         return inner(model=model, **words)
 
     engine.deepspeed.initialize = initialize
+
+
+def with_another_A(rank):
+    """A factor that nobody trains, on process 3 alone: one bit of one number."""
+    two_hosts(rank)
+    from cola_ds.lora.layers import lora_layers
+    from cola_ds.training import loop
+
+    inner, steps = loop.train_step, []
+
+    def train_step(engine, *rest):
+        steps.append(len(steps))
+        if rank == 3 and len(steps) == 2:
+            *_, layer = lora_layers(engine.module).values()
+            layer.lora_A.view(-1).view(torch.int32)[-1] ^= 1
+        return inner(engine, *rest)
+
+    loop.train_step = train_step
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_a_frozen_factor_that_differs_is_found(toy, tmp_path, every):
+    """Before a checkpoint, and before a tie: nothing of it is saved."""
+    config = run_config(
+        *toy[:2], tmp_path / "run", model={"shards": "node"}, lora={"train": "B"}, checkpoint={"every_steps": every}
+    )
+    words = ["train", save_run(tmp_path / "run.yaml", config)]
+    statuses, said = run_job(tmp_path / "logs", words, world_size=4, sabotage=with_another_A)
+    assert statuses == [3] * 4, said
+    step = 2 if every == 2 else 3
+    assert f"A and B on process 3 are not those of process 0 after step {step}: the nodes have drifted apart" in said
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    assert not list((tmp_path / "run").glob("chain/link-*"))
 
 
 def test_nodes_that_drift_apart_are_found(toy, tmp_path):

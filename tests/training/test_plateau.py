@@ -146,7 +146,7 @@ def test_evaluations_of_a_task_decide_by_its_dev_score(monkeypatch):
     scores = iter([0.5, 0.6, 0.6])
     scored = []
 
-    def score(chain, split, stopped):
+    def score(chain, split):
         scored.append(split)
         value = next(scores) if split == "dev" else 0.4
         return TaskScore(split=split, metric="accuracy", score=value, examples=10, seconds=0.0)
@@ -208,6 +208,30 @@ def test_what_is_known_beforehand_is_said(toy, tmp_path):
         "link 3      at most 5 steps, LoRA rank 4, 896 trainable parameters",
         "link 4      at most 4 steps, LoRA rank 2, 448 trainable parameters",
     ]
+
+
+def test_room_is_asked_for_links_that_can_begin(toy, tmp_path):
+    """Sixteen steps have room for four links of four steps at least: two windows of two."""
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.start import _space_needed
+
+    def needed(length):
+        chain = {"length": length, "knots": {"plateau": KNOTS}}
+        path = save_run(tmp_path / "run.yaml", by_loss(toy, chain=chain, lora={"rank": 8}))
+        return _space_needed(prepare(load_config(path), 1), 1)
+
+    assert needed(3) < needed(4) == needed(400)
+
+
+def test_switches_of_links_that_the_loss_ends_are_said(toy, tmp_path):
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
+
+    chain = {"merge_weight": [1, 0.5], "optimizer_at_knot": {"prune": 0.9}, "length": 2}
+    sections = {"lora": {"rank": 8, "train": "B"}, "chain": {**chain, "knots": {"plateau": KNOTS}}}
+    said = summarize(prepare(load_config(save_run(tmp_path / "run.yaml", by_loss(toy, **sections))), 1), 1).splitlines()
+    assert "switches    lora.train B, chain.merge_weight [1.0, 0.5], chain.optimizer_at_knot {prune: 0.9}" in said
+    assert "link 1      at most 16 steps, LoRA rank 8, B alone, 768 trainable parameters" in said
 
 
 def replayed(config, run):
@@ -278,6 +302,21 @@ def test_with_its_knots_given_a_run_has_the_same_bits(whole, given):
     assert sorted(losses) == sorted({5, 10, 15, *(row["step"] for row in found["knots.jsonl"])})
     assert losses[16] == expected.pop("metrics.jsonl")[15]["loss"]  # the row before is of step 15
     assert found == expected
+
+
+def test_a_replay_has_the_values_of_each_link(toy, tmp_path):
+    """Of a chain that might have had six links: what is trained, and the ties' factors, are those of the links there were."""
+    by_link = {"lora": {"rank": 4, "train": ["B", "A", "both", "B", "A", "A"]}}
+    chain = {"length": 6, "knots": {"plateau": KNOTS}, "merge_weight": [0.5, 1.0, 0.25, 0.75, 1.0, 0.3]}
+    config = by_loss(toy, **by_link, chain=chain)
+    weights = train_in(tmp_path, config, 1)
+    again = replayed(config, tmp_path / "run")
+    links = again["chain"]["length"]
+    assert 1 < links < 6
+    assert again["lora"]["train"] == by_link["lora"]["train"][:links]
+    assert again["chain"]["merge_weight"] == chain["merge_weight"][:links]
+    assert train_in(tmp_path / "again", again, 1) == weights
+    assert learnt(tmp_path / "again/run") == learnt(tmp_path / "run")
 
 
 def test_stopped_before_at_and_after_a_decision(toy, whole, given, tmp_path):

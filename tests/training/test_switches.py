@@ -135,9 +135,10 @@ def test_what_is_said_and_counted_beforehand(toy, tmp_path):
     assert frozen_of_links(pissa) == [8 * 224, 8 * 224, 4 * 128 + 4 * 224]
     assert tied_of_links(pissa) == [16 * 224, 16 * 224, 8 * 224]
     said = summarize(trained, 1)
-    assert "switches    lora.init kaiming, lora.scaling alpha/sqrt(r)\n" in said
+    assert "switches    lora.init kaiming, lora.scaling alpha/sqrt(r), lora.train [B, A, A]\n" in said
     assert "link 1      steps 1-3, LoRA rank 8, B alone, 768 trainable parameters" in said
-    assert "switches    lora.init orthogonal, B's learning rate 4 times A's\n" in summarize(prepared("orthogonal"), 1)
+    said = summarize(prepared("orthogonal"), 1)
+    assert "switches    lora.init orthogonal, lora.train [B, B, both], B's learning rate 4 times A's\n" in said
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------

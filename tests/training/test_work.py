@@ -282,6 +282,25 @@ def test_the_share_of_a_peak(toy, tmp_path):
     assert all(row["tflops"] > 0 for row in metrics)
 
 
+def with_a_slow_start(process, path):
+    """The first link's start takes two seconds."""
+    import time
+
+    from cola_ds.training import loop
+    from tests.support.runs import run_once
+
+    loop.place_start = lambda chain, link: time.sleep(2)
+    return run_once(process, path)
+
+
+def test_a_start_is_no_steps_time(toy, tmp_path):
+    from tests.support.distributed import run_distributed
+
+    config = run_config(toy[0], toy[1], tmp_path / "run", optim={"max_steps": 2})
+    run_distributed(with_a_slow_start, 1, save_run(tmp_path / "run.yaml", config))
+    assert all(row["step_s"] < 2 for row in rows(tmp_path / "run/metrics.jsonl"))
+
+
 def test_what_the_bar_says():
     from cola_ds.training.metrics import _in_short
 
