@@ -159,7 +159,7 @@ def through_a_knot(process, path):
     from cola_ds.distributed.moments import _whole
     from cola_ds.training.knot import pass_knot
     from cola_ds.training.loop import tune_lora
-    from cola_ds.training.starts import place_start
+    from cola_ds.training.place_start import place_start
 
     chain = make_chain(process, path)
     place_start(chain, 1)
