@@ -195,7 +195,8 @@ def test_moments_go_on_where_a_link_begins_elsewhere(toy, tmp_path, init):
             assert torch.equal(after[name], moment), name
         for name, master in masters.items():
             assert torch.equal(master, whole[name]), name
-            assert bool(master.any()) == (init == "pissa" or "lora_A" in name), name
+            # From pissa's factors a link has gone nowhere yet.
+            assert bool(master.any()) == (init != "pissa" and "lora_A" in name), name
 
 
 def test_smallest():
