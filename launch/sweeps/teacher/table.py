@@ -67,17 +67,22 @@ def draw(cells: dict[tuple[str, str], list[Run]], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys(task for task, _ in cells))
+    methods = sorted({method for _, method in cells})
+    colours = {method: f"C{number % 10}" for number, method in enumerate(methods)}
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4), layout="constrained", squeeze=False)
     for axes, task in zip(panels[0], tasks, strict=True):
         for (of, method), runs in cells.items():
             if of != task:
                 continue
             means = [statistics.fmean(each) for each in zip(*(run.residuals for run in runs), strict=True)]
+            if len(means) == 1:  # one link: what it leaves at the end, as a line to compare with
+                axes.axhline(means[0], linestyle="--", label=method, color=colours[method])
+                continue
             share = [(number + 1) / len(means) for number in range(len(means))]
-            axes.plot(share, means, "o-", label=method, markersize=4)
+            axes.plot(share, means, "o-", label=method, markersize=4, color=colours[method])
         axes.set(title=task, xlabel="share of the steps", ylabel="residual", ylim=(0, 1))
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
+        axes.legend(fontsize=7)
     figure.savefig(path)
 
 
