@@ -130,8 +130,8 @@ class ChainConfig(Section):
     that what came before is not shrunk."""
     optimizer_at_knot: Annotated[str | dict[str, float], BeforeValidator(moments_of_next_link)] = "reset"
     """What the next link's optimizer starts with. reset: nothing. keep: the moments and step counts of the link before.
-    {prune: 0.9}: these, with the 0.9 of smallest magnitude of each moment set to zero (ReLoRA, arXiv 2307.05695, which warms up
-    after each: optim.warmup_steps)."""
+    {prune: 0.9}: these, without those of the 0.9 of elements whose squared gradients have been smallest (after ReLoRA, arXiv
+    2307.05695, which prunes each moment by itself, and warms up after each: optim.warmup_steps)."""
     diagnostics: Annotated[bool, Mark.FREE] = False
     """Find out at each knot what the link has learnt, from A and B alone: spectra, effective ranks and overlaps with earlier
     links, layer by layer, into links.jsonl; at the last knot intruder dimensions, too, of some layers where there are many. No

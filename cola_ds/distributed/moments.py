@@ -1,4 +1,4 @@
-"""Pruning of the optimizer's moments at a knot, by magnitude, as in ReLoRA (arXiv 2307.05695); the same at every world size."""
+"""Pruning of the optimizer's moments at a knot, by magnitude, after ReLoRA (arXiv 2307.05695); the same at every world size."""
 
 from __future__ import annotations
 
@@ -24,16 +24,21 @@ def smallest(moment: Tensor, share: float) -> Tensor:  # (n,) -> (n,) bool
 
 @torch.no_grad()
 def prune_moments(engine: Engine, share: float) -> float | None:
-    """Set the `share` of smallest magnitude of each moment of each trained parameter to zero; step counts and masters stay.
-    Returns the share of all their elements that is zero then; None where the optimizer has no moments yet. Collective.
+    """Set all moments to zero of the `share` of elements of each trained parameter whose squared gradients have been smallest;
+    step counts and masters stay. Returns the share of all moments that is zero then; None where the optimizer has none yet.
+    Collective.
+
+    ReLoRA's code prunes each moment by its own magnitude. What is left of Adam's first then stands over a second of zero in
+    places, and the next update is thousands of learning rates: elements lose both here, or none.
 
     One moment of one A or B at a time is whole, on every process.
     """
+    kinds = sorted(set(state_kinds(engine)) - {"master"}, reverse=True)  # exp_avg_sq first, where there is exp_avg
     zeros, total = torch.zeros((), dtype=torch.int64, device=device()), 0
-    for kind in state_kinds(engine):
-        for param in trained(engine).values() if kind != "master" else ():
-            whole = _whole(engine, kind, param)
-            whole.masked_fill_(smallest(whole, share), 0)
+    for param in trained(engine).values() if kinds else ():
+        gone = smallest(_whole(engine, kinds[0], param), share)
+        for kind in kinds:
+            whole = _whole(engine, kind, param).masked_fill_(gone, 0)
             if part := master_part(engine.optimizer, param):
                 part.of(kept(engine, kind, part).detach()).copy_(whole[part.start :][: part.count])
             zeros += (whole == 0).sum()

@@ -28,13 +28,14 @@ def length(example):
 
 
 def hand_over(before, optimizer, at_knot):
-    """Give a new optimizer the state of the one before, with the smallest part of each moment set to zero if that is pruned."""
+    """Give a new optimizer the state of the one before; if that is pruned, without the part whose second moment is smallest."""
     pairs = zip(before.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True)
     for old, new in pairs:
         optimizer.state[new] = dict(before.state[old])
-        for moment in optimizer.state[new].values() if at_knot != "keep" else ():
-            if moment.numel() > 1:
-                order = moment.abs().flatten().argsort()
+        if at_knot != "keep":
+            state = optimizer.state[new]
+            order = (state["exp_avg_sq"] if "exp_avg_sq" in state else state["sum"]).flatten().argsort()
+            for moment in (value for value in state.values() if value.numel() > 1):
                 moment.view(-1)[order[: round(at_knot["prune"] * len(order))]] = 0
 
 

@@ -147,10 +147,25 @@ def test_the_smallest_of_each_moment_are_zero_and_no_other(toy, tmp_path, world_
         )
         for name, moment in before.items():
             count = round(0.9 * moment.numel())
-            kept = moment.abs().sort(descending=True).indices[: moment.numel() - count]
+            second = before[name.replace("exp_avg ", "exp_avg_sq ")]  # which of them are pruned, this one says
+            kept = second.sort(descending=True).indices[: moment.numel() - count]
             assert torch.equal(after[name][kept], moment[kept])
             assert int((after[name] == 0).sum()) == count
         assert max(sizes) == 4 * max(moment.numel() for moment in before.values())  # one moment of one A or B at a time
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_links_stay_as_large_as_with_all_their_moments(toy, tmp_path, share):
+    """What is left of a first moment must not be divided by a second one of zero: links would grow ten thousandfold."""
+    sizes = {}
+    for at_knot in ("keep", {"prune": share}):
+        folder = tmp_path / ("kept" if at_knot == "keep" else "pruned")
+        folder.mkdir()
+        train_in(folder, config_for(toy, optimizer_at_knot=at_knot, engine=ENGINES["zero2"]), 1)
+        sizes[folder.name] = [row["delta_norm"] for row in rows(folder / "run/knots.jsonl")]
+    assert sizes["pruned"][0] == sizes["kept"][0]
+    for pruned_size, kept_size in zip(sizes["pruned"], sizes["kept"], strict=True):
+        assert pruned_size < 5 * kept_size
 
 
 def through_a_knot(process, path):
