@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from cola_ds.commands.export import export
     from cola_ds.config.loading import load_config
     from cola_ds.config.schema import RunConfig
+    from cola_ds.errors import StoppedError, TrainingFailedError, UserError
     from cola_ds.training.api import RunResult, train
     from cola_ds.training.prepare import prepare
 
 _WHERE = {
     "RunConfig": "config.schema", "load_config": "config.loading", "prepare": "training.prepare", "train": "training.api",
     "RunResult": "training.api", "evaluate": "commands.evaluate", "export": "commands.export",
+    "UserError": "errors", "TrainingFailedError": "errors", "StoppedError": "errors",
 }  # fmt: skip
 
-__all__ = ["RunConfig", "RunResult", "evaluate", "export", "load_config", "prepare", "train"]
+__all__ = [
+    "RunConfig", "RunResult", "StoppedError", "TrainingFailedError", "UserError", "evaluate", "export", "load_config", "prepare",
+    "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,9 @@ python -m pip install --quiet --editable ".[$extra]"
 # DeepSpeed compiles its communication operation on first use: here, where nobody waits for a run. A lock that an
 # interrupted compilation left behind would hang every later one.
 find .venv/torch_extensions -name lock -delete 2>/dev/null || true
+# A folder that others may compile in is not ours to clear.
+find "${TORCH_EXTENSIONS_DIR:-/nonexistent}" -name lock -printf \
+  'setup: waiting for another compilation; if there is none, one was interrupted: remove %p\n' 2>/dev/null || true
 echo "setup: compiling DeepSpeed's communication operation"
 python -c 'from cola_ds.distributed import collectives, launcher; collectives.init_process_group(launcher.identify()); collectives.destroy_process_group()' >/dev/null
 echo "$wanted" >"$stamp"

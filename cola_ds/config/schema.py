@@ -260,6 +260,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.lr_ratio {self.optim.lr_ratio:g} is for B, which method {self.method} has not; use cola or lora, or 1"
             )
+        if self.optim.lr_ratio != 1 and "both" not in self.lora_trains and "B" not in self.lora_trains:
+            raise ValueError(
+                f"optim.lr_ratio {self.optim.lr_ratio:g} is for B, which lora.train A does not train; use 1"
+            )
         if isinstance(self.chain.knots, dict):
             (at,) = self.chain.knots.values()
             if isinstance(at, list) and len(at) != length - 1:
@@ -291,10 +295,10 @@ class RunConfig(Section):
         if plateau is None or self.chain.length == 1:
             return self
         if plateau.loss == "held_out" and (self.eval.every in ("link", "end") or not self.data.has_eval):
-            raise ValueError(
-                "chain.knots: plateau with loss held_out goes by evaluations within links: name data.eval or data.task, and as "
-                f"eval.every, which is {self.eval.every}, epoch or a number of steps"
-            )
+            remedy = f"eval.every {self.eval.every} has none; use epoch, or a number of steps"
+            if not self.data.has_eval:
+                remedy = "name data.eval or data.task"
+            raise ValueError(f"chain.knots: plateau with loss held_out goes by evaluations within links: {remedy}")
         if self.optim.schedule_over == "link" and self.optim.schedule != "constant":
             raise ValueError(
                 f"optim.schedule_over link and optim.schedule {self.optim.schedule} want to know beforehand how long a link is, "

@@ -87,6 +87,11 @@ def _links_beforehand(prepared: Prepared, plateau: PlateauConfig) -> Iterator[st
     config, step_plan = prepared.config, prepared.step_plan
     yield f"plateau     {describe(plateau, step_plan.least_steps, is_scored=prepared.test is not None)}"
     longest = longest_links(plateau, step_plan.least_steps, config.chain.length, step_plan.total_steps)
+    if len(longest) == 1:
+        yield (
+            f"warning     the loss cannot end a link in {step_plan.total_steps} steps, of which each link has "
+            f"{step_plan.least_steps} at least: there will be a single link"
+        )
     for link, steps in enumerate(longest, start=1):
         yield f"link {link:<7}at most {steps} steps, {_what_is_trained(prepared, link)}"
 

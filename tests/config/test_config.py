@@ -146,6 +146,7 @@ def test_refusals_name_key_value_and_remedy(load, override, message):
             "lora.init orthogonal says how A is drawn, and lora.train A",
         ),
         (["method=full", "optim.lr_ratio=4"], "optim.lr_ratio 4 is for B, which method full has not"),
+        (["lora.train=A", "optim.lr_ratio=4"], "optim.lr_ratio 4 is for B, which lora.train A does not train"),
         (["data.text=text", "data.prompt=q"], "data.text contradicts data.prompt and data.completion"),
     ],
 )

@@ -56,7 +56,8 @@ def place(toy, tmp_path):
 
 
 def test_names_cost_nothing_before_they_are_used():
-    code = "import sys, cola_ds; cola_ds.RunConfig, cola_ds.load_config; print('torch' in sys.modules, *dir(cola_ds))"
+    used = "cola_ds.RunConfig, cola_ds.load_config, cola_ds.UserError"
+    code = f"import sys, cola_ds; {used}; print('torch' in sys.modules, *dir(cola_ds))"
     (line,) = python(REPOSITORY, code)
     assert line.startswith("False ")
     assert {"RunConfig", "load_config", "prepare", "train", "evaluate", "export"} <= set(line.split())

@@ -210,6 +210,19 @@ def test_what_is_known_beforehand_is_said(toy, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("least", "warned"), [(8, 0), (9, 1)])
+def test_a_loss_that_can_end_no_link_is_said(toy, tmp_path, least, warned):
+    """Of sixteen steps: two links of eight, or one."""
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
+
+    chain = {"length": 4, "knots": {"plateau": {**KNOTS, "least_steps": least}}}
+    path = save_run(tmp_path / "run.yaml", by_loss(toy, chain=chain, lora={"rank": 8}))
+    said = summarize(prepare(load_config(path), 1), 1)
+    assert said.count("warning     the loss cannot end a link in 16 steps, of which each link has 9 at least") == warned
+    assert said.count("\nlink ") == 2 - warned
+
+
 def test_room_is_asked_for_links_that_can_begin(toy, tmp_path):
     """Sixteen steps have room for four links of four steps at least: two windows of two."""
     from cola_ds.training.prepare import prepare

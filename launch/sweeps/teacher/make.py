@@ -6,7 +6,7 @@ Makes OUT_DIR/base, the model to train: a Llama of width 64 with two layers and 
 tokenizer ends no text. The teacher is that model with a random matrix of rank `--rank` added to each query and value projection,
 of `--norm` times the norm of the weight. Texts are drawn from the teacher, token by token, each from a random first token:
 OUT_DIR/train.jsonl and OUT_DIR/dev.jsonl. OUT_DIR/teacher.json has the loss on dev of the teacher, which no student can be below
-but by chance, and of the base. Nothing is done where that file is there.
+but by chance, and of the base. Where that file is there, and says the same options, nothing is done.
 """
 
 import argparse
@@ -44,14 +44,18 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=chr(0x4E00))
 
 
+def changed(model: LlamaForCausalLM) -> list[torch.nn.Linear]:
+    """The layers that the teacher has otherwise: query and value projections."""
+    return [layer for name, layer in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
+
+
 def add_update(model: LlamaForCausalLM, rank: int, norm: float, seed: int) -> None:
     """Add a random matrix of that rank to each query and value projection, of `norm` times the weight's norm."""
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in model.named_modules():
-        if name.endswith(("q_proj", "v_proj")):
-            out, width = layer.weight.shape
-            update = torch.randn(out, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
-            layer.weight.data += update * (norm * layer.weight.norm() / update.norm())
+    for layer in changed(model):
+        out, width = layer.weight.shape
+        update = torch.randn(out, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+        layer.weight.data += update * (norm * layer.weight.norm() / update.norm())
 
 
 def draw(model: LlamaForCausalLM, rows: int, tokens: int, seed: int) -> torch.Tensor:  # -> (rows, tokens)
@@ -94,9 +98,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--norm", type=float, default=1.0)
     args = parser.parse_args()
+    if min(args.rank, args.rows, args.tokens - 1) < 1:
+        parser.error("--rank and --rows must be 1 or more, and --tokens 2 or more")
     if (args.out / "teacher.json").exists():
+        made = json.loads((args.out / "teacher.json").read_text(encoding="utf-8"))
+        for name in ("rank", "norm", "seed", "rows", "tokens"):
+            if made[name] != getattr(args, name):
+                parser.error(f"{args.out} was made with --{name} {made[name]}; name another folder, or remove it")
         return
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32) if args.base else small_model(args.seed)
+    most = min(min(layer.weight.shape) for layer in changed(base))
+    if args.rank > most:
+        parser.error(
+            f"--rank {args.rank}: no update of this model's query and value projections has a higher one than {most}"
+        )
     tokenizer = AutoTokenizer.from_pretrained(args.base) if args.base else small_tokenizer()
     tokenizer.eos_token = None
     base.save_pretrained(args.out / "base")

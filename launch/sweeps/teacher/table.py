@@ -98,6 +98,8 @@ def main() -> None:
         for result in sorted(folder.glob("*/*/*/seed=*/result.json")):
             run = read_run(result.parent)
             found[run.task, run.method].append(run)
+    if not found:
+        parser.error(f"no finished run of a sweep is in {', '.join(map(str, args.folders))}")
     cells = {where: chosen(runs) for where, runs in found.items()}
     print("| task | method | links | chosen | residual | seeds |\n| --- | --- | --- | --- | --- | --- |")
     for (task, method), runs in cells.items():

@@ -1,0 +1,62 @@
+"""launch/sweeps/teacher: the teacher that is made, and what is said of a mistake. Its table: tests/report/test_teachers.py."""
+
+import json
+import runpy
+
+import pytest
+import torch
+
+from tests.support.toys import REPOSITORY
+
+SMALL = ["--rank", "2", "--rows", "8", "--tokens", "4"]
+
+
+def call(script, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script, *map(str, words)])
+    return runpy.run_path(str(REPOSITORY / f"launch/sweeps/teacher/{script}"), run_name="__main__")
+
+
+def test_a_teacher_is_the_base_and_an_update_of_its_rank(tmp_path, monkeypatch):
+    made = call("make.py", [tmp_path / "out", *SMALL], monkeypatch)
+    base, teacher = made["small_model"](0), made["small_model"](0)
+    made["add_update"](teacher, 2, 1.0, 100)
+    for before, after in zip(made["changed"](base), made["changed"](teacher), strict=True):
+        values = torch.linalg.svdvals((after.weight - before.weight).double())
+        assert values[1] > 0.01 * values[0] and values[2] < 1e-5 * values[0]
+        assert ((after.weight - before.weight).norm() / before.weight.norm()).item() == pytest.approx(1, rel=1e-4)
+    same = {name for name, weight in base.state_dict().items() if torch.equal(weight, teacher.state_dict()[name])}
+    assert len(base.state_dict()) - len(same) == len(made["changed"](base)) == 4
+    rows = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [len(row["text"]) for row in rows] == [4] * 8
+    facts = json.loads((tmp_path / "out/teacher.json").read_text(encoding="utf-8"))
+    assert facts["teacher_loss"] < facts["base_loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rank", "0"], "--rank and --rows must be 1 or more"),
+        (["--rank", "2", "--rows", "0"], "--rank and --rows must be 1 or more"),
+        (["--rank", "99"], "projections has a higher one than 64"),
+    ],
+)
+def test_what_makes_no_teacher_leaves_nothing(tmp_path, monkeypatch, capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        call("make.py", [tmp_path / "out", *words], monkeypatch)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_teacher_is_not_taken_for_the_one_that_is_there(tmp_path, monkeypatch, capsys):
+    facts = {"rank": 4, "norm": 1.0, "seed": 0, "rows": 25_600, "tokens": 32}
+    (tmp_path / "teacher.json").write_text(json.dumps(facts), encoding="utf-8")
+    call("make.py", [tmp_path, "--rank", "4"], monkeypatch)
+    with pytest.raises(SystemExit):
+        call("make.py", [tmp_path, "--rank", "8"], monkeypatch)
+    assert "was made with --rank 4; name another folder" in capsys.readouterr().err
+
+
+def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call("table.py", [tmp_path], monkeypatch)
+    assert ended.value.code == 2 and "no finished run of a sweep is in" in capsys.readouterr().err
