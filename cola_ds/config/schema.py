@@ -260,7 +260,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.lr_ratio {self.optim.lr_ratio:g} is for B, which method {self.method} has not; use cola or lora, or 1"
             )
-        if self.optim.lr_ratio != 1 and "both" not in self.lora_trains and "B" not in self.lora_trains:
+        if self.optim.lr_ratio != 1 and set(self.lora_trains) == {"A"}:
             raise ValueError(
                 f"optim.lr_ratio {self.optim.lr_ratio:g} is for B, which lora.train A does not train; use 1"
             )
