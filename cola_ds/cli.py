@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from cola_ds import notices
 from cola_ds.commands import streams
 from cola_ds.commands.parser import parse
 from cola_ds.distributed import rendezvous, signals, watchdog
@@ -37,10 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command: of `argv`, or of this process, whose output is then this command's. Returns the exit status."""
     if argv is None:
         streams.harden()
-    args = parse(argv)
+    args = _parsed(argv)
+    if args is None:
+        return 2
+    notices.be_quiet(args.quiet)
     args.run = {
         "train": _train, "evaluate": _evaluate, "export": _export, "plan": _plan, "doctor": _doctor, "data": _data,
-        "inspect": _inspect, "sweep": _sweep, "report": _report,
+        "inspect": _inspect, "sweep": _sweep, "report": _report, "schema": _schema, "completion": _completion,
     }[args.command]  # fmt: skip
     process = None
     try:
@@ -63,12 +67,12 @@ def main(argv: list[str] | None = None) -> int:
             again = "the same command goes on from there"
             if args.fresh or args.resume != "auto":
                 again = "without --fresh and --resume, " + again
-            print(f"cola-ds: {error}; {again}", file=sys.stderr, flush=True)
+            notices.error(f"cola-ds: {error}; {again}")
     except OSError as error:  # of the machine: a disk that is full, a file that is gone
         status = 3 if args.run is _train else 1
         watchdog.leave(status)
         if error.errno is None:  # some library's own
-            traceback.print_exc()
+            notices.error(traceback.format_exc().rstrip())
         what = f"{error.filename or 'a file'}: {error.strerror or first_line(error)} ({_place_of(error)})"
         _say(f"cola-ds: {what}; the same command goes on once it is mended", process)
     except KeyboardInterrupt:
@@ -86,10 +90,24 @@ def main(argv: list[str] | None = None) -> int:
             # Where another process died, the watch says so, and ends this one: what is raised here is only what followed.
             time.sleep(_PATIENCE_S if "by peer" in str(error) else 2)  # gloo: "Connection closed by peer"
         watchdog.leave(status)
-        traceback.print_exc()
+        notices.error(traceback.format_exc().rstrip())
     if process and (process.world_size > 1 or watchdog.begun()):
         _exit_now(status)  # exit handlers of a process group can wait for peers that wait for this process
     return status
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace | None:
+    """The words of the command; None where they are wrong, which one process has said: all were called alike."""
+    try:
+        return parse(argv)
+    except UserError as error:
+        # Which process this is has not been checked yet.
+        numbers = [os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")]
+        if next(filter(None, numbers), "0") == "0":
+            notices.error(f"cola-ds: {error}")
+        else:
+            time.sleep(_LAST_WORDS_S)
+        return None
 
 
 def _place_of(error: BaseException) -> str:
@@ -117,11 +135,11 @@ def _say(message: str, process: Process | None, arriving: bool = False) -> None:
     message = one_line(message)
     rendezvous.say_why(message)
     if process is None or process.rank == 0 or (arriving and process.local_rank == 0):
-        print(message, file=sys.stderr, flush=True)
+        notices.error(message)
         if arriving:
             time.sleep(_LAST_WORDS_S)
     elif not watchdog.process_0_leaves(within_s=_PATIENCE_S):
-        print(f"{message} (process {process.rank} on {socket.gethostname()})", file=sys.stderr, flush=True)
+        notices.error(f"{message} (process {process.rank} on {socket.gethostname()})")
 
 
 def _train(args: argparse.Namespace, process: Process) -> None:
@@ -139,7 +157,7 @@ def _train(args: argparse.Namespace, process: Process) -> None:
     if args.freeze is not None:
         from cola_ds.commands.freeze import freeze
 
-        print(f"wrote {freeze(config, Path(args.freeze))}")
+        notices.result(f"wrote {freeze(config, Path(args.freeze))}")
     elif args.dry_run:
         from cola_ds.training.api import describe  # torch takes seconds to import: not for a misspelt key
 
@@ -153,6 +171,10 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 def _evaluate(args: argparse.Namespace, process: Process) -> None:
     _listen(process)
     rendezvous.begin(process, _exit_now)
+    if args.suite is not None:
+        _suite(args, process)
+    if args.suite_dir is not None or args.limit is not None:
+        raise UserError("--suite-dir and --limit are for --suite; leave them out")
     from cola_ds.commands.evaluate import evaluation_config
 
     config = evaluation_config(
@@ -161,8 +183,20 @@ def _evaluate(args: argparse.Namespace, process: Process) -> None:
     _run(config, process, args.resume, args.fresh, [])
 
 
+def _suite(args: argparse.Namespace, process: Process) -> NoReturn:
+    if args.method != "zero-shot" or args.dir is not None or (args.limit is not None and args.limit < 1):
+        raise UserError("--suite stands without --method and --dir, and --limit takes a number of at least 1")
+    from cola_ds.commands.suite import run_suite, suite_config, suite_tasks
+
+    tasks = suite_tasks(args.suite)
+    config = suite_config(args.target, args.out, process.world_size, args.overrides)
+    run_suite(config, process, tasks, args.suite_dir, args.limit, args.fresh, _exit_now)
+    watchdog.leave(0)
+    _exit_now(0)
+
+
 def _listen(process: Process) -> None:
-    signals.listen(lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), _leave_now)
+    signals.listen(lambda message: notices.notice(f"process {process.rank}: {message}"), _leave_now)
 
 
 def _run(config: RunConfig, process: Process, resume: str, fresh: bool, allow_change: list[str]) -> NoReturn:
@@ -179,7 +213,12 @@ def _export(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.training.api import quiet_libraries
 
     quiet_libraries(process)
-    print(f"wrote {export(args.run_dir, args.to, args.out, args.overrides)}")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is removed
+    try:
+        out = export(args.run_dir, args.to, args.out, args.overrides, upto=args.upto, svd_rank=args.svd_rank)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    notices.result(f"wrote {out}")
 
 
 def _plan(args: argparse.Namespace, process: Process) -> None:
@@ -268,7 +307,7 @@ def _sweep(args: argparse.Namespace, process: Process) -> None:
     if args.list:
         _print(list_runs(plan))
     elif args.freeze is not None:
-        print(f"wrote {freeze(plan, Path(args.freeze))}")
+        notices.result(f"wrote {freeze(plan, Path(args.freeze))}")
     elif status := run_all(plan, args.launcher) if args.only is None else run_one(plan, args.only, args.launcher):
         sys.exit(status)
 
@@ -277,8 +316,22 @@ def _report(args: argparse.Namespace, process: Process) -> None:
     from cola_ds.report.report import report
 
     with _reachable(", ".join(args.runs)):
-        text = report(args.runs, args.plot, args.csv, args.paper, args.figures)
+        text = report(args.runs, args.plot, args.csv, args.paper, args.figures, args.html)
     _print(text)
+
+
+def _schema(args: argparse.Namespace, process: Process) -> None:
+    from cola_ds.config.json_schema import run_schema, written
+    from cola_ds.sweep.json_schema import sweep_schema
+
+    _print(written(run_schema() if args.of == "run" else sweep_schema()).rstrip())
+
+
+def _completion(args: argparse.Namespace, process: Process) -> None:
+    from cola_ds.commands.completion import script
+    from cola_ds.report.paper import PAPER_TABLES
+
+    _print(script(args.shell, PAPER_TABLES).rstrip())
 
 
 @contextmanager

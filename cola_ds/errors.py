@@ -80,9 +80,14 @@ def some_of(names: list[str], between: str = ", ") -> str:
     return between.join(names[:_NAMED]) + (f"{between}and {more} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts: 1 row, 1,000 rows."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def inline(text: str, most: int = 1000) -> str:
     """A text of others, such as a folder's name or a line of a log, as part of a line: no line ends in it, nothing that moves a
     terminal's cursor, and it is not endless."""
-    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", text)
+    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", text)
     plain = plain.encode(errors="backslashreplace").decode()  # a name may be any bytes
     return plain if len(plain) <= most else f"{plain[:most]}..."

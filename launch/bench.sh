@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What knots cost on SmolLM2-135M: ties local and gathered, extensions, and three links beside one. About 50 minutes on two cores.
+# What knots cost on SmolLM2-135M, links of rank 8 on query and value projections: ties local and gathered, extensions, and three
+# links beside one. About 50 minutes on two cores.
 #   ./launch/bench.sh [section.key=value ...] [--processes N] [--knots K] [--pairs P] [--steps S] [--memory-pairs M]
 # Two processes unless N says otherwise; overrides of launch/quickstart/run.yaml, e.g. model.path=... model.dtype=bf16.
 #
@@ -48,4 +49,4 @@ fi
 source .venv/bin/activate
 python launch/quickstart/model.py build/SmolLM2-135M-Instruct
 [ -f build/quickstart/dev.jsonl ] || python launch/quickstart/data.py build/quickstart 800 64
-exec python -m tests.bench.knots launch/quickstart/run.yaml "$@"
+exec python -m tests.bench.knots launch/quickstart/run.yaml lora.rank=8 lora.alpha=16 'lora.targets=[q_proj, v_proj]' "$@"

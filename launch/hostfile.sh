@@ -30,7 +30,7 @@ python=$(command -v python)
 ssh=(ssh -o BatchMode=yes -o ConnectTimeout=10)
 for host in "${hosts[@]}"; do
   port=$("${ssh[@]}" "$host" "cd $(printf %q "$PWD") && test -f $(printf %q "$run") || exit 3; $(printf %q "$python") -c '
-import socket; s = socket.socket(); s.bind((\"\", 0)); print(s.getsockname()[1])'" 2>/dev/null) && status=0 || status=$?
+from cola_ds.distributed.launcher import free_port; print(free_port())'" 2>/dev/null) && status=0 || status=$?
   case $status in
     0) [ "$host" != "${hosts[0]}" ] || free_port=$port ;;
     3) fail "$host does not see $PWD with $run; put both on a file system that all machines share" ;;

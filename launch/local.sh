@@ -22,7 +22,7 @@ if [ -n "${!visible:-}" ]; then
 else
   where=(--num_gpus "$processes")
 fi
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+port=$(python -c 'from cola_ds.distributed.launcher import free_port; print(free_port())')
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads "$processes")}
 export OMP_NUM_THREADS
 

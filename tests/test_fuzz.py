@@ -34,7 +34,7 @@ from cola_ds.training.prepare import _model_path, _skeleton_of
 from tests.support.toys import save_model
 
 TIMES = int(os.environ.get("COLA_DS_FUZZ", "1"))
-LONGEST_S = 5
+LONGEST_S = 20
 
 
 def fuzz(examples):

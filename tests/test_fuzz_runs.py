@@ -26,7 +26,7 @@ from tests.support.toys import run_config, save_run
 
 EXAMPLES = 60 * int(os.environ.get("COLA_DS_FUZZ", 1))
 SETTINGS = settings(
-    max_examples=EXAMPLES, deadline=5000, derandomize=True, database=None,
+    max_examples=EXAMPLES, deadline=20_000, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 FACTS = {"base": "ab" * 32, "base_links": None, "identity": {"engine": {}, "train": "x", "eval": None}}

@@ -7,10 +7,11 @@ import pytest
 
 from tests.support.toys import REPOSITORY
 
-LOWER = {"errors", "config"}
+LOWER = {"errors", "notices", "config"}
 MIDDLE = LOWER | {"data", "distributed", "run"}
 MAY_IMPORT = {
     "errors": set(),
+    "notices": set(),
     "config": {"errors"},
     "data": LOWER,
     "distributed": LOWER,

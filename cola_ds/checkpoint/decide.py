@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cola_ds import notices
 from cola_ds.checkpoint.format import (
     Checkpoint,
     DamagedError,
@@ -25,6 +25,7 @@ from cola_ds.config.keys import by_content, default_of, flat_keys, is_fixed, is_
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import StepPlan
 from cola_ds.errors import UserError
+from cola_ds.run.earlier import find_earlier
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt
@@ -150,7 +151,7 @@ def _newest(checkpoints: CheckpointFolder, hashing: Hashing | None) -> Checkpoin
 
 
 def _warn(message: str) -> None:
-    print(f"cola-ds: warning: {message}", file=sys.stderr, flush=True)
+    notices.warning(message)
 
 
 def _differences(saved: dict[str, Any], config: RunConfig) -> dict[str, str]:
@@ -251,16 +252,23 @@ def _check_base(folder: RunDir, config: RunConfig) -> None:
             f"model.path {config.model.path} is not the base model of the run that has finished in {folder.path}: its "
             f"fingerprint is {base[:16]}, that run's {held['base'][:16]} (another run.dir, or --fresh)"
         )
-    if links_of(config) != held["base_links"]:
+    check_base_links(config, held["base_links"], f"the run in {folder.path} was finished")
+
+
+def check_base_links(config: RunConfig, recorded: list[str] | None, when: str) -> None:
+    """Raise UserError where what is tied to the base before the run's own links is not what was tied then."""
+    earlier = find_earlier(config)
+    if (None if earlier is None else earlier.hashes()) == recorded:
+        return
+    if earlier is None:
         raise UserError(
-            f"model.links {config.model.links} has other links than when the run in {folder.path} was finished "
-            "(another run.dir, or --fresh)"
+            f"model.links and model.adapter are not set, and when {when} one of them was; set it again "
+            "(or another run.dir, or --fresh)"
         )
-
-
-def links_of(config: RunConfig) -> list[str] | None:
-    """The hashes of the links that are tied to the base before anything else; None where there are none."""
-    return None if config.model.links is None else read_learnt(config.model.links).link_hashes
+    raise UserError(
+        f"{earlier.named} has other links than when {when}; put back what was there (a run that has begun needs it no more: "
+        "it may be moved away), or another run.dir, or --fresh"
+    )
 
 
 def decided_knots(saved: SavedState) -> list[int]:

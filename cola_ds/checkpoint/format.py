@@ -112,6 +112,8 @@ class SavedState(_Saved):
     eval: str | None
     watch: str | None = None
     """Fingerprints (fingerprint.py)."""
+    base_links: list[str] | None = None
+    """SHA-256 of what was tied to the base before the run's own links; of none such, and in older checkpoints, null."""
     versions: dict[str, str]
     world_size: int
     knots: list[int]

@@ -29,15 +29,15 @@ from cola_ds.distributed.engine_state import (
     trained,
 )
 from cola_ds.distributed.launcher import Process
-from cola_ds.distributed.shards import Part, gathered, local_shard, numel, shape_of, writable_part
+from cola_ds.distributed.shards import Part, local_shard, numel, shape_of
 from cola_ds.errors import UserError, first_line
-from cola_ds.lora.layers import LoRALinear, frozen_factors, inject, lora_layers
+from cola_ds.lora.layers import LoRALinear, frozen_factors, lora_layers
 from cola_ds.lora.remainders import Remainder
 from cola_ds.lora.starts import begin_link
+from cola_ds.lora.targets import any_transposed
 from cola_ds.lora.tie import Links, put_whole, tie_link
 from cola_ds.run.folder import RunDir
-from cola_ds.run.learnt import read_learnt
-from cola_ds.run.peft_files import bias_name, is_bias, lora_names, read_link
+from cola_ds.run.peft_files import is_bias, lora_names, read_link
 
 # Masters, and the moments of torch's AdamW and AdaGrad.
 _KINDS = {"master", "exp_avg", "exp_avg_sq", "sum"}
@@ -55,9 +55,10 @@ class _Shards:
 
 def restore_model(
     model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None, remainders: dict[str, Remainder],
-    earlier: dict[str, Links], process: Process,
+    earlier: dict[str, Links], process: Process, drawn_before: int = 0,
 ) -> None:  # fmt: skip
     """Tie the links before `link` again, in order, and give the trained parameters their values. Before the engine is built.
+    `drawn_before`: as `begin_link` has it.
 
     The same arithmetic as at the knots, on the same shards: the same bits. `found` is None on every process but 0.
     """
@@ -78,7 +79,7 @@ def restore_model(
             exact,
         )
     if config.trains_lora:
-        begin_link(model, config, link, device)
+        begin_link(model, config, link, device, drawn_before)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if shards := _open_shards(found, process):
         parts = [(name, *local_shard(param)) for name, param in params.items()]
@@ -94,7 +95,7 @@ def restore_model(
 
 def _tie_again(
     model: nn.Module, lora_rank: int, scaling: float, tensors: dict[str, Tensor], remainders: dict[str, Remainder],
-    earlier: dict[str, Links], local: bool, exact: bool, last: bool = False,
+    earlier: dict[str, Links], local: bool, exact: bool,
 ) -> None:  # fmt: skip
     """Tie a link that process 0 has read, as the run did. Collective."""
     for name, layer in lora_layers(model).items():
@@ -104,51 +105,7 @@ def _tie_again(
         )
         layer.reset(lora_A, scaling, accelerator.device())
         layer.lora_B.data.copy_(lora_B)
-    tie_link(model, remainders, earlier, local=local, exact=exact, last=last, keep_tensors=False)
-
-
-def tie_run(model: nn.Module, run: str, base: str, reads: bool) -> None:
-    """Give a run's base model, whose fingerprint is `base`, all that the run has learnt, and freeze it. Collective; the links are
-    what process 0, which alone `reads`, finds.
-
-    Raises UserError for a run that has not finished, a link that has changed, or another base model.
-    """
-    facts = collectives.on_rank_0(lambda: _facts_of_run(run, base))
-    inject(model, facts["layers"], dropout=0.0, train_bias=False)
-    remainders: dict[str, Remainder] = {}
-    for link in facts["links"]:
-        tensors = read_link(Path(link["file"])) if reads else {}
-        last = link is facts["links"][-1]
-        # Its links are the base of what is trained on top: no part of that chain's change.
-        _tie_again(
-            model, link["lora_rank"], link["scaling"], tensors, remainders, {}, facts["local"], facts["exact"], last
-        )
-    if facts["biases"]:  # the last link's are the run's
-        for name, layer in lora_layers(model).items():
-            if layer.bias is not None:
-                bias = collectives.broadcast_tensor(tensors.get(bias_name(name)), layer.out_features)
-                with gathered([layer.bias], write=True):
-                    part = writable_part(layer.bias)
-                    part.copy_(bias[: part.numel()])
-    model.requires_grad_(False)
-
-
-def _facts_of_run(run: str, base: str) -> dict[str, Any]:
-    learnt = read_learnt(run)
-    config, links = learnt.config, learnt.links
-    if not links:
-        raise UserError(f"model.links {run} has no links: its method is {config.method}")
-    if learnt.base != base:
-        raise UserError(
-            f"model.links {run} belongs to another base model: its fingerprint is {learnt.base[:16]}, model.path's {base[:16]}"
-        )
-    return {
-        "links": [{"file": str(k.file), "lora_rank": k.lora_rank, "scaling": k.scaling} for k in links],
-        "layers": links[0].layers,
-        "local": config.chain.tie == "local",
-        "exact": config.chain.merge == "exact",
-        "biases": config.lora.bias == "lora_only",
-    }
+    tie_link(model, remainders, earlier, local=local, exact=exact, last=False, keep_tensors=False)
 
 
 def _check_links(model: nn.Module, config: RunConfig, link: int, found: Checkpoint | None) -> None:
@@ -286,9 +243,11 @@ def _restore_random_state(found: Checkpoint | None, world_size: int, process: Pr
     set_random_state(held.split(sizes)[process.rank])
 
 
-def restore_folder(folder: RunDir, config: RunConfig, targets: list[str], found: Checkpoint) -> Checkpoint:
+def restore_folder(
+    folder: RunDir, skeleton: nn.Module, config: RunConfig, targets: list[str], found: Checkpoint
+) -> Checkpoint:
     """Make the run's folder what it was when the checkpoint was written, with those before it. Returns the folder's own copy of
-    it. On process 0 alone.
+    it. On process 0 alone; `skeleton` is the model, without weights.
 
     Whatever is done of it when the process dies, the next start finds that checkpoint and does it again.
     """
@@ -300,5 +259,6 @@ def restore_folder(folder: RunDir, config: RunConfig, targets: list[str], found:
     checkpoints.mark_best(found.state.chain.best_step)
     folder.go_back(found.state.rows.model_dump())
     for link in range(1, found.state.chain.link):
-        folder.write_link(config, link, targets, read_link(found.link_path(link)))
+        transposed = any_transposed(skeleton, targets)
+        folder.write_link(config, link, targets, read_link(found.link_path(link)), transposed)
     return found

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy
 
+from cola_ds import notices
 from cola_ds.config.schema import RunConfig
 from cola_ds.data.cache import cache_folder, clean
 from cola_ds.data.order import Order
-from cola_ds.data.text import SplitFacts, TokenizedData, datasets_of, facts_of, overlap, watched_of
+from cola_ds.data.text import SplitFacts, TokenizedData, datasets_of, facts_of, overlaps, watched_of
 from cola_ds.data.tokenize import check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
-from cola_ds.errors import UserError, inline
+from cola_ds.errors import UserError, counted, inline
 
 _BINS, _BAR = 10, 40
 _COLOR, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -46,7 +47,8 @@ def look(config: RunConfig, show: int, color: bool) -> Look:
         raise UserError("data.train is missing: it names what is looked at")
     tokenizer = load_tokenizer(config.model)
     check_sources(config.data)
-    found = tokenize(config.data, tokenizer, config.model)
+    with notices.Progress("tokenizing", "row") as progress:
+        found = tokenize(config.data, tokenizer, config.model, progress=progress.at)
     train, held_out = datasets_of(config.data, found)
     others = {"eval": held_out, "watch": watched_of(config.data, found)}
     splits = {"train": train} | {split: data for split, data in others.items() if data is not None}
@@ -56,8 +58,7 @@ def look(config: RunConfig, show: int, color: bool) -> Look:
         for index in range(min(show, len(data))):
             lines += [f"  example {index}", *_shown(data, index, tokenizer, color)]
         lines.append("")
-    if both := overlap(found):
-        lines.append(f"{both} rows of data.eval are in data.train too")
+    lines += overlaps(found)
     lines += [f"warning: {what}" for what in found.warnings]
     return Look("\n".join(lines).rstrip("\n"), {split: data.lengths for split, data in splits.items()})
 
@@ -71,7 +72,7 @@ def clean_cache(config: RunConfig) -> str:
         entries, size = clean(folder)
     except OSError as error:
         raise UserError(f"data.cache {folder} cannot be cleaned: {error.strerror or error}") from None
-    return f"removed {entries} tokenized sources, {size:,} bytes, from {folder}"
+    return f"removed {counted(entries, 'tokenized source')}, {counted(size, 'byte')}, from {folder}"
 
 
 def _split(config: RunConfig, split: str, data: TokenizedData, facts: SplitFacts) -> Iterator[str]:
@@ -84,7 +85,8 @@ def _split(config: RunConfig, split: str, data: TokenizedData, facts: SplitFacts
             where = "from the cache" if source.tokens.found else "tokenized now"
             yield _line(
                 "source",
-                f"{inline(source.name, 200)} ({source.tokens.kind}, {where}): {counts.rows:,} rows, {source.examples:,} examples",
+                f"{inline(source.name, 200)} ({source.tokens.kind}, {where}): {counted(counts.rows, 'row')}, "
+                f"{counted(source.examples, 'example')}",
             )
     tokens, trained = int(data.lengths.sum()), int(data.loss_tokens.sum())
     yield _line("examples", f"{len(data):,}: {tokens:,} tokens, {trained:,} of them trained ({trained / tokens:.1%})")
@@ -122,7 +124,7 @@ def _packing(config: RunConfig, data: TokenizedData) -> str:
     order = Order(data.lengths, data.source_sizes, data.source_weights, room)
     rows = order.rows(config.run.seed, 0)
     full = data.lengths[rows.examples].sum() / (len(rows) * room)
-    packed = f"{len(rows):,} rows of {room:,} tokens, {full:.1%} full"
+    packed = f"{counted(len(rows), 'row')} of {room:,} tokens, {full:.1%} full"
     if config.data.packing != "none":
         return f"packed: {packed}"
     alone = data.lengths.mean() / room
@@ -139,9 +141,9 @@ def _what_became(config: RunConfig, facts: SplitFacts, held: bool) -> Iterator[s
         yield _line("cut", f"{number:,} lost {what}, too long for data.max_length")
     if facts.duplicates:
         dropped = ", and left out" if config.data.duplicates == "drop" else ""
-        yield _line("duplicates", f"{facts.duplicates:,} rows are there twice{dropped}")
+        yield _line("duplicates", f"{counted(facts.duplicates, 'row')} there twice{dropped}")
     if facts.held_out:
-        yield _line("held out", f"{facts.held_out:,} examples")
+        yield _line("held out", counted(facts.held_out, "example"))
     for what, number in sum((each.notes for each in counts), Counter[str]()).items():
         yield _line("note", f"{number:,} {what}")
 

@@ -23,7 +23,7 @@ from cola_ds.config.loading import load_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import accelerator, collectives, rendezvous, signals, watchdog
 from cola_ds.distributed.launcher import Process
-from cola_ds.errors import ArrivalError, UserError, first_line, some_of
+from cola_ds.errors import ArrivalError, UserError, counted, first_line, some_of
 from cola_ds.training.preflight import SHARED_WITHIN_S
 
 _HANG_S = 30.0
@@ -141,7 +141,10 @@ def _begin(table: _Table, process: Process, wait_s: float, end: Callable[[int], 
     since = time.monotonic()
 
     def arrived(share: Callable[[Any], Any]) -> None:
-        table.row("arrival", f"all of {process.world_size} processes, after {time.monotonic() - since:.1f} s")
+        table.row(
+            "arrival",
+            f"all of {counted(process.world_size, 'process', 'processes')}, after {time.monotonic() - since:.1f} s",
+        )
         watchdog.begin(process.rank, process.world_size, _COMPILATION_S, end, share)
         watchdog.heartbeat("joining the group")
 
@@ -243,7 +246,10 @@ def _check_collectives(table: _Table, hosts: list[str]) -> None:
     seconds = collectives.time_collectives(_COLLECTIVE_BYTES, given)
     found = ", ".join(f"{name} {taken * 1e3:.1f} ms" for name, taken in seconds.items())
     less = "" if given == _COLLECTIVE_BYTES else f" (all-gather: {given >> 10} KiB)"
-    table.row("collectives", f"{_COLLECTIVE_BYTES >> 20} MiB of each of {len(hosts)} processes{less}: {found}")
+    table.row(
+        "collectives",
+        f"{_COLLECTIVE_BYTES >> 20} MiB of each of {counted(len(hosts), 'process', 'processes')}{less}: {found}",
+    )
 
 
 def _check_pairs(table: _Table, hosts: list[str], rank: int) -> None:

@@ -55,6 +55,7 @@ def evaluation_config(
             model["path"] = str(learnt.folder / "model")
         elif config.trains_lora:
             model["links"] = str(learnt.folder.resolve())  # the evaluation's own folder is read from elsewhere, too
+            model["adapter"] = None  # the run has a copy
         if wrong := next((word for word in overrides if word.startswith("model.links=")), None):
             raise UserError(
                 f"override {wrong} contradicts the run {target}, whose own links are evaluated; leave it out"

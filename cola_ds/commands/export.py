@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cola_ds.commands.merge import Merged, lying_weights, tie_saved_links, write_merged
+from cola_ds import notices
+from cola_ds.commands.card import write_card
+from cola_ds.commands.joined import compress, describe, join, served
+from cola_ds.commands.merge import Merged, lying_weights, tie_saved_links, transposed_layers, write_merged
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
-from cola_ds.errors import UserError, cut, first_line
+from cola_ds.errors import UserError, cut, first_line, quoted
 from cola_ds.run.atomic import scratch_beside, sync_folder
 from cola_ds.run.fingerprint import model_fingerprint
-from cola_ds.run.learnt import Learnt, read_learnt
+from cola_ds.run.learnt import Learnt, SavedLink, read_learnt
 from cola_ds.run.model_files import weight_files
 from cola_ds.run.model_folder import (
     check_is_there,
@@ -27,12 +32,15 @@ from cola_ds.run.model_folder import (
     model_folder,
     write_model_folder,
 )
-from cola_ds.run.peft_files import adapter_files, layers_of, lora_names, read_link
+from cola_ds.run.peft_files import BASE, adapter_files, is_bias, layers_of, lora_names, read_link
 
 _OF_BASE = ("model.path=", "model.revision=")
 
 
-def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] = ()) -> Path:
+def export(
+    run: str | Path, to: str, out: str | Path, overrides: Sequence[str] = (), *, upto: int | None = None,
+    svd_rank: int | None = None, say: Callable[[str], None] = notices.result,
+) -> Path:  # fmt: skip
     """Write what a finished run has learnt as the new folder `out`, which appears whole or not at all:
 
     hf: the merged model, and all else as the base has it, but for a chat template that the run was given (data.chat_template).
@@ -41,14 +49,26 @@ def export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str] =
     peft: the whole chain as one PEFT adapter, whose LoRA rank is the sum of the links' ranks.
     links: each link as a PEFT adapter of its own, to be merged in order.
 
+    Links that were tied before the run's own (model.links, model.adapter) are a part of the chain. `upto` cuts it after so many,
+    these included. `svd_rank`, with peft, puts the nearest adapter of that LoRA rank in its place: the error, by layer and of all
+    (Frobenius), is given to `say` and written to svd.json in `out`. A model and an adapter have a model card, README.md.
+
     `overrides` say where the base lies now: model.path, model.revision. Raises UserError when `out` exists, the run has not
     finished, is not what it recorded (learnt.py) or has trained nothing, or its base model is not there or is another.
     """
     with _readable(str(run)):
-        return _export(run, to, out, overrides)
+        return _export(run, to, out, overrides, upto, svd_rank, say)
 
 
-def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str]) -> Path:
+def _export(
+    run: str | Path, to: str, out: str | Path, overrides: Sequence[str], upto: int | None, svd_rank: int | None,
+    say: Callable[[str], None],
+) -> Path:  # fmt: skip
+    if svd_rank is not None and (to != "peft" or svd_rank < 1):
+        why = (
+            f"--svd-rank is for --to peft, and this is --to {cut(str(to))}" if to != "peft" else "it must be at least 1"
+        )
+        raise UserError(f"--svd-rank {quoted(svd_rank)}: {why}")
     if to not in ("hf", "peft", "links"):
         raise UserError(f"--to {cut(str(to))}: an export is hf, peft or links")
     target, learnt = Path(out), read_learnt(run)
@@ -66,23 +86,20 @@ def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str])
         raise UserError(f"--to {to}: method {config.method} leaves no adapters; use --to hf")
     if to != "hf" and (overrides or Path(config.model.path).is_dir()):  # the adapters name it
         learnt.check_base(config.model.path, model_fingerprint(config.model))
+    links, found = _up_to(learnt, upto), None
     scratch = scratch_beside(target)
     try:
         scratch.mkdir(parents=True)
         if to == "peft":
-            _write_chain(config, learnt, scratch)
+            found = _write_chain(config, learnt, links, svd_rank, scratch)
         elif to == "links":
-            for link in learnt.links:
-                (scratch / link.path.name).mkdir()
-                for name in ("adapter_config.json", "adapter_model.safetensors"):
-                    shutil.copyfile(link.path / name, scratch / link.path.name / name)
+            _copy_links(links, scratch)
         elif config.method == "full":
-            for name in learnt.facts["model"]:
-                there = scratch / Path(name).relative_to("model")
-                there.parent.mkdir(exist_ok=True)
-                shutil.copyfile(learnt.folder / name, there)
+            _copy_model(learnt, scratch)
         else:
-            _merge(config, learnt, scratch)
+            _merge(config, learnt, links, scratch)
+        if to != "links":
+            write_card(learnt, config, links, to, _folder_here(config.model), scratch, found)
         if to == "hf" and learnt.facts["chat_template"] is not None:  # instead of the base's
             (scratch / "chat_template.jinja").write_text(learnt.facts["chat_template"], encoding="utf-8")
         scratch.rename(target)
@@ -91,11 +108,59 @@ def _export(run: str | Path, to: str, out: str | Path, overrides: Sequence[str])
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"--out {target} already exists: another export was quicker; name a new folder") from None
         raise UserError(
-            f"--out {target} cannot be written: {error.filename or target}: {error.strerror or error}"
+            f"--out {target} cannot be written: {error.filename2 or error.filename or target}: {error.strerror or error}"
         ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if upto is not None and learnt.earlier:
+        say(f"up to link {upto} of {len(learnt.chain)}, of which {len(learnt.earlier)} were tied before the run's own")
+    for line in (*(describe(found) if found else ()), *served(target)):
+        say(line)
     return target
+
+
+def _copy_links(links: list[SavedLink], out: Path) -> None:
+    for number, link in enumerate(links, start=1):
+        there = out / f"link-{number:04d}"
+        there.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(link.path / name, there / name)
+
+
+def _copy_model(learnt: Learnt, out: Path) -> None:
+    names = list(learnt.facts["model"])
+    with notices.Progress("exporting", "file", len(names)) as progress:
+        for done, name in enumerate(names):
+            progress.at(done)
+            there = out / Path(name).relative_to("model")
+            there.parent.mkdir(exist_ok=True)
+            shutil.copyfile(learnt.folder / name, there)
+
+
+def _up_to(learnt: Learnt, upto: int | None) -> list[SavedLink]:
+    """The links of a chain that are exported. Raises UserError for a link that it has not got."""
+    chain = learnt.chain
+    if upto is None:
+        return chain
+    if not chain:
+        raise UserError(
+            f"--upto {quoted(upto)}: the run in {learnt.folder} has no links: its method is {learnt.config.method}"
+        )
+    if not 1 <= upto <= len(chain):
+        raise UserError(
+            f"--upto {quoted(upto)}: the chain in {learnt.folder} has {len(chain)}; give a link from 1 to {len(chain)}"
+        )
+    return chain[:upto]
+
+
+def _folder_here(base: ModelConfig) -> Path | None:
+    """The base's folder, where it is on this machine already."""
+    if Path(base.path).is_dir():
+        return Path(base.path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(base.path, "config.json", revision=base.revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 @contextmanager
@@ -118,30 +183,38 @@ def _with_base(learnt: Learnt, overrides: Sequence[str]) -> RunConfig:
     return check_config(learnt.config.model_dump(exclude_unset=True), list(overrides), "cola-ds export")
 
 
-def _write_chain(config: RunConfig, learnt: Learnt, out: Path) -> None:
-    """sum of scaling_i B_i A_i = [scaling_1 B_1, scaling_2 B_2, ..] [A_1; A_2; ..], in fp32, with a scaling of 1."""
-    links = [read_link(link.file) for link in learnt.links]
-    joined = dict(links[-1])  # with its trained biases: the last ones are the chain's
+def _write_chain(
+    config: RunConfig, learnt: Learnt, links: list[SavedLink], svd_rank: int | None, out: Path
+) -> dict[str, Any] | None:
+    """The links as one adapter. Returns what --svd-rank has found."""
+    joined = join([read_link(link.file) for link in links], [link.scaling for link in links])
+    found = None if svd_rank is None else compress(joined, svd_rank)
+    if found:
+        (out / "svd.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     layers = layers_of(joined)
-    for layer in layers:
-        A, B = lora_names(layer)
-        scaled = [link[B].float() * tied.scaling for link, tied in zip(links, learnt.links, strict=True)]
-        joined |= {A: torch.cat([link[A].float() for link in links]), B: torch.cat(scaled, dim=1)}
-    lora_rank = sum(tied.lora_rank for tied in learnt.links)
-    for name, content in adapter_files(config, lora_rank, lora_rank, layers, joined).items():
+    lora_rank = max(len(joined[lora_names(layer)[0]]) for layer in layers)
+    bias = "lora_only" if any(map(is_bias, joined)) else "none"
+    transposed = links[-1].transposed
+    files = adapter_files(config, lora_rank, lora_rank, layers, joined, transposed, bias=bias)  # a scaling of 1
+    # Of the whole chain, whatever is cut off here: one that goes on from this draws none of its links again.
+    drawn = len(learnt.links) + sum(row.get("stands_for", 1) for row in learnt.facts.get("earlier", ()))
+    files[BASE] = (json.dumps({"base": learnt.base, "links": drawn}) + "\n").encode()
+    for name, content in files.items():
         (out / name).write_bytes(content)
+    return found
 
 
-def _merge(config: RunConfig, learnt: Learnt, out: Path) -> None:
+def _merge(config: RunConfig, learnt: Learnt, chain: list[SavedLink], out: Path) -> None:
     check_is_there(config.model, f"the base model of {learnt.folder}")
     check_no_adapter(config.model)
     files = _files_here(config.model)
     weights = lying_weights(config.model, files) if files else None
     with ExitStack() as opened:
-        links = [opened.enter_context(safe_open(link.file, framework="pt")) for link in learnt.links]
-        merged = Merged(links, [link.scaling for link in learnt.links], config.chain.merge == "exact")
+        links = [opened.enter_context(safe_open(link.file, framework="pt")) for link in chain]
+        transposed = transposed_layers(config.model) if weights else ()
+        merged = Merged(links, [link.scaling for link in chain], config.chain.merge == "exact", transposed)
         if weights is None or not merged.fits(weights):
-            _merge_whole(config, learnt, out)
+            _merge_whole(config, learnt, chain, out)
             return
         learnt.check_base(config.model.path, model_fingerprint(config.model))
         write_merged(files, weights, DTYPES[config.model.dtype].torch_name, merged, out)
@@ -156,11 +229,11 @@ def _files_here(base: ModelConfig) -> list[Path]:
         return []
 
 
-def _merge_whole(config: RunConfig, learnt: Learnt, out: Path) -> None:
+def _merge_whole(config: RunConfig, learnt: Learnt, chain: list[SavedLink], out: Path) -> None:
     model = _load_base(config.model)
     learnt.check_base(config.model.path, model_fingerprint(config.model))
-    links = [read_link(link.file) for link in learnt.links]
-    tie_saved_links(model, links, [link.scaling for link in learnt.links], exact=config.chain.merge == "exact")
+    links = [read_link(link.file) for link in chain]
+    tie_saved_links(model, links, [link.scaling for link in chain], exact=config.chain.merge == "exact")
     write_model_folder(model, config.model, out)
 
 

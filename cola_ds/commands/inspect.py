@@ -11,7 +11,7 @@ from cola_ds.checkpoint.format import DamagedError, read_checkpoint
 from cola_ds.checkpoint.store import CheckpointFolder
 from cola_ds.config.inputs import sha256_of
 from cola_ds.config.loading import load_config
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, counted
 from cola_ds.run import lock
 from cola_ds.run.folder import RunDir
 from cola_ds.run.learnt import read_learnt, run_config, run_marker
@@ -44,7 +44,7 @@ def inspect(run: str) -> str:
     skipped = [row for row in events if row["event"] == "skipped" and "step" in row]
     if skipped:
         lines.append(
-            f"skipped      {len({row['step'] for row in skipped})} updates, the last at step {skipped[-1]['step']}"
+            f"skipped      {counted(len({row['step'] for row in skipped}), 'update')}, the last at step {skipped[-1]['step']}"
         )
     losses = [row for row in evaluations if row.get("loss") is not None]
     if losses:
@@ -56,7 +56,9 @@ def inspect(run: str) -> str:
         lines.append(f"best         {best['metric']} {best['score']:.4f} on dev at step {best['step']}")
     if config.trains_lora:
         most = "at most " if config.chain.plateau else ""
-        lines.append(f"links        {_count_links(folder)} of {most}{config.chain.length} tied")
+        earlier = len(marker.facts["earlier"])
+        after = f", after {earlier} of {config.model.links or config.model.adapter}" if earlier else ""
+        lines.append(f"links        {_count_links(folder)} of {most}{config.chain.length} tied{after}")
     for row in folder.rows("knots.jsonl"):
         at = f"  link {row['link']}     step {row['step']}, LoRA rank {row['lora_rank']}, |delta| {row['delta_norm']:.4g}"
         lines.append(at + (f", rounding error {row['rounding_error']:.2%}" if row.get("rounding_error") else ""))

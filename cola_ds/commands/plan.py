@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from cola_ds.config.schema import RunConfig
-from cola_ds.errors import UserError, quoted
+from cola_ds.errors import UserError, counted, quoted
 from cola_ds.evaluation.attention import shown_name
 from cola_ds.plan.recommend import nodes_that_fit, recommend, smallest
 from cola_ds.plan.run import FITS, LIBRARIES, OF_PEAK, Cluster, Plan, plan_run
@@ -96,20 +96,17 @@ def _gib(size: float) -> str:
     return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.1f} MiB"
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
-
-
 def _head(plan: Plan) -> list[str]:
     config, cluster, layout, settled = plan.described.config, plan.cluster, plan.layout, plan.settled
-    total, nodes = sum(layout.base.values()), _number(cluster.nodes, "node")
+    total, nodes = sum(layout.base.values()), counted(cluster.nodes, "node")
     stage = f"ZeRO stage {layout.stage}" + (f": {settled.stage_reason}" if settled.stage_reason else "")
-    batch = f"{_number(config.optim.micro_batch_size, 'row')} of {plan.described.max_length} tokens"
+    each = counted(cluster.per_node, "process", "processes")
+    batch = f"{counted(config.optim.micro_batch_size, 'row')} of {plan.described.max_length} tokens"
     lines = [
-        f"cluster     {nodes} x {cluster.per_node} processes, on {cluster.device} with {_gib(cluster.memory)}",
+        f"cluster     {nodes} x {each}, on {cluster.device} with {_gib(cluster.memory)}",
         f"model       {config.model.path} ({config.model.dtype}), {total:,} parameters",
         f"method      {config.method}, {layout.trained:,} trainable parameters at most",
-        f"batch       {batch} x {_number(plan.micro_steps, 'micro step')} x {cluster.processes} processes",
+        f"batch       {batch} x {counted(plan.micro_steps, 'micro step')} x {counted(cluster.processes, 'process', 'processes')}",
         f"engine      {stage}",
     ]
     if config.chain.plateau is not None and config.chain.length > 1:

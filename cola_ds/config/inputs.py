@@ -65,6 +65,8 @@ def files_of(config: RunConfig) -> Iterator[Path]:
             yield from folder.glob("*.jsonl")
     if config.model.links:
         yield links / "result.json"
+    if config.model.adapter:
+        yield from Path(config.model.adapter).glob("adapter_*")
 
 
 # Data

@@ -77,6 +77,8 @@ def explain(error: dict[str, Any]) -> str:
     if kind == "value_error":
         return f"{key} {message}; it is {quoted(value)}"
     as_text = " (text: write numbers without quotes)" if isinstance(value, str) and "number" in message + kind else ""
+    if kind in ("model_type", "dict_type"):
+        return f"{key} must be a section, with its keys below it; it is {quoted(value)}"
     message = message.removeprefix("Input ").replace("should be", "must be")
     message = message.replace("a valid integer", "an integer").replace("a valid ", "a ")
     return f"{key} {message}; it is {quoted(value)}{as_text}"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from cola_ds.config.fields import Count, Section
-from cola_ds.errors import cut
+from cola_ds.errors import counted, cut
 
 
 class PlateauConfig(Section):
@@ -106,12 +106,15 @@ def known_knots(
     return (*knots, total_steps)
 
 
-def longest_links(plateau: PlateauConfig, least: int, length: int, total_steps: int) -> list[int]:
+def longest_links(plateau: PlateauConfig, least: int, length: int, total_steps: int, between: int = 1) -> list[int]:
     """The most steps of each link that can begin, of `length` at most. One with which the run ends may have some more than
-    most_steps: too few were left for another."""
-    shortest = least
-    if plateau.loss == "train":  # the end of the first window at which it may be over
-        shortest = math.ceil(max(least, (1 + plateau.patience) * plateau.window) / plateau.window) * plateau.window
+    most_steps: too few were left for another. `between`: the fewest steps between two evaluations."""
+    every = plateau.window if plateau.loss == "train" else between
+    if plateau.loss == "train" or (plateau.most_steps or every) % every == 0:
+        # Links begin where windows or evaluations do: the end of the first of these at which one may be over.
+        shortest = math.ceil(max(least, (1 + plateau.patience) * every) / every) * every
+    else:  # a link that most_steps has begun has its first evaluation sooner
+        shortest = max(least, plateau.patience * every + 1)
     shortest = min(shortest, plateau.most_steps or shortest)
     found: list[int] = []
     for begin in range(0, total_steps, shortest):
@@ -124,13 +127,14 @@ def longest_links(plateau: PlateauConfig, least: int, length: int, total_steps: 
 
 def describe(plateau: PlateauConfig, least: int, is_scored: bool) -> str:
     """The criterion, for people."""
-    what = f"the mean training loss of {plateau.window} steps"
+    what = f"the mean training loss of {counted(plateau.window, 'step')}"
     if plateau.loss == "held_out":
         what = "the dev score" if is_scored else "the held-out loss"
     times = "once" if plateau.patience == 1 else f"{plateau.patience} times in a row"
     share = f"by {100 * plateau.min_improvement:g}% of its best" if plateau.min_improvement else "at all"
     most = "" if plateau.most_steps is None else f", at most {plateau.most_steps}"
-    return f"a link ends where {what} has {times} not improved {share}; at least {least} steps{most}; the last ends with the run"
+    least_of_all = counted(least, "step")
+    return f"a link ends where {what} has {times} not improved {share}; at least {least_of_all}{most}; the last ends with the run"
 
 
 def replay_words(decided: Sequence[int], by_link: Mapping[str, Any]) -> list[str]:

@@ -72,8 +72,12 @@ class ModelConfig(Section):
     """A branch, tag or commit of the hub's model; null: its main branch."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings with it."""
-    links: Annotated[Path | None, Mark.PLACE] = None
-    """With methods zero-shot and icl: the folder of a finished run of this model, whose links are tied to it first."""
+    links: Annotated[Path | None, Mark.CONTENT, Mark.PLACE] = None
+    """The folder of a finished run of this model, whose links are tied to it first. Training goes on from there with links of its
+    own, and keeps a copy of those: what it leaves is the whole chain."""
+    adapter: Annotated[Path | None, Mark.CONTENT, Mark.PLACE] = None
+    """The folder of a PEFT LoRA adapter of this model (safetensors), which is tied to it first, as the first link of the chain;
+    likewise."""
     shards: Annotated[Literal["auto", "world", "node"], Mark.FREE] = "auto"
     """Where ZeRO-3 keeps frozen weights. node: each node has all of them in shards of its own, and none crosses a node, in a step
     or at a knot; every node has as many processes. world: in shards over all processes. auto: node where it fits."""
@@ -109,7 +113,7 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of A, while training."""
     targets: Annotated[str | list[str], BeforeValidator(_targets), Mark.FIXED] = Field(default=["q_proj", "v_proj"])
-    """Suffixes of module names, or all-linear (every nn.Linear but the output head)."""
+    """Suffixes of module names, or all-linear (every linear layer but the output head; refused where experts are fused)."""
     bias: Annotated[Literal["none", "lora_only"], Mark.FIXED] = "none"
     """lora_only also trains the target layers' own biases, where they have one."""
 
@@ -275,10 +279,7 @@ class RunConfig(Section):
             raise ValueError("method zero-shot only evaluates: name data.eval or data.task")
         if self.method == "full" and self.model.shards == "node":
             raise ValueError("method full trains every weight, and model.shards node is for frozen ones; use world")
-        if self.model.links is not None and self.trains:
-            raise ValueError(
-                f"method {self.method} contradicts model.links, which is for evaluation; train a model made by cola-ds export"
-            )
+        self._check_earlier()
         if self.eval.patience is not None and (self.eval.every == "end" or not self.data.has_eval):
             raise ValueError(
                 "eval.patience goes by evaluations under way: name data.eval or data.task, and another eval.every"
@@ -288,6 +289,19 @@ class RunConfig(Section):
         if self.method == "icl" and self.data.task is None:
             raise ValueError("method icl shows solved examples of a task: name data.task")
         return self
+
+    def _check_earlier(self) -> None:
+        key = "model.links" if self.model.links is not None else "model.adapter"
+        if self.model.links is not None and self.model.adapter is not None:
+            raise ValueError("model.links contradicts model.adapter: give one of them")
+        if self.has_earlier and self.method == "full":
+            raise ValueError(
+                f"method full contradicts {key}: it trains the weights that links are of; train a model made by cola-ds export"
+            )
+        if self.has_earlier and self.trains and self.lora.init == "orthogonal":
+            raise ValueError(
+                f"lora.init orthogonal knows this run's own links alone, and {key} brings earlier ones; use another lora.init"
+            )
 
     @model_validator(mode="after")
     def _agree_with_plateau(self) -> RunConfig:
@@ -313,6 +327,11 @@ class RunConfig(Section):
     @property
     def trains_lora(self) -> bool:
         return self.method in ("cola", "lora")
+
+    @property
+    def has_earlier(self) -> bool:
+        """Whether links are tied to the base before the run's own."""
+        return self.model.links is not None or self.model.adapter is not None
 
     @property
     def lora_ranks(self) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cola_ds.config.plateau import known_knots, least_steps, longest_links
 from cola_ds.config.schema import ChainConfig, RunConfig
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, counted
 
 
 class Epochs:
@@ -98,7 +98,8 @@ def with_longest_chain(config: RunConfig, least_steps: int, total_steps: int) ->
     chain, lora, plateau = config.chain, config.lora, config.chain.plateau
     if plateau is None or chain.length == 1:
         return config
-    most = len(longest_links(plateau, least_steps, chain.length, total_steps))
+    between = config.eval.every if isinstance(config.eval.every, int) else 1  # an epoch has one step at least
+    most = len(longest_links(plateau, least_steps, chain.length, total_steps, between))
 
     def cut(by_link: Any) -> Any:
         return by_link[:most] if isinstance(by_link, list) else by_link
@@ -161,7 +162,7 @@ def resolve(config: RunConfig, rows: int | Callable[[int], int], world_size: int
 
 def _does_not_divide(config: RunConfig, size: int, world_size: int, per_micro_step: int) -> str:
     optim, width = config.optim, config.data.max_length
-    into = f"into micro batches of {optim.micro_batch_size} on {world_size} processes"
+    into = f"into micro batches of {optim.micro_batch_size} on {counted(world_size, 'process', 'processes')}"
     if optim.global_batch_tokens is None:
         return (
             f"optim.global_batch_size {size} does not divide {into}; use a multiple of {per_micro_step}, or another "
@@ -184,7 +185,7 @@ def place_knots(knots: Any, length: int, total_steps: int, epochs: Epochs) -> tu
     if knots == "even":
         if total_steps < length:
             raise UserError(
-                f"chain.length {length} needs at least one step per link, but the run has {total_steps} steps"
+                f"chain.length {length} needs at least one step per link, but the run has {counted(total_steps, 'step')}"
             )
         short, longer = divmod(total_steps, length)
         return tuple(link * short + min(link, longer) for link in range(1, length + 1))

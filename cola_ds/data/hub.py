@@ -6,6 +6,7 @@ import errno
 import os
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.errors import UserError, first_line
 
 _OF_THE_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -16,7 +17,8 @@ def load_hub(path: str, config: str | None, split: str, revision: str | None) ->
     import datasets
 
     try:
-        return datasets.load_dataset(path, config, split=split, revision=revision)
+        with notices.waiting(f"fetching {path}"):
+            return datasets.load_dataset(path, config, split=split, revision=revision)
     except Exception as error:  # whatever the hub, the network, a set's files or the cache's folder make datasets raise
         raise UserError(_reason(error, [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME])) from None
 

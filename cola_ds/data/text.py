@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -17,7 +18,7 @@ from cola_ds.data.encode import loss_tokens_of
 from cola_ds.data.packing import collate_packed
 from cola_ds.data.sources import sources_of
 from cola_ds.data.tokenize import Found
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +190,13 @@ def facts_of(config: DataConfig, split: str, data: TokenizedData, found: Found) 
     )
 
 
-def overlap(found: Found) -> int:
-    """Rows of data.eval whose content is in data.train too."""
-    if "eval" not in found.splits:
-        return 0
+def overlaps(found: Found) -> Iterator[str]:
+    """What rows of data.eval and data.watch are in data.train too, by their content; for people."""
     train, _ = _contents(found.splits["train"])
-    held, rows = _contents(found.splits["eval"])
-    first = numpy.append(True, rows[1:] != rows[:-1])
-    return int(numpy.isin(held[first], train).sum())
+    for split in ("eval", "watch"):
+        if split not in found.splits:
+            continue
+        held, rows = _contents(found.splits[split])
+        first = numpy.append(True, rows[1:] != rows[:-1])
+        if both := int(numpy.isin(held[first], train).sum()):
+            yield f"{counted(both, 'row')} of data.{split} in data.train too"

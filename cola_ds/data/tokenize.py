@@ -23,7 +23,6 @@ _ROW_LETTERS = (
     10_000_000  # of a pair or a conversation: a tokenizer needs some 200 bytes for each, and is killed unnamed
 )
 Progress = Callable[[int], None]
-TELLS_EVERY_S = 30.0  # of how far it is
 
 
 @dataclass(frozen=True, kw_only=True)

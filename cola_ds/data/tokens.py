@@ -1,6 +1,6 @@
 """Tokenization: texts to token ids.
 
-A text is tokenised as a whole, a prompt together with what follows it, since its ids are not always those of its parts; and the
+A text is tokenized as a whole, a prompt together with what follows it, since its ids are not always those of its parts; and the
 tokenizer's BOS and EOS are there once, where the text has them itself too.
 """
 

@@ -5,6 +5,8 @@ Every function here that says "collective" must be called by all processes toget
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -67,7 +69,9 @@ def init_process_group(
         "ignore", category=FutureWarning, message=".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"
     )
     try:
-        deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
+        # Each process says that it has built an operation, built or not.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
         index = device().index  # None on the CPU; elsewhere NCCL would guess it from the rank
         dist.barrier(device_ids=None if index is None else [index])
     except RuntimeError as error:

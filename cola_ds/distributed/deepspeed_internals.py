@@ -288,6 +288,20 @@ def remove_shared_memory_name() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 
+def _release_compilation() -> None:
+    """Remove the lock of a compilation that ends with this process, for which every later one would wait (torch 2.10).
+
+    torch takes it as each process begins, to see whether anything is to be compiled, and keeps the file open while it has it.
+    """
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folders = ("/torch_extensions/", os.path.realpath(named)) if named else ("/torch_extensions/",)
+    for entry in os.scandir("/proc/self/fd"):
+        with suppress(OSError):
+            path = os.readlink(entry.path)
+            if path.endswith("/lock") and any(folder in path for folder in folders):
+                os.unlink(path)
+
+
 def end_process(status: int) -> NoReturn:
     """End this process with that status at once, with what it has printed and without exit handlers (0.19.8).
 
@@ -298,4 +312,6 @@ def end_process(status: int) -> NoReturn:
     with suppress(OSError):  # whoever read what this process prints may be gone
         sys.stdout.flush()
         sys.stderr.flush()
+    with suppress(OSError):
+        _release_compilation()
     os._exit(status)

@@ -6,12 +6,13 @@ Whatever started it, a process ends up with the variables that torch.distributed
 from __future__ import annotations
 
 import os
+import random
 import re
 import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,15 @@ def allow_open_files(world_size: int) -> UserError | None:
 
 
 def free_port() -> int:
-    """A port that is free at every address: another run's process may listen at one of them."""
+    """A port that is free at every address: another run's process may listen at one of them.
+
+    By chance, of those that systems do not hand out by themselves: what asks for any port, as gloo does, gets none of these
+    before it is taken.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
-import time
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +18,7 @@ from deepspeed import comm as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cola_ds import notices
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.distributed.accelerator import device
@@ -26,9 +26,7 @@ from cola_ds.distributed.deepspeed_internals import shards_in
 from cola_ds.distributed.nodes import Nodes, spread
 from cola_ds.distributed.shards import local_shard
 from cola_ds.distributed.weight_names import names_in_model, transformers_piece
-from cola_ds.errors import UserError, first_line
-
-TELLS_EVERY_S = 30.0
+from cola_ds.errors import UserError, counted, first_line
 
 
 def load_model(
@@ -52,7 +50,8 @@ def load_model(
     sharding = HfDeepSpeedConfig(engine_config) if sharded else None
     sent: list[str] = []
     try:
-        with _freed_memory_goes_back(), _one_voice(), _into_shards(nodes, sent) if sharded else nullcontext():
+        shards = _into_shards(nodes, sent) if sharded else nullcontext()
+        with _freed_memory_goes_back(), _one_voice(), _told(config.path, sharded), shards:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 config.path,
                 revision=config.revision,
@@ -67,22 +66,12 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of model.path {config.path} cannot be loaded: {first_line(error)}") from None
     del sharding
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(f"model.path {config.path} lacks {len(missing)} weights, such as {missing[0]}: a damaged model")
-    if loading["unexpected_keys"] and dist.get_rank() == 0:
-        unused = sorted(loading["unexpected_keys"])
-        print(
-            f"cola-ds: warning: model.path {config.path} has {len(unused)} weights that this architecture does not use, such as "
-            f"{unused[0]}; see whether its config.json is of the same model", file=sys.stderr, flush=True,
-        )  # fmt: skip
+    _check_keys(loading, config.path)
     if nodes:
         spread([param for name, param in model.named_parameters() if name in sent], nodes)
     if sent and dist.get_rank() == 0:
-        print(
-            f"cola-ds: {len(sent)} weights, such as {sent[0]}, are converted as they are loaded: process 0 reads "
-            "and sends them", file=sys.stderr, flush=True,
-        )  # fmt: skip
+        what = f"{counted(len(sent), 'weight')}, such as {sent[0]}"
+        notices.notice(f"process 0 reads and sends what is converted as it is loaded: {what}")
     if sharded:  # the shards are where they belong; what is neither parameter nor shard would stay on the host
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device())
@@ -91,6 +80,30 @@ def load_model(
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _check_keys(loading: dict[str, Any], path: str) -> None:
+    """Refuse a model that lacks weights, and warn of one that has others."""
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model.path {path} lacks {counted(len(missing), 'weight')}, such as {missing[0]}: a damaged model"
+        )
+    if loading["unexpected_keys"] and dist.get_rank() == 0:
+        unused = sorted(loading["unexpected_keys"])
+        notices.warning(
+            f"model.path {path} has {counted(len(unused), 'weight')} that this architecture does not use, such as "
+            f"{unused[0]}; see whether its config.json is of the same model"
+        )
+
+
+@contextmanager
+def _told(path: str, sharded: bool) -> Iterator[None]:
+    """How far it is, as far as that is seen from here: of shards, `_read_own` says it."""
+    speaks = dist.get_rank() == 0
+    fetched = notices.waiting(f"loading {path}, from the hub or its cache", shown=speaks and not os.path.isdir(path))
+    with fetched, notices.of_transformers("loading", "weight", shown=speaks and not sharded):
+        yield
 
 
 @contextmanager
@@ -138,24 +151,19 @@ def _own_weights(model: Any, state_dict: dict[str, Tensor], load_config: Any) ->
 def _read_own(model: nn.Module, own: dict[str, tuple[str, Tensor]]) -> None:
     """Fill this process's shards. What process 0 says on the way is how much of the model it has passed, its own part read: the
     others are about as far with theirs."""
-    begun = said = time.monotonic()
     whole = sum(tensor.nbytes for _, tensor in own.values())
     passed = 0
-    for name, param in model.named_parameters():
-        if name not in own:
-            continue
-        part, start = local_shard(param)
-        mine = own[name][1].reshape(-1)[start : start + part.numel()]
-        _announce(mine)
-        part.copy_(mine)
-        param._is_hf_initialized = True  # type: ignore[attr-defined]
-        passed += own[name][1].nbytes
-        if dist.get_rank() == 0 and time.monotonic() - said > TELLS_EVERY_S:
-            said = time.monotonic()
-            print(
-                f"cola-ds: loading: {passed / 1e9:.1f} of {whole / 1e9:.1f} GB after {said - begun:.0f} s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+    with notices.Progress("loading", "B", whole, shown=dist.get_rank() == 0) as progress:
+        for name, param in model.named_parameters():
+            if name not in own:
+                continue
+            part, start = local_shard(param)
+            mine = own[name][1].reshape(-1)[start : start + part.numel()]
+            _announce(mine)
+            part.copy_(mine)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]
+            passed += own[name][1].nbytes
+            progress.at(passed)
 
 
 def _announce(mapped: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from deepspeed import comm as dist
@@ -10,6 +9,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from pydantic import ValidationError
 
+from cola_ds import notices
 from cola_ds.errors import UserError, first_line
 
 
@@ -41,5 +41,4 @@ class Monitor:
     def _turn_off(self, error: Exception) -> None:
         self._master = None
         if not dist.is_initialized() or dist.get_rank() == 0:
-            why = f"cola-ds: warning: the monitors are off from here on: {first_line(error)}"
-            print(why, file=sys.stderr, flush=True)
+            notices.warning(f"the monitors are off from here on: {first_line(error)}")

@@ -9,13 +9,13 @@ import os
 import re
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.distributed import rendezvous_sides as sides
 from cola_ds.distributed.launcher import Process, allow_open_files, slurm_nodes
 from cola_ds.distributed.rendezvous_sides import GRACE_S, LINE_BYTES, NO_MESSAGE, TRIES_EVERY_S, port_taken, send
@@ -220,9 +220,7 @@ class Host(sides.Side):
         parts = [f"still loading: {some_of(loading)}"] * bool(loading) + [f"not begun: {some_of(unknown)}"] * bool(
             unknown
         )
-        with contextlib.suppress(OSError, ValueError):
-            line = f"cola-ds: process 0 has waited {waited_s:.0f} s for the others; {'; '.join(parts)}"
-            print(line, file=sys.stderr, flush=True)
+        notices.notice(f"process 0 has waited {waited_s:.0f} s for the others; {'; '.join(parts)}")
 
     def absent(self, missing: list[int], wait_s: float) -> str:
         """What is to be said of those who have not arrived in time."""

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import UserError, first_line
 
@@ -93,9 +93,8 @@ class Side:
         self.stopped.wait(_ACTS_AFTER_S)
         if not self.over and not self.in_meeting:
             self.over = True
-            with contextlib.suppress(OSError, ValueError):
-                if speak:
-                    print(f"cola-ds: {self.verdict}", file=sys.stderr, flush=True)
+            if speak:
+                notices.error(f"cola-ds: {self.verdict}")
             self.tell_verdict()
             self.end(2)
 
@@ -214,7 +213,7 @@ class Guest(Side):
             self.changed.wait_for(lambda: self.ready or self.verdict, deadline + 2 * GRACE_S - time.monotonic())
             if self.verdict:
                 if self.died_silently:  # nobody else says so
-                    print(f"cola-ds: {self.verdict}", file=sys.stderr, flush=True)
+                    notices.error(f"cola-ds: {self.verdict}")
                 raise UserError(self.verdict)
             if not self.ready:
                 raise UnreachableError("it was reached, but has not arrived itself")
@@ -227,9 +226,7 @@ class Guest(Side):
         """One line while it waits for somebody to listen, from one process of each machine."""
         if self.speaks:
             where = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
-            with contextlib.suppress(OSError, ValueError):
-                line = f"cola-ds: process {self.rank} on {self.host} does not reach process 0 at {where} yet: {self.reason}"
-                print(line, file=sys.stderr, flush=True)
+            notices.notice(f"process {self.rank} on {self.host} does not reach process 0 at {where} yet: {self.reason}")
 
     def leave(self, status: int) -> None:
         self.send({"ended": status})

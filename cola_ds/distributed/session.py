@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cola_ds import notices
 from cola_ds.distributed import launcher, rendezvous, signals, watchdog
 from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.launcher import Process
-from cola_ds.errors import StoppedError, UserError
+from cola_ds.errors import StoppedError, UserError, first_line
 
 _busy = threading.Lock()
 _launched = False
@@ -49,15 +50,15 @@ def _joined(process: Process) -> Iterator[tuple[Process, Callable[[int], None]]]
         os.environ["MASTER_PORT"] = str(launcher.free_port())
     listens = threading.current_thread() is threading.main_thread()
     if listens:
-        signals.listen(
-            lambda message: print(f"cola-ds: process {process.rank}: {message}", file=sys.stderr), signals.interrupt
-        )
+        signals.listen(lambda message: notices.notice(f"process {process.rank}: {message}"), signals.interrupt)
     status = 0
     try:
         rendezvous.begin(process, end_process)
         yield process, end_process
     except BaseException as error:
         status = 2 if isinstance(error, UserError) else 75 if isinstance(error, StoppedError) else 3
+        if process.rank == 0:  # who called sees it anyway
+            notices.unsaid(f"cola-ds: {type(error).__name__}: {first_line(error)}")
         raise
     finally:
         signals.finished()
@@ -68,6 +69,7 @@ def _joined(process: Process) -> Iterator[tuple[Process, Callable[[int], None]]]
             collectives.destroy_process_group()
         watchdog.stop()
         rendezvous.stop()
+        notices.end_log()
         if listens:
             signals.restore()
 

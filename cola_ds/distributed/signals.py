@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from cola_ds import notices
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _ONE_REQUEST_S = 2.0  # launchers pass a signal on, and send another: what arrives within this time is one request
@@ -126,5 +127,5 @@ def _read(pipe: int, say: Callable[[str], None], leave: Callable[[int], None]) -
             _requested, first = number, time.monotonic()
             say(f"{name}: stopping after this step, with a checkpoint")
         elif time.monotonic() - first > _ONE_REQUEST_S:
-            print(f"cola-ds: a second signal, {name}: stopping at once", file=sys.stderr, flush=True)
+            notices.error(f"cola-ds: a second signal, {name}: stopping at once")
             leave(128 + number)

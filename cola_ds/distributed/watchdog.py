@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.distributed import rendezvous
 from cola_ds.distributed.launcher import slurmstepd
 from cola_ds.distributed.rendezvous_sides import shut
@@ -373,10 +374,9 @@ class Watch:
         if self._left:
             return
         self._left = True
-        with contextlib.suppress(OSError):  # nobody may read what this process prints
-            # one process a node, once process 0 is gone
-            if reason and (self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"):
-                print(f"cola-ds: {reason}", file=sys.stderr, flush=True)
+        # one process a node, once process 0 is gone
+        if reason and (self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"):
+            notices.error(f"cola-ds: {reason}")
         self._say({"end": dump, "why": reason if tell else None}, list(self._links.values()))
         with contextlib.suppress(OSError):
             if self.rank in dump:

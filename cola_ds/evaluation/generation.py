@@ -50,11 +50,11 @@ def generate_answers(
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.partition("\n")[0].strip()
 
-    found = _in_two_rounds(engine, [e.prompt_ids for e in examples], batch_size, stop, stop_ids, max_new_tokens)
+    found = generate_over_shares(engine, [e.prompt_ids for e in examples], batch_size, stop, stop_ids, max_new_tokens)
     return None if found is None else {i: None if ids is None else decode(ids) for i, ids in found.items()}
 
 
-def _in_two_rounds(
+def generate_over_shares(
     engine: Engine, prompts: list[list[int]], batch_size: int, stop: Callable[[], bool], stop_ids: list[int],
     max_new_tokens: int,
 ) -> dict[int, list[int] | None] | None:  # fmt: skip

@@ -9,7 +9,8 @@
 A factor that is not trained is a buffer: on every process whole, as those that are trained are within a step. So are the
 factors that a link starts at (lora.init pissa, gradient), from which A and B are the way then.
 
-LoRALinear is an nn.Linear, so the names of the base weights in the state dict stay what they were.
+LoRALinear is an nn.Linear, so the names of the base weights in the state dict stay what they were. In the place of a Conv1D
+(GPT-2) its weight is (in, out); A and B are what they are elsewhere, and so is all that follows from them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cola_ds.errors import UserError
+from cola_ds.lora.targets import is_transposed, sizes_of
 
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # (r, in), (out, r) -> (out, in)
@@ -35,6 +36,11 @@ def delta_slice(lora_A: Tensor, lora_B: Tensor, scaling: float, start: int, coun
     first, end = start // width, -(-(start + count) // width)
     rows = delta_weight(lora_A, lora_B[first:end], scaling)
     return rows.flatten().narrow(0, start - first * width, count)
+
+
+def as_weight_lies(lora_A: Tensor, lora_B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """The factors whose product lies as the weight does: A and B, or B^T (r, out) and A^T (in, r), as (B A)^T = A^T B^T."""
+    return (lora_B.T.contiguous(), lora_A.T.contiguous()) if transposed else (lora_A, lora_B)
 
 
 def add_link(weight: Tensor, delta: Tensor, remainder: Tensor, exact: bool) -> Tensor:
@@ -104,11 +110,12 @@ class LoRALinear(nn.Linear):
     start_A: Tensor | None  # like them
     start_B: Tensor | None
 
-    def __init__(self, base: nn.Linear, dropout: float, train_bias: bool):
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+    def __init__(self, base: nn.Module, dropout: float, train_bias: bool):
+        super().__init__(*sizes_of(base), bias=False, device="meta")
+        self.transposed = is_transposed(base)
         # Under ZeRO-3 a Parameter carries its shard with it: the object itself must move, not its values.
-        self.weight = base.weight
-        self.bias = base.bias
+        self.weight = cast(nn.Parameter, base.weight)
+        self.bias = cast(nn.Parameter, base.bias)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
@@ -162,26 +169,35 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         lora_A, lora_B = self.factors()
         if isinstance(self.dropout, nn.Dropout) and self.training:
-            base = F.linear(x, self.weight, self.bias)
-            return base + F.linear(F.linear(self.dropout(x), lora_A) * self.scaling, lora_B)
-        return cast(Tensor, _LoRAProduct.apply(x, self.weight, self.bias, lora_A, lora_B, self.scaling))
+            return self._base(x) + F.linear(F.linear(self.dropout(x), lora_A) * self.scaling, lora_B)
+        return cast(
+            Tensor, _LoRAProduct.apply(x, self.weight, self.bias, lora_A, lora_B, self.scaling, self.transposed)
+        )
+
+    def _base(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        """W x + b. Of a Conv1D as it does it itself: autograd would keep a view of the transposed weight, and with it the whole
+        weight, which ZeRO-3 wants back when the layer is done; it keeps the Parameter alone."""
+        if not self.transposed:
+            return F.linear(x, self.weight, self.bias)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
 class _LoRAProduct(torch.autograd.Function):
     """W x + b + scaling * B A x, with as few passes as there are over what is as large as x or the output.
 
     B A x is added by the product that makes it, forwards to the output and backwards to the gradient of x; the scaling is
-    multiplied into what has r columns. W gets no gradient.
+    multiplied into what has r columns. W gets no gradient. It is kept as it lies, and turned where it is used (see `_base`).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+        transposed: bool,
+    ) -> Tensor:  # fmt: skip
         small = F.linear(x, lora_A)  # (..., r)
         ctx.save_for_backward(x, weight, lora_A, lora_B, small)
-        ctx.scaling = scaling
-        out = F.linear(x, weight, bias)
+        ctx.scaling, ctx.transposed = scaling, transposed
+        out = F.linear(x, weight.T if transposed else weight, bias)
         out.view(-1, out.shape[-1]).addmm_(small.view(-1, small.shape[-1]), lora_B.T, alpha=scaling)
         return out
 
@@ -191,11 +207,12 @@ class _LoRAProduct(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # (n, out)
         grad_small = (rows @ lora_B).mul_(ctx.scaling)  # (n, r)
         wanted = ctx.needs_input_grad
+        weight = weight.T if ctx.transposed else weight  # (out, in)
         grad_x = (rows @ weight).addmm_(grad_small, lora_A).view_as(x) if wanted[0] else None
         grad_bias = rows.sum(0) if wanted[2] else None
         grad_A = grad_small.T @ x.reshape(-1, x.shape[-1]) if wanted[3] else None
         grad_B = (rows.T @ small.view(-1, small.shape[-1])).mul_(ctx.scaling) if wanted[4] else None
-        return grad_x, None, grad_bias, grad_A, grad_B, None
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -203,52 +220,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def find_targets(model: Any, targets: str | list[str]) -> list[str]:
-    """Names of the layers that `targets` selects: suffixes such as q_proj or mlp.down_proj, or all-linear.
-
-    all-linear means every nn.Linear but the output head. Raises UserError for a suffix that matches nothing (the message
-    lists what there is), a match that is not an nn.Linear, and an output head whose weight is the input embedding.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if targets == "all-linear":
-        names = [name for name, module in linear.items() if module is not head]
-        if not names:
-            raise UserError(
-                "lora.targets all-linear matches no layer: this model has no nn.Linear besides its output head"
-            )
-        return names
-
-    def matches(name: str, suffix: str) -> bool:
-        return name == suffix or name.endswith(f".{suffix}")
-
-    known = sorted({name.rpartition(".")[2] for name in linear})
-    for suffix in targets:
-        matched = [(name, module) for name, module in model.named_modules() if matches(name, suffix)]
-        if not matched:
-            raise UserError(
-                f"lora.targets {suffix} matches no layer; this model's linear layers are {', '.join(known)}"
-            )
-        for name, module in matched:
-            if type(module) is not nn.Linear:
-                raise UserError(
-                    f"lora.targets {suffix} matches {name}, a {type(module).__name__} and not an nn.Linear, which is all "
-                    f"that is supported; this model's linear layers are {', '.join(known) or 'none'}"
-                )
-    names = [name for name in linear if any(matches(name, suffix) for suffix in targets)]
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for name in names:
-        if embedding is not None and linear[name].weight is embedding.weight:
-            raise UserError(f"lora.targets matches {name}, whose weight is also the input embedding; leave it out")
-    return names
-
-
 def inject(model: nn.Module, names: list[str], dropout: float, train_bias: bool) -> None:
-    """Freeze the model and replace the named nn.Linear layers by LoRALinear, still without a link (see `reset`)."""
+    """Freeze the model and replace the named layers, linear ones (targets.py), by LoRALinear, still without a link (`reset`)."""
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
-        base = cast(nn.Linear, model.get_submodule(name))
+        base = model.get_submodule(name)
         setattr(model.get_submodule(parent), child, LoRALinear(base, dropout, train_bias).train(base.training))
 
 

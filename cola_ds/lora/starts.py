@@ -18,15 +18,20 @@ from torch import Tensor, nn
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError
 from cola_ds.lora.layers import frozen_factors, generator_of, start_link
+from cola_ds.lora.targets import sizes_of
 
 GAMMA = 16.0
 """LoRA-GA's: its link begins with the norm sqrt(out r) / gamma (arXiv 2407.05000, algorithm 1, and its authors' code)."""
 
 
-def begin_link(model: nn.Module, config: RunConfig, link: int, device: torch.device) -> None:
-    """Give every injected layer the A and B that `link` starts with, as far as they are drawn: `place_start` does the rest."""
+def begin_link(model: nn.Module, config: RunConfig, link: int, device: torch.device, drawn_before: int = 0) -> None:
+    """Give every injected layer the A and B that `link` starts with, as far as they are drawn: `place_start` does the rest.
+
+    So many links have been `drawn_before` the run's first, by a run that this one continues: under the same seed, too, a link is
+    drawn as none of these.
+    """
     start_link(
-        model, link, config.lora_ranks[link - 1], config.alpha_of(link), config.run.seed, device, config.lora.init,
+        model, drawn_before + link, config.lora_ranks[link - 1], config.alpha_of(link), config.run.seed, device, config.lora.init,
         config.lora_trains[link - 1], config.starts_elsewhere,
     )  # fmt: skip
 
@@ -36,12 +41,12 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"frozen/{name}": held.detach().to("cpu", copy=True) for name, held in frozen_factors(model).items()}
 
 
-def check_starts(config: RunConfig, layers: dict[str, nn.Linear]) -> None:
+def check_starts(config: RunConfig, layers: dict[str, nn.Module]) -> None:
     """Raise UserError where a target layer is too small for what lora.init asks of it."""
     init, ranks = config.lora.init, config.lora_ranks
     wanted = {"orthogonal": sum(ranks), "pissa": max(ranks), "gradient": 2 * max(ranks)}.get(init, 0)
     for name, layer in layers.items():
-        there = layer.in_features if init == "orthogonal" else min(layer.in_features, layer.out_features)
+        there = sizes_of(layer)[0] if init == "orthogonal" else min(sizes_of(layer))
         if wanted > there:
             what = f"the links' ranks add up to {wanted}" if init == "orthogonal" else f"{wanted} directions are wanted"
             raise UserError(

@@ -17,8 +17,17 @@ from cola_ds.distributed.shards import (
     numel,
     writable_part,
 )
-from cola_ds.lora.layers import LoRALinear, add_link, delta_slice, draw_factors, inner_product, lora_layers
+from cola_ds.lora.layers import (
+    LoRALinear,
+    add_link,
+    as_weight_lies,
+    delta_slice,
+    draw_factors,
+    inner_product,
+    lora_layers,
+)
 from cola_ds.lora.remainders import Remainder
+from cola_ds.lora.targets import is_transposed
 from cola_ds.run.peft_files import bias_name, lora_names
 
 Links = tuple[Tensor, Tensor, Tensor]
@@ -81,7 +90,7 @@ def tie_link(
             if weight.dtype != torch.float32 and before is None and not last:
                 remainders[name] = Remainder.of(weight, exact)
             factors = (lora_A, lora_B, layer.scaling)
-            square = _add_link(factors, weight, start, before, remainders.get(name), exact)
+            square = _add_link(factors, layer.transposed, weight, start, before, remainders.get(name), exact)
             squares.append(square / copies(layer.weight))
             delta_squares.append(inner_product(factors, factors))
             if collectives.falls_to_this_process(number):
@@ -124,23 +133,53 @@ def _joined(before: Links | None, factors: tuple[Tensor, Tensor, float]) -> Link
 
 
 def _add_link(
-    factors: tuple[Tensor, Tensor, float], weight: Tensor, start: int, before: Remainder | None, after: Remainder | None,
-    exact: bool,
+    factors: tuple[Tensor, Tensor, float], transposed: bool, weight: Tensor, start: int, before: Remainder | None,
+    after: Remainder | None, exact: bool,
 ) -> Tensor:  # fmt: skip
     """Add a layer's link, (A, B, scaling), to a flat part of its weight that begins at `start`, with the remainder of `before`;
-    the new one goes to `after`. None: there is none. -> (), the new remainder's squared norm"""
-    device = factors[0].device
+    the new one goes to `after`. `transposed`: the weight is (in, out). None: there is none.
+    -> (), the new remainder's squared norm"""
+    device, scaling = factors[0].device, factors[2]
+    lying = as_weight_lies(*factors[:2], transposed)
     nothing = torch.zeros((), device=device)
     square = nothing.double()
     for begin in range(0, weight.numel(), _ELEMENTS_AT_ONCE):
         piece = slice(begin, min(begin + _ELEMENTS_AT_ONCE, weight.numel()))
-        delta = delta_slice(*factors, start + begin, piece.stop - begin)
+        delta = delta_slice(*lying, scaling, start + begin, piece.stop - begin)
         remainder = nothing if before is None else before.read(begin, weight[piece], device)
         left = add_link(weight[piece], delta, remainder, exact)
         square += torch.linalg.vector_norm(left, dtype=torch.float64).square()
         if after is not None:
             after.write(begin, weight[piece], left)
     return square
+
+
+@torch.no_grad()
+def tie_saved(
+    model: nn.Module, name: str, factors: tuple[Tensor, Tensor, float], remainders: dict[str, Remainder], local: bool,
+    exact: bool, last: bool,
+) -> None:  # fmt: skip
+    """Tie a saved link of one layer, whose A, B (whole, on the device) and scaling are `factors`: the arithmetic of `tie_link`,
+    without a link in the model. Collective."""
+    layer = model.get_submodule(name)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    with gathered([] if local else [weight], write=True):
+        part, start = local_shard(weight) if local else (writable_part(weight), 0)
+        before = remainders.get(name)
+        if part.dtype != torch.float32 and before is None and not last:
+            remainders[name] = Remainder.of(part, exact)
+        _add_link(factors, is_transposed(layer), part, start, before, remainders.get(name), exact)
+
+
+@torch.no_grad()
+def put_bias(layer: nn.Module, bias: Tensor) -> None:
+    """Give a layer's bias, wherever it lies, new values (out,). Collective."""
+    own = layer.bias
+    assert isinstance(own, Tensor)
+    with gathered([own], write=True):
+        part = writable_part(own)
+        part.copy_(bias[: part.numel()])
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def trace(
     `lora_rank` None: every weight is trained (method full). `attention` is Transformers' name of it; None: its own choice.
     `started`: links start elsewhere than at zero. Without `trains` it is a forward pass alone, as an evaluation has.
 
-    Raises UserError for a model whose code looks at values, which a tensor of the meta device has none of.
+    Raises UserError for a model whose code does not run on the meta device: it looks at values, which there are none of there.
     """
     model = copy.deepcopy(skeleton).to(dtype)
     if lora_rank is None:
@@ -151,7 +151,7 @@ def trace(
             _run(model.train(trains), _batch(count, width), step, trains)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{type(model).__name__} cannot be planned: its code looks at values as it runs, and without weights there are none "
+            f"{type(model).__name__} cannot be planned: its code does not run without weights, as where it looks at values "
             f"({cut(first_line(error), 120)}); measure a run of a few steps"
         ) from None
     return step

@@ -18,6 +18,7 @@ from cola_ds.distributed.devices import KNOWN, peak_tflops
 from cola_ds.errors import UserError, quoted
 from cola_ds.evaluation.attention import VARLEN
 from cola_ds.lora.starts import sketch_width
+from cola_ds.lora.targets import sizes_of
 from cola_ds.plan.memory import Layout, Memory, memory_of
 from cola_ds.plan.micro_step import MicroStep, trace
 from cola_ds.training.prepared import Described, frozen_of_links, tied_of_links, trained_of_links
@@ -249,8 +250,7 @@ def _start_bytes(described: Described) -> int:
     copied = tokens if DTYPES[config.model.dtype].element_bytes < 4 else 0
     held, moment = 0, 0
     for name in described.targets:
-        layer = described.skeleton.get_submodule(name)
-        sizes = layer.in_features, layer.out_features
+        sizes = sizes_of(described.skeleton.get_submodule(name))
         k = sketch_width(max(config.lora_ranks), sizes)
         held += 4 * k * sum(sizes)
         moment = max(moment, 4 * copied * sum(sizes) + 4 * k * (tokens + max(sizes)))

@@ -1,4 +1,5 @@
-"""Cells of a report: a task with a method each, its runs at the chosen point of the grid, and their test scores."""
+"""Cells of a report: a task with a method each, its runs at the chosen point of the grid, and what they are compared by: test
+scores, or held-out losses."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from cola_ds.config.schema import RunConfig
 from cola_ds.config.steps import rows_per_step
+from cola_ds.run.scores import loss_objective, score_objective
 from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
 from cola_ds.sweep.selection import Choice, choose
@@ -37,6 +39,25 @@ class Cell:
         return {outcome.seed: 100 * outcome.test for outcome in self.finished if outcome.is_task}
 
     @property
+    def losses(self) -> dict[int, float]:
+        """Held-out losses by seed, of runs without a task."""
+        found = {outcome.seed: outcome.result["scores"].get("loss") for outcome in self.finished if not outcome.is_task}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    @property
+    def values(self) -> dict[int, float]:
+        """What methods are compared by, by seed: test scores in points, or held-out losses."""
+        return self.scores or self.losses
+
+    def objective_of(self, value: float) -> float:
+        """Of one of these values, or a difference of two: to be minimized."""
+        return score_objective(value) if self.scores else loss_objective(value)
+
+    def show(self, value: float, sign: str = "") -> str:
+        """One of these values, or a difference of two, as a cell of a table has it."""
+        return format(value, f"{sign}.2f" if self.scores else f"{sign}.4f")
+
+    @property
     def config(self) -> RunConfig | None:
         return next((outcome.config for outcome in self.chosen if outcome.config), None)
 
@@ -60,7 +81,7 @@ def cell_of_run(name: str, outcome: Outcome) -> Cell:
 def budget(config: RunConfig) -> tuple[Any, ...]:
     """The compute and data budget that runs of a fair comparison have in common: base model, examples, optimizer, how long it
     runs."""
-    optim = config.optim
+    optim, data = config.optim, config.data
     return (
-        config.model.path, config.data.num_train, optim.name, optim.epochs, optim.max_steps, rows_per_step(config),
+        config.model.path, repr(data.train), data.num_train, optim.name, optim.epochs, optim.max_steps, rows_per_step(config),
     )  # fmt: skip

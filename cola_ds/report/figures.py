@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from cola_ds.errors import UserError, inline
 from cola_ds.report.cells import Cell, budget
 from cola_ds.report.files import PNG_TEXT, check_picture, write_file
+from cola_ds.report.links import means, overlaps
 from cola_ds.run.atomic import file_name
 from cola_ds.run.folder import RunDir
 
@@ -115,7 +115,7 @@ def draw_links(runs: Mapping[str, Path], folder: Path) -> None:
             (1, "sum_singular_values", "of the sum so far"),
         ):
             for link, rows in links.items():
-                values = _means([row[key] for row in rows])
+                values = means([row[key] for row in rows])
                 axes[0, place].semilogy(range(1, len(values) + 1), values, "o-", markersize=3, label=f"link {link}")
             _finish(
                 axes[0, place],
@@ -124,26 +124,12 @@ def draw_links(runs: Mapping[str, Path], folder: Path) -> None:
                 ylabel="mean over layers",
             )
         for place, key, what in ((0, "row_overlaps", "row"), (1, "column_overlaps", "column")):
-            shares = _overlaps({link: _means([row[key] for row in rows]) for link, rows in links.items()})
+            shares = overlaps({link: means([row[key] for row in rows]) for link, rows in links.items()})
             size = len(shares)
             drawn = axes[1, place].imshow(shares, vmin=0, vmax=1, extent=(0.5, size + 0.5, size + 0.5, 0.5))
             axes[1, place].set(title=f"share of {what} spaces in those before", xlabel="earlier link", ylabel="link")
             figure.colorbar(drawn, ax=axes[1, place])
         _save(pyplot, figure, "--figures", folder / f"links-{file_name(name)}.png")
-
-
-def _overlaps(by_link: Mapping[int, list[float]]) -> list[list[float]]:
-    """A square of links by earlier links, both from 1: NaN where there is no earlier one, and for links that nobody looked at
-    (chain.diagnostics may be switched on under way)."""
-    size = max(by_link)
-    rows = [by_link.get(link, [])[:size] for link in range(1, size + 1)]
-    return [[*row, *[math.nan] * (size - len(row))] for row in rows]
-
-
-def _means(lists: list[list[float | None]]) -> list[float]:
-    """The mean of each place over the lists that have a number there."""
-    places = [[value for value in values if value is not None] for values in itertools.zip_longest(*lists)]
-    return [statistics.fmean(values) if values else math.nan for values in places]
 
 
 def draw_figures(cells: Sequence[Cell], folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""Output files of a report, CSV and PNG, where it is told to write them. Only an earlier report's own is ever replaced."""
+"""Output files of a report, CSV, PNG and HTML, where it is told to write them. Only an earlier report's own is ever replaced."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import tempfile
@@ -21,10 +22,12 @@ _CSV_BEGINS = b"task,name,state,chosen,method,"
 PNG_TEXT = {"Software": "cola-ds report"}
 """What tells a picture of ours from others."""
 _PNG, _PNG_TEXT = b"\x89PNG\r\n\x1a\n", b"tEXtSoftware\0cola-ds report"
+_PAGE_BEGINS, _PAGE_LINE_ENDS = b"<!doctype html><!-- cola-ds report, sha256 of what follows: ", b" -->\n"
 _PNG_HEAD = 512  # bytes, in which its text stands
 _OF_RUNS = (
     "run.yaml", "environment.json", "metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl", "events.jsonl",
-    "result.json", "lock.json", "run.json", "sweep.json", "deepspeed.json", "chain", "checkpoints", "model",
+    "result.json", "lock.json", "run.json", "sweep.json", "deepspeed.json", "log.txt", "chain", "earlier",
+    "checkpoints", "model",
 )  # fmt: skip
 _FORMULA = (
     "=",
@@ -39,6 +42,8 @@ _FORMULA = (
     "\uff0d",
     "\uff20",
 )  # also as East Asian full-width
+
+_SKIPPED = " \0\xa0\u200b\ufeff"  # what a spreadsheet may leave out as it reads
 
 
 def check_csv(path: Path) -> None:
@@ -70,10 +75,17 @@ def _check(option: str, path: Path, begins: bytes, what: str) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{option} {str(path)[:200]!r}: {_reason(error)}") from None
-    if not head.startswith(begins) or not (_PNG_TEXT in head if begins == _PNG else _is_report(real)):
+    if not head.startswith(begins) or not _is_own(begins, real, head):
         raise UserError(
             f"{option} {path} is there already, and only a file that {what} is replaced; {advice}, or remove it"
         )
+
+
+def _is_own(begins: bytes, real: Path, head: bytes) -> bool:
+    """Whether a file that begins so is what a report wrote."""
+    if begins == _PNG:
+        return _PNG_TEXT in head
+    return _is_page(real) if begins == _PAGE_BEGINS else _is_report(real)
 
 
 def _is_report(path: Path) -> bool:
@@ -111,6 +123,22 @@ def write_file(option: str, path: Path, content: bytes) -> None:
                 os.unlink(scratch)
 
 
+def page_bytes(body: str) -> bytes:
+    """A page as a file: a line that vouches for what follows it, which is how a later report knows its own."""
+    content = body.encode("utf-8", errors="backslashreplace")
+    return _PAGE_BEGINS + hashlib.sha256(content).hexdigest().encode() + _PAGE_LINE_ENDS + content
+
+
+def check_page(path: Path) -> None:
+    """Raise UserError unless that is a new file, or an earlier report's page, as it was written."""
+    _check("--html", path, _PAGE_BEGINS, "is a report's page, unchanged,")
+
+
+def _is_page(path: Path) -> bool:
+    line, _, content = path.read_bytes().partition(b"\n")
+    return line + b"\n" == _PAGE_BEGINS + hashlib.sha256(content).hexdigest().encode() + _PAGE_LINE_ENDS
+
+
 def csv_bytes(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = CSV_COLUMNS) -> bytes:
     """Serialise rows as CSV. No cell is a formula to a spreadsheet: a text that would begin one has a ' before it.
     Numbers stay numbers."""
@@ -122,4 +150,7 @@ def csv_bytes(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = CSV_CO
 
 
 def _harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    begins = value.startswith(_FORMULA) or value.lstrip(_SKIPPED).startswith(_FORMULA)
+    return f"'{value}" if begins else value

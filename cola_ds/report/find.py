@@ -25,11 +25,14 @@ class Found:
     """Finished runs without a task, by the names to show them under."""
     unfinished: list[str]
     """What to say of those that have not finished, or cannot be read."""
+    loose: dict[str, Outcome]
+    """All runs that are of no sweep, whatever their state, by the names to show them under."""
 
 
-def find_runs(paths: Sequence[str]) -> Found:
-    """Find the runs and sweeps of these folders, and of all below them. Raises UserError."""
-    by_sweep, loose = _scan(paths)
+def find_runs(paths: Sequence[str], any_state: bool = False) -> Found:
+    """Find the runs and sweeps of these folders, and of all below them. Raises UserError, also where a run is all there is and it
+    has not finished or is damaged, unless `any_state`."""
+    by_sweep, loose = _scan(paths, any_state)
     configs: dict[str, RunConfig] = {}
     damaged: list[str] = []
     for name, run in loose.items():
@@ -37,10 +40,10 @@ def find_runs(paths: Sequence[str]) -> Found:
             configs[name] = run_config(run)
         except UserError as error:
             damaged.append(f"Unreadable: {run}: {error}")
-    if damaged and not configs and not by_sweep:
+    if damaged and not configs and not by_sweep and not any_state:
         raise UserError(inline(damaged[0].partition(": ")[2]))
     outcomes = {name: read_outcome(loose[name], config.run.seed) for name, config in configs.items()}
-    if len(loose) == len(outcomes) == 1 and not by_sweep:  # nothing beside it to show
+    if len(loose) == len(outcomes) == 1 and not by_sweep and not any_state:  # nothing beside it to show
         (outcome,) = outcomes.values()
         if outcome.damaged:
             raise UserError(outcome.why)
@@ -54,18 +57,20 @@ def find_runs(paths: Sequence[str]) -> Found:
         if not outcome.result
     ]
     finished = {name: outcome for name, outcome in plain.items() if outcome.result}
-    return Found([read_cell(group) for group in groups], finished, [*unfinished, *damaged])
+    every = {name: outcomes.get(name) or read_outcome(run, 0) for name, run in loose.items()}
+    return Found([read_cell(group) for group in groups], finished, [*unfinished, *damaged], every)
 
 
-def _scan(paths: Sequence[str]) -> tuple[dict[Path, list[Group]], dict[str, Path]]:
+def _scan(paths: Sequence[str], any_state: bool) -> tuple[dict[Path, list[Group]], dict[str, Path]]:
     """The groups of every sweep, by its folder; and the folders of all other runs, by the names to show them under."""
     by_sweep: dict[Path, list[Group]] = {}
     loose: dict[str, Path] = {}
     for path in map(Path, paths):
         if (path / "run.yaml").is_file() or (path / "result.json").is_file():
-            if not (path / "result.json").is_file():
+            if not (path / "result.json").is_file() and not any_state:
                 read_learnt(path)  # says so
-            loose[path.name if path.name not in loose else str(path)] = path
+            name = path.name or path.resolve().name
+            loose[name if name not in loose else str(path)] = path
             continue
         sweeps = [found.parent for found in sorted(path.rglob("sweep.json"))]
         if not sweeps and (above := next((p for p in path.absolute().parents if (p / "sweep.json").is_file()), None)):

@@ -1,4 +1,4 @@
-"""`cola-ds report`: runs side by side, as Markdown tables, as CSV and as plots."""
+"""`cola-ds report`: runs side by side, as Markdown tables, as CSV, as plots and as a page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cola_ds.errors import UserError, inline
+from cola_ds.errors import UserError
 from cola_ds.report.cells import Cell, cell_of_run
-from cola_ds.report.files import check_csv, check_picture, csv_bytes, write_file
+from cola_ds.report.files import check_csv, check_page, check_picture, csv_bytes, page_bytes, write_file
 from cola_ds.report.find import find_runs
-from cola_ds.report.links import LEGEND, links_table, looked_at
+from cola_ds.report.links import LEGEND, earlier_note, links_table, looked_at
 from cola_ds.report.paper import PAPER_TABLES, left_out, published_scores
-from cola_ds.report.tables import comparison_table, flops_table, footnotes, rank_table, run_table, score_table
+from cola_ds.report.tables import (
+    NOTE,
+    Table,
+    comparison_table,
+    flops_table,
+    footnotes,
+    markdown,
+    plain,
+    rank_table,
+    run_table,
+    score_table,
+)
 from cola_ds.run.scores import as_dev
 from cola_ds.sweep.outcomes import Outcome
 
@@ -23,11 +34,13 @@ def report(
     csv_file: str | None = None,
     paper: str | None = None,
     figures: str | None = None,
+    html: str | None = None,
 ) -> str:
     """Markdown tables of runs, by their folders, a sweep's, or any folder above them. Raises UserError.
 
     `plot`: a PNG of loss curves; `csv_file`: a line a run; `paper`: the table of the paper whose numbers stand beside ours;
-    `figures`: a folder for plots of training loss, of the score against chain length and LoRA rank, and of what links learnt.
+    `figures`: a folder for plots of training loss, of the score against chain length and LoRA rank, and of what links learnt;
+    `html`: a page of all that is known of the runs. With it runs of any state are shown, and damaged rows are left out.
     """
     if paper is not None and paper not in PAPER_TABLES:
         raise UserError(f"--paper {paper}: known are {', '.join(PAPER_TABLES)}")
@@ -35,16 +48,18 @@ def report(
         check_csv(Path(csv_file))
     if plot:
         check_picture("--plot", Path(plot))
-    found = find_runs(paths)
-    cells, plain = found.cells, found.plain
+    if html is not None:
+        check_page(Path(html))
+    found = find_runs(paths, any_state=html is not None)
+    cells, finished = found.cells, found.plain
     tasks = [cell for cell in cells if not any(o.result and not o.is_task for o in cell.all)]
     if csv_file:
-        every = [*cells, *(cell_of_run(name, outcome) for name, outcome in plain.items())]
+        every = [*cells, *(cell_of_run(name, outcome) for name, outcome in finished.items())]
         rows = csv_bytes(_csv_row(cell, outcome) for cell in every for outcome in cell.all)
         write_file("--csv", Path(csv_file), rows)
-    plain = plain | {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
+    finished = finished | {str(o.folder): o for cell in cells if cell not in tasks for o in cell.all if o.result}
     of_tasks = {str(o.folder): o.folder for cell in tasks for o in cell.finished}
-    runs = {name: outcome.folder for name, outcome in plain.items()} | of_tasks
+    runs = {name: outcome.folder for name, outcome in finished.items()} | of_tasks
     if plot:
         from cola_ds.report.figures import draw_losses  # it takes torch, a second that tables alone do not need
 
@@ -54,23 +69,28 @@ def report(
 
         draw_figures(cells, Path(figures))
         draw_links(looked_at(runs), Path(figures))
-    parts = [run_table(plain)] if plain else []
-    if links := links_table(looked_at(runs)):
-        parts += [links, LEGEND]
-    if tasks:
-        parts += _task_tables(tasks, paper)
-    return "\n\n".join([*parts, *footnotes(cells), *map(inline, found.unfinished)])
+    shown: list[Table | str] = [run_table(finished)] if finished else []
+    if links := links_table(looked_at(runs), skip_damaged=html is not None):
+        shown += [links, f"{LEGEND} {earlier_note(looked_at(runs))}".rstrip()]
+    if cells:
+        shown += _task_tables(cells, tasks, paper)
+    shown += [*footnotes(cells), *found.unfinished]
+    if html is not None:
+        from cola_ds.report.page.page import make_page
+
+        beside = shown[1:] if finished else shown  # the page's own table of runs says more
+        write_file("--html", Path(html), page_bytes(make_page(paths, found, beside)))
+    return "\n\n".join(plain(part, NOTE) if isinstance(part, str) else markdown(*part) for part in shown)
 
 
-def _task_tables(cells: Sequence[Cell], paper: str | None) -> list[str]:
+def _task_tables(cells: Sequence[Cell], tasks: Sequence[Cell], paper: str | None) -> list[Table | str]:
     """Every table of tasks x methods, each with the line below it that says how to read it."""
-    numbers = published_scores(cells, paper) if paper else {}
-    parts = [score_table(cells, numbers)]
-    legend = (
-        "Mean ± sample standard deviation of the test score x 100 (seeds); bold: the best that have all their seeds."
-    )
+    numbers = published_scores(tasks, paper) if paper else {}
+    parts: list[Table | str] = [score_table(cells, numbers)]
+    what = "the test score x 100" if len(tasks) == len(cells) else "the test score x 100, or of the held-out loss"
+    legend = f"Mean ± sample standard deviation of {what} (seeds); bold: the best that have all their seeds."
     parts.append(legend + (f" In brackets: the paper's own, {paper}." if numbers else ""))
-    parts += map(inline, left_out(cells) if paper else [])
+    parts += left_out(tasks) if paper else []
     if flops := flops_table(cells):
         parts += [
             flops,

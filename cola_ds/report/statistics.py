@@ -1,4 +1,5 @@
-"""Significance tests of paired differences, by scipy and statsmodels: a second to import, so this waits until there is a test."""
+"""Significance tests of paired differences, and intervals of means, by scipy and statsmodels: a second to import, so this waits
+until there is one to find."""
 
 from __future__ import annotations
 
@@ -26,3 +27,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(p_values, method="holm")[1]]
+
+
+def confidence_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The interval of a mean by Student's t. None for fewer than two values, which tell no spread."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    mean = statistics.mean(values)
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean + half

@@ -1,34 +1,74 @@
-"""Markdown tables: runs, scores of tasks x methods, training FLOPs, paired comparisons. Neither torch nor pandas is needed."""
+"""Tables: runs, scores of tasks x methods, training FLOPs, paired comparisons; and how Markdown has them. Neither torch nor
+pandas is needed."""
 
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cola_ds.config.schema import RunConfig
-from cola_ds.errors import inline, some_of
+from cola_ds.errors import counted, inline, some_of
 from cola_ds.report.cells import Cell, budget
 from cola_ds.report.statistics import holm, paired_t_test
-from cola_ds.run.scores import score_objective, show_dev
+from cola_ds.run.scores import show_dev
 from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
 
 _SIGNIFICANT = 0.05
 _RUN_COLUMNS = ("run", "method", "links", "steps", "held-out loss", "perplexity", "seconds", "peak memory (GiB)")
-_NOTE = 5000  # characters: names of several runs
+NOTE = 5000
+"""Characters of a footnote: it may name several runs."""
+
+
+class Table(NamedTuple):
+    """A table of texts, which may be anybody's: whoever shows it takes care that none becomes markup."""
+
+    columns: Sequence[str]
+    rows: list[list[str]]
+
+
+class Bold(str):
+    """A cell that is shown bold: the best of its row; what follows it in the cell is not."""
+
+    follows: str = ""
+
+
+_MARKUP = re.compile(
+    r"[\\`*|~$<]"
+    r"|_(?![^\W_])|(?<![^\W_])_"  # within a word it is no emphasis: names of keys stay as they are
+    r"|(?<=\])\("  # a link
+    r"|&(?=#?\w)"  # an entity
+    r"|(?<=:)/(?=/)|(?<=www)\.|(?<=\w)@(?=\w)",  # what becomes a link by itself: an address
+    re.IGNORECASE,
+)
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
+
+
+def plain(text: str, most: int = 1000) -> str:
+    """A text of others as Markdown, in a line or a cell: it is read as it is written, and becomes no markup."""
+    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], "\\" + found[0]), inline(text, most))
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = (columns, ["---"] * len(columns), *rows)
-    return "\n".join("| " + " | ".join(inline(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+    lines = (
+        [plain(name) for name in columns],
+        ["---"] * len(columns),
+        *([_cell(text) for text in row] for row in rows),
+    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def run_table(runs: Mapping[str, Outcome]) -> str:
+def _cell(text: str) -> str:
+    return f"**{plain(text)}**{plain(text.follows)}" if isinstance(text, Bold) else plain(text)
+
+
+def run_table(runs: Mapping[str, Outcome]) -> Table:
     """Finished runs without a task, a row each."""
-    return markdown(_RUN_COLUMNS, [_run_row(name, outcome.result) for name, outcome in runs.items()])
+    return Table(_RUN_COLUMNS, [_run_row(name, outcome.result) for name, outcome in runs.items()])
 
 
 def _run_row(name: str, result: Mapping[str, Any]) -> list[str]:
@@ -60,8 +100,9 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[str], list[str], dict[tuple[str, 
     )
 
 
-def score_table(cells: Sequence[Cell], paper: Mapping[tuple[str, str], str]) -> str:
-    """Score table, tasks x methods: mean and sample standard deviation of the test score, and the paper's own where there is one.
+def score_table(cells: Sequence[Cell], paper: Mapping[tuple[str, str], str]) -> Table:
+    """Score table, tasks x methods: mean and sample standard deviation of the test score, and the paper's own where there is one;
+    of what is no task, of the held-out loss.
 
     `paper` is by task and name. The best of a task is bold, among those that have all their seeds.
     """
@@ -69,67 +110,76 @@ def score_table(cells: Sequence[Cell], paper: Mapping[tuple[str, str], str]) -> 
     rows = []
     for task in tasks:
         here = {name: by_place[task, name] for name in names if (task, name) in by_place}
-        whole = [name for name, cell in here.items() if cell.scores and len(cell.scores) == len(cell.group.seeds)]
-        shown = {name: f"{statistics.mean(here[name].scores.values()):.2f}" for name in whole}
-        best = min(shown.values(), key=lambda text: score_objective(float(text)), default="")
-        texts = []
+        whole = [cell for cell in here.values() if cell.values and len(cell.values) == len(cell.group.seeds)]
+        shown = {cell.group.name: cell.show(statistics.mean(cell.values.values())) for cell in whole}
+        best = min(shown.items(), key=lambda each: here[each[0]].objective_of(float(each[1])), default=("", ""))[1]
+        texts: list[str] = []
         for name in names:
             text = _score(here[name]) if name in here else "-"
+            published = f" [{paper[task, name]}]" if (task, name) in paper else ""
             if shown.get(name) == best and len(shown) > 1:
-                text = f"**{text}**"
-            texts.append(text + (f" [{paper[task, name]}]" if (task, name) in paper else ""))
-        metrics = {o.result["scores"].get("metric", "?") for cell in here.values() for o in cell.finished if o.is_task}
+                best_text = Bold(text)
+                best_text.follows = published
+                texts.append(best_text)
+            else:
+                texts.append(text + published)
+        metrics = {o.result["scores"].get("metric", "loss") for cell in here.values() for o in cell.finished}
         rows.append([task, ", ".join(sorted(metrics)) or "-", *texts])
-    return markdown(["task", "metric", *names], rows)
+    return Table(["task", "metric", *names], rows)
 
 
 def _score(cell: Cell) -> str:
-    scores, expected = list(cell.scores.values()), len(cell.group.seeds)
-    if not scores:
+    values, expected = list(cell.values.values()), len(cell.group.seeds)
+    if not values:
         return "-"
-    deviation = f" ±{statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    seeds = f"({expected})" if len(scores) == expected else f"({len(scores)} of {expected} seeds)"
-    return f"{statistics.mean(scores):.2f}{deviation} {seeds}"
+    deviation = f" ±{cell.show(statistics.stdev(values))}" if len(values) > 1 else ""
+    seeds = f"({expected})" if len(values) == expected else f"({len(values)} of {expected} seeds)"
+    return f"{cell.show(statistics.mean(values))}{deviation} {seeds}"
 
 
-def comparison_table(cells: Sequence[Cell]) -> str | None:
-    """Paired comparisons: each chain against LoRA of the same budget and first rank, over the seeds that both have.
+def comparison_table(cells: Sequence[Cell]) -> Table | None:
+    """Paired comparisons: each chain against LoRA of the same budget, first rank and targets, over the seeds that both have.
 
     None without such a pair.
     Nothing is called better or worse unless its p-value, adjusted for all comparisons of the table, is below 0.05.
     """
     rows: list[list[str]] = []
-    means: list[float] = []
+    objectives: list[float] = []
     p_values: list[float | None] = []
     for lora, chain in itertools.permutations(cells, 2):
         if lora.group.task != chain.group.task or not _comparable(lora, chain):
             continue
-        seeds = [seed for seed in lora.scores if seed in chain.scores]
-        differences = [chain.scores[seed] - lora.scores[seed] for seed in seeds]
+        mine, theirs = chain.values, lora.values
+        differences = [mine[seed] - theirs[seed] for seed in theirs if seed in mine]
         if differences:
             p_values.append(paired_t_test(differences))
-            means.append(statistics.mean(differences))
+            mean = statistics.mean(differences)
+            objectives.append(chain.objective_of(mean))
             compared = f"{chain.group.name} - {lora.group.name}"
-            rows.append([lora.group.task, compared, str(len(seeds)), f"{means[-1]:+.2f}"])
+            rows.append([lora.group.task, compared, str(len(differences)), chain.show(mean, "+")])
     adjusted = iter(holm([p for p in p_values if p is not None]))
-    for row, mean, p in zip(rows, means, p_values, strict=True):
+    for row, objective, p in zip(rows, objectives, p_values, strict=True):
         after = None if p is None else next(adjusted)
         significant = after is not None and after < _SIGNIFICANT
-        verdict = ("better" if score_objective(mean) < 0 else "worse") if significant else "no significant difference"
+        verdict = ("better" if objective < 0 else "worse") if significant else "no significant difference"
         row += ["-" if p is None else f"{p:.3g}", "-" if after is None else f"{after:.3g}", verdict]
     columns = ("task", "compared", "seeds", "mean difference", "p", "adjusted p", "")
-    return markdown(columns, rows) if rows else None
+    return Table(columns, rows) if rows else None
 
 
 def _comparable(lora: Cell, chain: Cell) -> bool:
     one, other = lora.config, chain.config
     if one is None or other is None or not (one.trains_lora and other.trains_lora):
         return False
-    same = (one.lora_ranks[0], *budget(one)) == (other.lora_ranks[0], *budget(other))
+    same = (one.lora_ranks[0], one.lora.targets, *budget(one)) == (
+        other.lora_ranks[0],
+        other.lora.targets,
+        *budget(other),
+    )
     return same and one.chain.length == 1 and other.chain.length > 1
 
 
-def flops_table(cells: Sequence[Cell]) -> str | None:
+def flops_table(cells: Sequence[Cell]) -> Table | None:
     """Training FLOPs of a run of each task and method; None where nothing was trained."""
     lines: dict[str, dict[str, str]] = {}
     for cell in cells:
@@ -138,7 +188,7 @@ def flops_table(cells: Sequence[Cell]) -> str | None:
             lines.setdefault(cell.group.task, {})[cell.group.name] = "; ".join(texts)
     names = list(dict.fromkeys(name for line in lines.values() for name in line))
     rows = [[task, *(line.get(name, "-") for name in names)] for task, line in lines.items()]
-    return markdown(["task", *names], rows) if rows else None
+    return Table(["task", *names], rows) if rows else None
 
 
 def _mean_flops(cell: Cell, key: str) -> str:
@@ -147,7 +197,7 @@ def _mean_flops(cell: Cell, key: str) -> str:
     return f"{statistics.mean(counted) / 1e12:.4g}" if counted else "-"
 
 
-def rank_table(cells: Sequence[Cell]) -> str | None:
+def rank_table(cells: Sequence[Cell]) -> Table | None:
     """LoRA ranks: chains whose rank changes, and those of as many links and the same budget that keep its first: score, and the
     training FLOPs saved against the latter, over the seeds that both have. None without such a pair.
     """
@@ -167,7 +217,7 @@ def rank_table(cells: Sequence[Cell]) -> str | None:
         lines.setdefault((cell.group.name, ranks), {})[cell.group.task] = text
     tasks = list(dict.fromkeys(task for line in lines.values() for task in line))
     rows = [[*names, *(line.get(task, "-") for task in tasks)] for names, line in lines.items()]
-    return markdown(["method", "LoRA ranks", *tasks], rows) if rows else None
+    return Table(["method", "LoRA ranks", *tasks], rows) if rows else None
 
 
 def _flops_by_seed(cell: Cell) -> dict[int, float]:
@@ -180,7 +230,7 @@ def _family(config: RunConfig) -> tuple[Any, ...]:
 
 
 def footnotes(cells: Sequence[Cell]) -> list[str]:
-    """Footnotes of the tables: what was chosen on dev, and which runs failed, stopped or are missing."""
+    """Footnotes of the tables: what was chosen on dev, and which runs failed, stopped or are missing. Texts of anybody's."""
     lines = []
     chosen = [
         f"{cell.group.task} / {cell.group.name}: {cell.choice.point} (dev {show_dev(cell.choice.objective)})"
@@ -200,10 +250,10 @@ def footnotes(cells: Sequence[Cell]) -> list[str]:
     for state, word in (("stopped", "Not finished"), ("missing", "Missing")):
         found = [str(outcome.folder) for outcome in outcomes if outcome.state == state]
         if found:
-            lines.append(f"{word}, {len(found)} runs: {some_of(found)}.")
-    return [inline(line, _NOTE) for line in lines]
+            lines.append(f"{word}, {counted(len(found), 'run')}: {some_of(found)}.")
+    return lines
 
 
 def _waiting(group: Group) -> str:
     count = sum(seed not in group.search_seeds for seed in group.seeds)
-    return f"; {count} seeds wait for it" if count else ""
+    return f"; {counted(count, 'seed')} {'waits' if count == 1 else 'wait'} for it" if count else ""

@@ -9,9 +9,11 @@ RUN_DIR/
   knots.jsonl        a row a knot
   links.jsonl        a row a link and layer: what it has learnt, with chain.diagnostics
   watch.jsonl        a row for each look at data.watch
+  log.txt            what the run said at each of its starts, without bars: see log.py
   events.jsonl       what happened to the run: started, resumed, how fast its model loaded, checkpoints, skipped updates, stopped
   checkpoints/       step-00000123/ and so on: see checkpoint/format.py
   chain/link-0001/   each tied link as a PEFT adapter
+  earlier/link-0001/ likewise those that were tied before, of model.links or model.adapter
   model/             method full alone: the trained model as a Hugging Face folder
   result.json        written last
   lock.json          while a run goes on: which process holds it (see lock.py)
@@ -20,33 +22,34 @@ RUN_DIR/
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from cola_ds import notices
 from cola_ds.config.inputs import sha256_of
 from cola_ds.config.loading import dump_config
 from cola_ds.config.schema import TRAINING, RunConfig
 from cola_ds.errors import UserError
 from cola_ds.run.atomic import publish, sync_folder, write_atomically, write_folder
-from cola_ds.run.marker import Marker
+from cola_ds.run.earlier import Earlier, EarlierLink
+from cola_ds.run.marker import LOG, Marker
 from cola_ds.run.peft_files import adapter_files, read_link
 from cola_ds.run.rows import read_row
 
 ENGINE = "deepspeed.json"
 ROWS = ("metrics.jsonl", "evals.jsonl", "knots.jsonl", "links.jsonl", "watch.jsonl")
-_FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", ENGINE, "environment.json")
-_FOLDERS = ("chain", "model", "checkpoints")
+_FILES = ("run.yaml", *ROWS, "events.jsonl", "result.json", ENGINE, "environment.json", LOG)
+_FOLDERS = ("chain", "earlier", "model", "checkpoints")
+_EARLIER = "earlier/link-{:04d}"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -94,17 +97,19 @@ class RunDir:
     def check_is_ours(self, config: RunConfig) -> None:
         """Raise UserError where a run of this config would write what is there, and no run wrote."""
         if self.marker is None:
-            there = [name for name in (*_FILES, *_FOLDERS) if os.path.lexists(self.path / name)]
+            there = [name for name in (*_FILES, *_FOLDERS) if name != LOG and os.path.lexists(self.path / name)]
         else:  # beside a run's own files others may lie, but not in their places
             links = range(1, config.chain.length + 1)
             places = [*_FILES, *(f"chain/link-{link:04d}/{name}" for link in links for name in _ADAPTER)]
+            places += [str(path.relative_to(self.path)) for path in self.path.glob("earlier/link-*/adapter_*")]
             if config.method == "full":
                 places += [f"model/{path.name}" for path in (self.path / "model").glob("*") if path.is_file()]
             wrote = self.mine.wrote
             there = [name for name in _FOLDERS if _is_no_folder(self.path / name)]
             there += [
                 name for name in places
-                if os.path.lexists(self.path / name) and (name not in wrote or os.path.isdir(self.path / name))
+                if name != LOG  # which is only kept: where it is somebody else's, the run goes on without
+                and os.path.lexists(self.path / name) and (name not in wrote or os.path.isdir(self.path / name))
             ]  # fmt: skip
         if there:
             raise UserError(f"run.dir {self.path} holds {there[0]}, but no run left it there; name another folder")
@@ -112,7 +117,12 @@ class RunDir:
     def check_space(self, needed: int) -> None:
         """Raise UserError when the file system has not so many bytes left, beside what the run's links and checkpoints take
         already. The folder must exist."""
-        taken = [path for name in ("chain", "checkpoints") for path in (self.path / name).rglob("*") if path.is_file()]
+        taken = [
+            path
+            for name in ("chain", "earlier", "checkpoints")
+            for path in (self.path / name).rglob("*")
+            if path.is_file()
+        ]
         free = shutil.disk_usage(self.path).free
         if free < needed - sum(path.stat().st_size for path in taken):
             raise UserError(
@@ -120,17 +130,23 @@ class RunDir:
                 f"{needed / 2**20:,.0f} MiB; make room, name another run.dir, or lower checkpoint.keep"
             )
 
-    def create(self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    def create(
+        self, config: RunConfig, environment: dict[str, Any], facts: Mapping[str, Any], keep_log: bool = False
+    ) -> None:
         """Make the folder anew, with run.json, run.yaml and environment.json; an earlier run's files in it are removed, and
-        nothing else. Raises UserError when it cannot be written."""
+        nothing else; with `keep_log` not its log. Raises UserError when it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            kept = set()
             if self.marker is not None:
                 self.marker.begun = False  # a run that is half removed must not be gone on with
                 self.marker.write()
+                kept = self.marker.wrote & {LOG} if keep_log else set()
+                self.marker.wrote -= kept
                 self.marker.remove()
                 self.marker.clear_scratch()
             self.marker = Marker(self.path)
+            self.marker.wrote |= kept
             self.marker.write()
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.filename}: {error.strerror}") from None
@@ -202,9 +218,7 @@ class RunDir:
             self._write_waiting(name)
         except OSError as error:
             if len(waiting) == 1:
-                line = f"cola-ds: {self.path / name} cannot be written ({error.strerror}); its rows wait"
-                with contextlib.suppress(OSError, ValueError):
-                    print(line, file=sys.stderr, flush=True)
+                notices.warning(f"{self.path / name} cannot be written ({error.strerror}); its rows wait")
 
     def _write_waiting(self, name: str) -> None:
         path, waiting = self.path / name, self._unwritten[name]
@@ -257,20 +271,47 @@ class RunDir:
         """A tied link's tensors, under the names that `write_link` was given."""
         return read_link(self.link_path(link) / "adapter_model.safetensors")
 
-    def write_link(self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor]) -> str:
-        """Write a link of the named layers as a PEFT adapter, and into run.json what it is: its folder appears whole or not at
-        all. Returns its SHA-256."""
+    def write_link(
+        self, config: RunConfig, link: int, layers: list[str], tensors: dict[str, Tensor], transposed: bool = False
+    ) -> str:
+        """Write a link of the named layers as a PEFT adapter (`adapter_files`), and into run.json what it is: its folder appears
+        whole or not at all. Returns its SHA-256."""
         lora_rank, alpha, target = config.tied_rank(link), config.tied_alpha(link), self.link_path(link)
-        files = adapter_files(config, lora_rank, alpha, layers, tensors)
-        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        tied = {
-            "link": link, "lora_rank": lora_rank, "lora_alpha": alpha, "layers": layers,
-            "sha256": hashes["adapter_model.safetensors"], "config_sha256": hashes["adapter_config.json"],
-        }  # fmt: skip
+        files = adapter_files(config, lora_rank, alpha, layers, tensors, transposed)
+        tied = _record(link, lora_rank, alpha, layers, files)
         links = [*self.mine.facts["links"][: link - 1], tied]
         self.mine.own((f"chain/{target.name}/{name}" for name in files), {"links": links})
         write_folder(target, files, self.mine.id)
-        return hashes["adapter_model.safetensors"]
+        return str(tied["sha256"])
+
+    def forget_earlier(self) -> None:
+        """The links that were tied before the run's own are not those any more."""
+        self.mine.remove("earlier/")
+        self.mine.facts["earlier"] = []
+        self.mine.write()
+
+    def keeps(self, earlier: Earlier) -> bool:
+        """Whether the run has a copy of the links that were tied before its own, and as it made it."""
+        kept = self.mine.facts["earlier"]
+        return len(kept) == len(earlier.links) and all(self._holds_earlier(row) for row in kept)
+
+    def write_earlier(self, links: Iterable[tuple[EarlierLink, dict[str, bytes]]]) -> None:
+        """Write a copy of the links that were tied before the run's own, each with its files. Raises UserError."""
+        for number, (link, files) in enumerate(links, start=1):
+            row = _record(number, link.lora_rank, link.alpha, list(link.shapes), files) | {
+                "stands_for": link.stands_for
+            }
+            rows = [*self.mine.facts["earlier"][: number - 1], row]
+            try:
+                self.mine.own((f"{_EARLIER.format(number)}/{name}" for name in files), {"earlier": rows})
+                write_folder(self.path / _EARLIER.format(number), files, self.mine.id)
+            except OSError as error:
+                raise UserError(f"run.dir {self.path} cannot be written: {error.filename}: {error.strerror}") from None
+
+    def _holds_earlier(self, row: dict[str, Any]) -> bool:
+        folder = self.path / _EARLIER.format(row["link"])
+        names = {"adapter_model.safetensors": row["sha256"], "adapter_config.json": row["config_sha256"]}
+        return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in names.items())
 
     def write_model(self, write: Callable[[Path], Any]) -> None:
         """Have `write` write the trained model (method full) into a folder; it becomes the run's model/, whole or not at all."""
@@ -304,6 +345,15 @@ class RunDir:
             self.mine.remove(below)
         self.mine.facts |= {"links": [], "model": {}}
         self.mine.write()
+
+
+def _record(link: int, lora_rank: int, alpha: float, layers: list[str], files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What run.json says of a link."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return {
+        "link": link, "lora_rank": lora_rank, "lora_alpha": alpha, "layers": layers,
+        "sha256": hashes["adapter_model.safetensors"], "config_sha256": hashes["adapter_config.json"],
+    }  # fmt: skip
 
 
 def _is_no_folder(path: Path) -> bool:

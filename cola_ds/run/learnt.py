@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from cola_ds.config.schema import RunConfig, is_task_file
 from cola_ds.errors import UserError, some_of
 from cola_ds.run.marker import NAME, Marker
 
+_COPIES = "its checkpoints hold a copy: remove result.json, and the run's own command goes on from there"
+_SOURCE = "remove result.json, and the run's own command copies it anew from where model.links or model.adapter says"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavedLink:
@@ -28,6 +31,8 @@ class SavedLink:
     lora_rank: int
     alpha: float
     layers: list[str]
+    transposed: bool = False
+    """Whether their weights are (in, out)."""
 
     @property
     def scaling(self) -> float:
@@ -51,13 +56,16 @@ class Learnt:
     base: str
     """The fingerprint of the model that it began with."""
     links: list[SavedLink]
+    """Its own."""
+    earlier: list[SavedLink] = field(default_factory=list)
+    """Those that were tied to that model before."""
     facts: dict[str, Any]
     """All that it recorded of itself."""
 
     @property
-    def link_hashes(self) -> list[str]:
-        """SHA-256 of each link's file."""
-        return [row["sha256"] for row in self.facts["links"]]
+    def chain(self) -> list[SavedLink]:
+        """All links that lead from the base to what was learnt, in order."""
+        return [*self.earlier, *self.links]
 
     def check_base(self, path: str, fingerprint: str) -> None:
         """Raise UserError where that is not the model which the run began with."""
@@ -73,7 +81,7 @@ def run_marker(folder: Path) -> Marker:
     marker = Marker.read(folder)
     if marker is None or not marker.begun:
         held = "it has no run.json" if marker is None else "what was in it is being removed"
-        raise UserError(f"{folder} is no run's folder: {held}")
+        raise UserError(f"{folder} is no run's folder: {held}; name one that `cola-ds train` wrote")
     return marker
 
 
@@ -112,10 +120,14 @@ def read_learnt(folder: str | Path) -> Learnt:
     marker = run_marker(path)
     config = run_config(path, marker)
     result = _result(path, marker)
-    links = [_link(path, row) for row in marker.facts["links"]]
+    links = [_link(path, "chain", row) for row in marker.facts["links"]]
+    earlier = [_link(path, "earlier", row) for row in marker.facts["earlier"]]
     for name, digest in marker.facts.get("model", {}).items():
         _check_file(path / name, digest, "the model that the run trained")
-    return Learnt(folder=path, config=config, result=result, base=marker.facts["base"], links=links, facts=marker.facts)
+    return Learnt(
+        folder=path, config=config, result=result, base=marker.facts["base"], links=links, earlier=earlier,
+        facts=marker.facts,
+    )  # fmt: skip
 
 
 def _result(folder: Path, marker: Marker) -> dict[str, Any]:
@@ -132,21 +144,20 @@ def _result(folder: Path, marker: Marker) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes()))
 
 
-def _link(folder: Path, row: dict[str, Any]) -> SavedLink:
+def _link(folder: Path, below: str, row: dict[str, Any]) -> SavedLink:
     link = SavedLink(
-        path=folder / "chain" / f"link-{row['link']:04d}",
+        path=folder / below / f"link-{row['link']:04d}",
         lora_rank=row["lora_rank"],
         alpha=row["lora_alpha"],
         layers=row["layers"],
     )
+    remedy = _COPIES if below == "chain" else _SOURCE
     if not link.file.is_file():
-        raise UserError(
-            f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing; its checkpoints hold a copy: "
-            "remove result.json, and the run's own command goes on from there"
-        )
-    _check_file(link.file, row["sha256"], "the link that the run tied")
-    _check_file(link.path / "adapter_config.json", row["config_sha256"], "what the run wrote of this link")
+        raise UserError(f"{folder} lacks {link.path.relative_to(folder)}: a link of the chain is missing; {remedy}")
+    _check_file(link.file, row["sha256"], "the link that the run tied", remedy)
+    _check_file(link.path / "adapter_config.json", row["config_sha256"], "what the run wrote of this link", remedy)
     said = json.loads((link.path / "adapter_config.json").read_bytes())
+    link = replace(link, transposed=bool(said.get("fan_in_fan_out")))
     if [said.get(key) for key in ("r", "lora_alpha", "target_modules")] != [link.lora_rank, link.alpha, link.layers]:
         raise UserError(
             f"{link.path / 'adapter_config.json'} and {folder / NAME} contradict each other: one was changed"
@@ -154,12 +165,9 @@ def _link(folder: Path, row: dict[str, Any]) -> SavedLink:
     return link
 
 
-def _check_file(path: Path, digest: str, what: str) -> None:
+def _check_file(path: Path, digest: str, what: str, remedy: str = _COPIES) -> None:
     if not path.is_file() or sha256_of(path) != digest:
-        raise UserError(
-            f"{path} is not {what}: it has changed; its checkpoints hold a copy: remove result.json, and the run's "
-            "own command goes on from there"
-        )
+        raise UserError(f"{path} is not {what}: it has changed; {remedy}")
 
 
 def is_run(folder: Path) -> bool:

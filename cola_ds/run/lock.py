@@ -14,13 +14,13 @@ import json
 import os
 import socket
 import stat
-import sys
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.config.parsing import parse_json
 from cola_ds.errors import UserError, cut, first_line
 
@@ -145,12 +145,7 @@ class RunLock:
         while not self._released.wait(RENEWED_EVERY_S):
             with contextlib.suppress(OSError):
                 if _read(self.path) != self._content.encode():
-                    with contextlib.suppress(OSError):
-                        print(
-                            f"cola-ds: {self.path} was taken over by another run: this one ends",
-                            file=sys.stderr,
-                            flush=True,
-                        )
+                    notices.error(f"cola-ds: {self.path} was taken over by another run: this one ends")
                     if lost:
                         lost(3)
                     return

@@ -30,12 +30,13 @@ from cola_ds.errors import UserError
 from cola_ds.run.atomic import scratch_beside, write_atomically
 
 NAME = "run.json"
+LOG = "log.txt"
 _VERSION = 1
 _MOST_BYTES = 2**26
 CHECKPOINT_FILE = re.compile(r"(state|manifest)\.json|(trained-\d{5}|shard-\d{5}-\d{5}|link-\d{4}|random)\.safetensors")
 _OWN = re.compile(
-    r"(run\.yaml|(environment|result|deepspeed)\.json|(metrics|evals|knots|links|watch|events)\.jsonl"
-    r"|chain/link-\d{4}/adapter_(config\.json|model\.safetensors)"
+    r"(run\.yaml|log\.txt|(environment|result|deepspeed)\.json|(metrics|evals|knots|links|watch|events)\.jsonl"
+    r"|(chain|earlier)/link-\d{4}/adapter_(config\.json|model\.safetensors)"
     rf"|checkpoints/(latest|best|step-\d{{8,}}/({CHECKPOINT_FILE.pattern}))"
     r"|model/(?!\.\.?(/|$))[^/\0]+(/[^/\0]+\.jinja)?)"
 )
@@ -55,6 +56,13 @@ class _Link(BaseModel):
     config_sha256: str
 
 
+class _EarlierLink(_Link):
+    """A link that was tied before the run's own."""
+
+    stands_for: int = Field(default=1, ge=1)
+    """Links that were drawn for it."""
+
+
 class _Identity(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -72,6 +80,9 @@ class _Facts(BaseModel):
     config: dict[str, Any] = {}
     base: str = ""
     base_links: list[str] | None = None
+    """SHA-256 of what is tied to the base before the run's own links, as it lay where the config named it."""
+    earlier: list[_EarlierLink] = []
+    """The run's own copies of that; an evaluation has none."""
     identity: _Identity = _Identity()
     links: list[_Link] = []
     model: dict[str, str] = {}
@@ -165,7 +176,7 @@ class Marker:
 
     def clear_scratch(self) -> None:
         """Remove what was being written when a process died."""
-        for parent in (self.folder, self.folder / "checkpoints", self.folder / "chain"):
+        for parent in (self.folder, *(self.folder / name for name in ("checkpoints", "chain", "earlier"))):
             for path in () if parent != self.folder and parent.is_symlink() else parent.glob(f".{self.id}-*"):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cola_ds import notices
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
 from cola_ds.errors import UserError
@@ -60,7 +61,8 @@ def write_model_folder(model: nn.Module, base: ModelConfig, out: Path, state: di
     said = bare.generation_config
     bare.generation_config = GenerationConfig()  # the base's may be one that cannot be saved
     try:
-        bare.save_pretrained(out, state_dict=state)
+        with notices.of_transformers("writing the model", "file"):
+            bare.save_pretrained(out, state_dict=state)
     finally:
         bare.generation_config = said
     for name in ("config.json", "generation_config.json"):
@@ -87,7 +89,8 @@ def _all_files(base: ModelConfig) -> Path:
         return Path(base.path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=list(_KEPT)))
+    with notices.waiting(f"fetching {base.path}"):
+        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=list(_KEPT)))
 
 
 def _set_dtype(path: Path, name: str) -> None:

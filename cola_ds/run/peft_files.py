@@ -16,6 +16,8 @@ from cola_ds.config.schema import RunConfig
 
 PREFIX = "base_model.model."
 """What stands before the names in a file."""
+BASE = "cola_ds.json"
+"""A file beside an exported adapter: the fingerprint of its base model, whose name may be anything."""
 _A, _B, _BIAS = ".lora_A.weight", ".lora_B.weight", ".base_layer.bias"
 
 
@@ -40,9 +42,11 @@ def layers_of(names: Iterable[str]) -> list[str]:
 
 
 def adapter_files(
-    config: RunConfig, lora_rank: int, alpha: float, layers: list[str], tensors: dict[str, Tensor]
-) -> dict[str, bytes]:
-    """The files of a PEFT adapter of the run's base model, by name: A, B and trained biases of the layers."""
+    config: RunConfig, lora_rank: int, alpha: float, layers: list[str], tensors: dict[str, Tensor], transposed: bool = False,
+    bias: str | None = None,
+) -> dict[str, bytes]:  # fmt: skip
+    """The files of a PEFT adapter of the run's base model, by name: A, B and trained biases of the layers. `transposed`: their
+    weights are (in, out), as GPT-2's Conv1D has them. `bias`: what is said of the biases, where it is not the config's."""
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,7 +56,8 @@ def adapter_files(
         "lora_alpha": alpha,
         "lora_dropout": config.lora.dropout,
         "target_modules": layers,
-        "bias": config.lora.bias,
+        "bias": config.lora.bias if bias is None else bias,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
     named = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}

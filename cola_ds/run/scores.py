@@ -17,8 +17,8 @@ def score_objective(score: float) -> float:
 
 
 def as_dev(objective: float | None) -> float | None:
-    """An objective as the column dev of a CSV has it, the higher the better: a task's score, or the negative of a loss."""
-    return None if objective is None else -objective
+    """An objective as the column dev of a CSV has it: a task's score or a loss, of which the column metric says which it is."""
+    return None if objective is None else abs(objective)
 
 
 def show_dev(objective: float | None) -> str:

@@ -15,11 +15,14 @@ from cola_ds.config.inputs import files_of, named_file
 from cola_ds.config.keys import flat_keys, is_free, is_per_run, names_file
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, inline
+from cola_ds.notices import GOING
 from cola_ds.run.learnt import is_run, read_learnt, run_config
+from cola_ds.run.marker import LOG
 from cola_ds.run.scores import loss_objective, score_objective
 
 LOG_MARK = "cola-ds sweep: "
 """What a sweep's own lines in a run's log begin with: the command of each start, and the exit status that it ended with."""
+_FAILED = "training failed: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +127,12 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
         if result["scores"].get("loss", 0.0) is None:  # as JSON has it, which knows no NaN
             return Outcome(folder=folder, seed=seed, state="diverged", why="its held-out loss is not finite")
         return Outcome(folder=folder, seed=seed, state="finished", result=result)
+    failure = _failure_of(folder) if status is None and is_run(folder) else None
+    if failure is not None:  # of a run without a sweep
+        status, said = 3, failure
     if status in (None, 75):
         return Outcome(folder=folder, seed=seed, state="stopped" if is_run(folder) else "missing")
-    diverged = said.startswith("training failed: ") and "finite" in said
+    diverged = said.startswith(_FAILED) and "finite" in said
     why = inline(f"status {status}: {said}", 400)
     return Outcome(folder=folder, seed=seed, state="diverged" if diverged else "failed", why=why)
 
@@ -136,6 +142,13 @@ def _text_of(log: Path) -> str:
         return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     except OSError:
         return ""
+
+
+def _failure_of(folder: Path) -> str | None:
+    """How training failed in the last start that the run's own log has; None where it did not."""
+    started = _text_of(folder / LOG).rpartition("\n== ")[2]
+    found = re.findall(rf"^cola-ds: ({_FAILED}.*)$", started, re.MULTILINE)
+    return str(found[-1]) if found else None
 
 
 def _marks(log: Path) -> list[str]:
@@ -154,9 +167,10 @@ def _last_start(log: Path) -> tuple[int | None, str]:
     printed = lines[marks[-2] + 1 if len(marks) > 1 else 0 : marks[-1]]
     spoken = [re.search("cola-ds: (.*)", line) for line in printed]  # perhaps behind a progress bar
     said = [found[1] for found in spoken if found]
-    failures = [line for line in said if line.startswith("training failed: ")]  # other processes may speak after it
+    failures = [line for line in said if line.startswith(_FAILED)]  # other processes may speak after it
     traces = [i for i, line in enumerate(printed) if line.endswith("Traceback (most recent call last):")]
     if traces and not failures and not any(spoken[traces[-1] :]):
         raised = (line for line in printed[traces[-1] + 1 :] if line and not line.startswith(" "))
         said = [next(raised, "a traceback that was cut off")]
-    return int(ended[1]), (failures or said or [line for line in printed if line] or ["it said nothing"])[-1]
+    others = [line for line in printed if line and not line.startswith(GOING)]
+    return int(ended[1]), (failures or said or others or ["it said nothing"])[-1]

@@ -34,7 +34,8 @@ _NOT_TRAINED = ("zero-shot", "icl")
 _MOST_RUNS = 10_000  # of a sweep: more than anyone waits for
 _MOST_VALUES = 1000  # of a key of the grid
 _LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255
-_OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
+OWN_KEYS = {"run.dir": "dir", "run.seed": "seeds"}
+"""Keys of a run that a sweep sets by itself, and what it takes them from."""
 Overrides = dict[str, Any]
 
 
@@ -98,11 +99,12 @@ def command_words(text: str) -> list[str]:
 class Sweep(BaseModel):
     """The schema of a sweep's YAML. Paths in it are relative to the working directory."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     base: str = Field(min_length=1)
     """The YAML of a run: what all runs have in common."""
     dir: str = Field(min_length=1)
+    """The sweep's folder; its runs lie below it."""
     tasks: Annotated[list[str] | dict[str, Overrides | None], BeforeValidator(_tasks)]
     """Values of data.task, or by name what differs from the base; data.task is the name unless that says otherwise."""
     methods: Annotated[dict[str, Overrides | None], BeforeValidator(_methods), Field(min_length=1)]
@@ -111,9 +113,10 @@ class Sweep(BaseModel):
     grid: dict[str, Annotated[list[Any] | Literal["paper"], BeforeValidator(_values)]] = {}
     """By key, the values to search; a key that a task or a method sets is not searched there."""
     seeds: Annotated[list[int], BeforeValidator(_seeds)]
+    """Values of run.seed that each task and method is run with."""
     search_seeds: Annotated[list[int] | Literal["all"] | None, BeforeValidator(_seeds)] = None
     """What the grid is searched with; null: the first of the seeds."""
-    launcher: Annotated[str | None, BeforeValidator(_launcher)] = None
+    launcher: Annotated[str | None, Field(min_length=1), BeforeValidator(_launcher)] = None
     """A command that runs a run's YAML, such as ./launch/local.sh {run} 2; {run} stands for that file."""
 
     def task_overrides(self) -> dict[str, Overrides]:
@@ -245,8 +248,8 @@ def _check_keys(path: str, here: Overrides, common: list[str], grid: dict[str, A
             raise UserError(
                 f"{path}: {key} is a section: write its keys as {key}.{next(iter(keys_of([key])))}, with a dot"
             )
-        if key in _OWN_KEYS:
-            raise UserError(f"{path}: {key} is set by the sweep: say {_OWN_KEYS[key]} instead")
+        if key in OWN_KEYS:
+            raise UserError(f"{path}: {key} is set by the sweep: say {OWN_KEYS[key]} instead")
         if names_file(key) and key in grid:  # a point is named by its values
             raise UserError(f"{path}: grid: {key} is nothing to search: make each of its values a task or a method")
     for key in common:

@@ -21,13 +21,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.config.inputs import named_file
 from cola_ds.config.keys import names_file
 from cola_ds.config.loading import apply_override
 from cola_ds.config.parsing import dump_yaml
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed.signals import STOPPING
-from cola_ds.errors import UserError, cut
+from cola_ds.errors import UserError, counted, cut
 from cola_ds.run.scores import show_dev
 from cola_ds.sweep.groups import write_groups
 from cola_ds.sweep.outcomes import LOG_MARK
@@ -185,7 +186,7 @@ def run_one(plan: Plan, index: int, launcher: str | None) -> int:
     if not (Path(plan.sweep.dir) / "sweep.json").exists():  # an array's task may be of an older sweep than the folder's
         _write_sweep_json(plan)
     if run.is_done(point):
-        print(f"{run.name(point)}: finished already")
+        notices.result(f"{run.name(point)}: finished already")
         return 0
     return _print_outcome(run, point, runner.run(run, point))
 
@@ -205,17 +206,20 @@ def run_all(plan: Plan, launcher: str | None) -> int:
         if run.is_done(point):
             before += 1
             continue
-        print(f"[{run.index + 1} of {len(plan.runs)}] {run.name(point)}", flush=True)
+        notices.line(f"[{run.index + 1} of {len(plan.runs)}] {run.name(point)}")
         status = 75 if runner.stopped else runner.run(run, point)
         if status == 75:
-            print(f"cola-ds: stopped at {run.name(point)}; the same command goes on from there", file=sys.stderr)
+            notices.error(f"cola-ds: stopped at {run.name(point)}; the same command goes on from there")
             return 75
         if _print_outcome(run, point, status):
             failed.append(f"{run.place(point)}: {run.outcome(point).why}")
     done = len(plan.runs) - len(failed) - len(waiting)
-    print(f"{done} of {len(plan.runs)} runs have finished, {before} of them before; cola-ds report {plan.sweep.dir}")
+    notices.result(
+        f"{done} of {counted(len(plan.runs), 'run')} {'has' if done == 1 else 'have'} finished, {before} of them before; "
+        f"cola-ds report {plan.sweep.dir}"
+    )
     for line in [f"failed: {line}" for line in failed] + [f"not run: {line}" for line in waiting]:
-        print(f"cola-ds: {line}", file=sys.stderr)
+        notices.error(f"cola-ds: {line}")
     return 1 if failed or waiting else 0
 
 
@@ -225,8 +229,8 @@ def _print_outcome(run: Run, point: str, status: int) -> int:
     if outcome.state == "finished":
         dev = f"dev {show_dev(outcome.objective)}, " if outcome.objective is not None else ""
         test = f"test {100 * outcome.test:.2f}, " if outcome.is_task else ""
-        print(f"{run.name(point)}: {dev}{test}{outcome.result['wall_time_s']:.0f} s", flush=True)
+        notices.result(f"{run.name(point)}: {dev}{test}{outcome.result['wall_time_s']:.0f} s")
         return status
     log = run.place(point).with_name(run.place(point).name + ".log")
-    print(f"cola-ds: {run.name(point)}: {outcome.why or outcome.state}; its log is {log}", file=sys.stderr, flush=True)
+    notices.error(f"cola-ds: {run.name(point)}: {outcome.why or outcome.state}; its log is {log}")
     return status or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, counted
 from cola_ds.sweep.groups import Group
 from cola_ds.sweep.outcomes import Outcome
 
@@ -34,7 +34,11 @@ def choose(group: Group) -> Choice:
     states = [outcome.state for outcomes in searched.values() for outcome in outcomes]
     waiting = sum(state not in ("finished", "diverged") for state in states)
     if waiting:
-        return Choice(None, None, f"{waiting} of {len(states)} runs of its search have not finished")
+        return Choice(
+            None,
+            None,
+            f"{waiting} of {counted(len(states), 'run')} of its search {'has' if waiting == 1 else 'have'} not finished",
+        )
     means = {
         point: statistics.mean(map(_objective_of, outcomes))
         for point, outcomes in searched.items()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.config.schema import RunConfig
-from cola_ds.data.tokenize import TELLS_EVERY_S, Found, tokenize
+from cola_ds.data.tokenize import Found, tokenize
 from cola_ds.distributed import signals, watchdog
 from cola_ds.distributed.launcher import Process
 from cola_ds.distributed.session import joined
@@ -68,6 +67,8 @@ def run_config(
     """Run a config to its end, or what is left of it. Collective. `end` ends this process, where another one died or hangs;
     with `frees`, engine and model are gone afterwards."""
     quiet_libraries(process)
+    if process.rank == 0:
+        notices.begin_log()
     checked = check(config)
     model = checked.config.model
     prepared = None
@@ -93,7 +94,7 @@ def run_config(
     )
     prepared = settle_engine(prepared, collectives.hosts(), collectives.least_memory)
     if process.rank == 0:
-        print(summarize(prepared, process.world_size), flush=True)
+        tell(summarize(prepared, process.world_size))
     ran = run_prepared(prepared, process, options, frees)
     folder = Path(config.run.dir)
     result = collectives.broadcast_object(
@@ -103,21 +104,14 @@ def run_config(
     watchdog.leave(0)
     collectives.destroy_process_group()
     if process.rank == 0:
-        print(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}", flush=True)
+        notices.result(f"{'done' if ran else 'this run is finished already'}: {config.run.dir}")
     return RunResult(folder, ran, result)
 
 
 def _tokenize(checked: Checked) -> Found:
-    """By this process alone, which says every half minute how far it is."""
-    begun = said = time.monotonic()
-
-    def progress(rows: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > TELLS_EVERY_S:
-            said = time.monotonic()
-            print(f"cola-ds: tokenizing: {rows:,} rows after {said - begun:.0f} s", file=sys.stderr, flush=True)
-
-    return tokenize(checked.config.data, checked.tokenizer, checked.config.model, progress=progress)
+    """By this process alone, which says how far it is."""
+    with notices.Progress("tokenizing", "row") as progress:
+        return tokenize(checked.config.data, checked.tokenizer, checked.config.model, progress=progress.at)
 
 
 def describe(config: RunConfig, process: Process, world_size: int) -> str:
@@ -132,17 +126,30 @@ def describe(config: RunConfig, process: Process, world_size: int) -> str:
 def check_folder(config: RunConfig) -> None:
     """Raise UserError for a run folder that cannot be written, or that holds one of the run's inputs."""
     data = config.data
-    inputs = [config.model.path, *filter(None, (config.model.links, data.dir)), *data.local_names]
+    inputs = [config.model.path, *filter(None, (config.model.links, config.model.adapter, data.dir)), *data.local_names]
     RunDir(config.run.dir).check_inputs(inputs)
 
 
+def tell(summary: str) -> None:
+    """A run's summary; with --quiet the warnings in it alone."""
+    notices.line(summary)
+    for line in summary.splitlines() if notices.is_quiet() else ():
+        if line.startswith("warning "):
+            notices.warning(line.removeprefix("warning ").lstrip())
+
+
 def quiet_libraries(process: Process) -> None:
-    """One progress bar from one process: the libraries' own bars and notices stay away."""
+    """One progress bar from one process: the libraries' own bars and notices stay away, but for the bars of what is fetched;
+    with --quiet these, too. Warnings of theirs come from one process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
+    import huggingface_hub
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    if process.rank == 0 and notices.at_terminal() and not notices.is_quiet():  # what is fetched may take an hour
+        huggingface_hub.utils.enable_progress_bars()
+        datasets.enable_progress_bars()
     if process.rank != 0:
         transformers.utils.logging.set_verbosity_error()

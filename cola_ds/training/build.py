@@ -6,8 +6,9 @@ import time
 
 import torch
 
+from cola_ds.checkpoint.decide import check_base_links
 from cola_ds.checkpoint.format import Checkpoint
-from cola_ds.checkpoint.restore import restore_model, tie_run
+from cola_ds.checkpoint.restore import restore_model
 from cola_ds.config.schema import RunConfig
 from cola_ds.data.batcher import Batcher
 from cola_ds.distributed import accelerator, collectives, compilation
@@ -24,6 +25,7 @@ from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.folder import RunDir
 from cola_ds.run.model_files import weight_files
 from cola_ds.run.model_folder import model_folder
+from cola_ds.training.earlier import tie_earlier
 from cola_ds.training.kernels import use_kernels
 from cola_ds.training.metrics import MetricLogger
 from cola_ds.training.optim import optimizer_of
@@ -64,12 +66,13 @@ def build_chain(
         inject(model, prepared.targets, config.lora.dropout, train_bias=config.lora.bias == "lora_only")
     else:
         model.requires_grad_(config.method == "full")
-    if config.model.links is not None:
-        tie_run(model, config.model.links, base, reads=process.rank == 0)
+    before, earlier = 0, None
+    if config.has_earlier:
+        before, earlier = tie_earlier(model, config, base, prepared.targets, state.remainders, reads=process.rank == 0)
     if restored:
-        restore_model(model, config, state.link, found, state.remainders, state.earlier, process)
+        restore_model(model, config, state.link, found, state.remainders, state.earlier, process, before)
     elif config.trains_lora:
-        begin_link(model, config, 1, accelerator.device())
+        begin_link(model, config, 1, accelerator.device(), before)
     if compiles:
         compilation.compile_blocks(model)
     engine = build_engine(model, prepared.engine_config, optimizer_of(config.optim, model))
@@ -83,8 +86,9 @@ def build_chain(
     watched = None if data is None else Batcher(data, process.rank, process.world_size, joined=joined)
     steps = step_plan.total_steps if config.trains else 0
     return Chain(
-        config=config, base=base, step_plan=step_plan, engine=engine, engine_config=prepared.engine_config,
-        world_size=process.world_size, train=train, held_out=held_out, watched=watched, test=prepared.test,
+        config=config, base=base, earlier=earlier, drawn_before=before, step_plan=step_plan, engine=engine,
+        engine_config=prepared.engine_config, world_size=process.world_size,
+        train=train, held_out=held_out, watched=watched, test=prepared.test,
         tokenizer=prepared.tokenizer, folder=folder, state=state, in_nodes=nodes is not None, restored=restored,
         loaded=_loaded(config, loading_s) if folder else {},
         logger=MetricLogger(folder, Monitor(prepared.engine_json), steps, config.run.log_every_steps),
@@ -105,4 +109,6 @@ def _checked_model(config: RunConfig, found: Checkpoint | None) -> str:
             f"model.path {config.model.path} is not the base model of {found.path}: its fingerprint is {model[:16]}, the "
             f"checkpoint's is {found.state.model[:16]} (the run began with {found.state.config['model']['path']})"
         )
+    if found:
+        check_base_links(config, found.state.base_links, f"{found.path} was written")
     return model

@@ -84,6 +84,7 @@ def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor)
             with gathered([layers[name].weight]):
                 if collectives.falls_to_this_process(numbers[name]):
                     weight = layers[name].weight.detach()
+                    weight = weight.T if layers[name].transposed else weight  # (out, in)
                     held = name, weight.to(accelerator.device(), torch.float64, copy=True)
         if held:
             which, tuned = held

@@ -17,6 +17,7 @@ from cola_ds.errors import TrainingFailedError
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import frozen_factors, lora_layers, set_scaling
 from cola_ds.lora.starts import begin_link
+from cola_ds.lora.targets import any_transposed
 from cola_ds.lora.tie import TiedLink, link_is_finite, restart_link, tie_link
 from cola_ds.training.diagnostics import diagnose
 from cola_ds.training.optim import optimizer_of
@@ -93,8 +94,10 @@ def _write_link(chain: Chain, tied: TiedLink) -> None:
     state, folder = chain.state, chain.folder
     if folder is None:
         return
+    model = chain.engine.module
+    layers = list(lora_layers(model))
     try:
-        digest = folder.write_link(chain.config, state.link, list(lora_layers(chain.engine.module)), tied.tensors)
+        digest = folder.write_link(chain.config, state.link, layers, tied.tensors, any_transposed(model, layers))
     except OSError as error:
         raise TrainingFailedError(
             f"link {state.link} cannot be written: {error.strerror} ({folder.link_path(state.link).parent}); once it can, "
@@ -132,10 +135,11 @@ def extend_chain(chain: Chain) -> float:
     in_place = before == after
     if in_place:
         restart_link(
-            model, link, config.alpha_of(link), config.run.seed, config.lora.init, config.lora_trains[link - 1]
-        )
+            model, chain.drawn_before + link, config.alpha_of(link), config.run.seed, config.lora.init,
+            config.lora_trains[link - 1],
+        )  # fmt: skip
     else:
-        begin_link(model, config, link, accelerator.device())
+        begin_link(model, config, link, accelerator.device(), chain.drawn_before)
         chain.engine = rebuild_engine(chain.engine, chain.engine_config, optimizer_of(config.optim, model))
         chain.engine.train()
     moved = place_start(chain, link)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from cola_ds import notices
 from cola_ds.data.batch import StepExamples
 from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.monitor import Monitor
@@ -31,9 +31,12 @@ class MetricLogger:
     def __init__(self, folder: RunDir | None, monitor: Monitor, total_steps: int, log_every_steps: int):
         """`folder` is None on every process but 0."""
         self.folder, self.monitor, self.log_every_steps = folder, monitor, log_every_steps
-        every_s = 0.5 if sys.stderr.isatty() else 30  # a job's log is no place for ten lines a second
-        shown = folder is not None and total_steps > 0
-        self.bar = tqdm(total=total_steps, unit="step", disable=not shown, dynamic_ncols=True, mininterval=every_s)
+        self.speaks = folder is not None and total_steps > 0
+        self.bar = notices.bar(total=total_steps, unit="step", mininterval=0.5) if self.speaks else None
+        self.total_steps, self.steps, self._begun_at = total_steps, 0, 0
+        self._begun = self._said = time.monotonic()
+        self.in_short = ""
+        """What the last row has found."""
         self.work: Callable[[int, StepExamples], float] | None = None
         """FLOPs that a step of a link needs, per device (work.py); None: not known."""
         self.peak_tflops: float | None = None
@@ -66,15 +69,17 @@ class MetricLogger:
         # Of steps that a checkpoint does not say it of, it stays unknown.
         self._flops = math.nan if state["flops"] is None and state["steps"] else state["flops"] or 0.0
         self._move(step)
+        self._begun_at = step
 
     def say(self, message: str) -> None:
         """One line, from process 0."""
         if self.folder:
-            self._print(f"cola-ds: {message}", sys.stderr)
+            notices.notice(message)
 
-    def _print(self, line: str, file: Any = None) -> None:
-        with contextlib.suppress(OSError, ValueError):  # full, or closed
-            self.bar.write(line, file=file)
+    def warn(self, message: str) -> None:
+        """One line, from process 0, of what may have been meant otherwise."""
+        if self.folder:
+            notices.warning(message)
 
     def figure(self, name: str, find: Callable[[], T]) -> T | None:
         """What `find` returns: a figure that is only reported. Whatever keeps it from being found costs that figure alone: it is
@@ -82,7 +87,7 @@ class MetricLogger:
         try:
             return find()
         except Exception as error:
-            self.say(f"warning: no {name}: {first_line(error)}")
+            self.warn(f"no {name}: {first_line(error)}")
             self.event("no figure", figure=name, reason=first_line(error))
             return None
 
@@ -92,8 +97,19 @@ class MetricLogger:
             self.folder.event(what, **facts)
 
     def _move(self, steps: int) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.update(steps)
+        """So many steps more are done: the bar moves, or, where there is none, a line every half minute says how far it is."""
+        self.steps += steps
+        if self.bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.update(steps)
+        now = time.monotonic()
+        if self.speaks and not notices.at_terminal() and now - self._said > notices.TELLS_EVERY_S:
+            self._said = now
+            step_s = (now - self._begun) / max(1, self.steps - self._begun_at)
+            left = datetime.timedelta(seconds=round((self.total_steps - self.steps) * step_s))
+            notices.going(
+                f"step {self.steps} of {self.total_steps}, {left} left at {step_s:.3g} s a step{self.in_short}"
+            )
 
     def _seconds(self) -> float:
         """What the steps since the last row have taken."""
@@ -156,7 +172,10 @@ class MetricLogger:
                 **speed,
             }
             self.folder.append("metrics.jsonl", row)
-        self.bar.set_postfix_str(f"loss {mean_loss:.4f}, link {where['link']}, {_in_short(speed)}", refresh=False)
+        found = f"loss {mean_loss:.4f}, link {where['link']}, {_in_short(speed)}"
+        self.in_short = f"; {found}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(found, refresh=False)
         self.monitor.write(
             where["step"], {"Train/loss": mean_loss, "Train/lr": facts["lr"], "Train/link": where["link"]}
         )
@@ -172,8 +191,8 @@ class MetricLogger:
             seconds = f"tied in {row['tie_s']:.2f} s"
             if row["rebuild_s"] is not None:
                 seconds += f", rebuilt in {row['rebuild_s']:.2f} s"
-            self._print(
-                f"knot: link {row['link']} (rank {row['lora_rank']}) tied at step {row['step']}: "
+            notices.line(
+                f"knot: link {row['link']} (LoRA rank {row['lora_rank']}) tied at step {row['step']}: "
                 f"|delta| {row['delta_norm']:.4g}, loss {row['loss_before']:.4f} -> {row['loss_after']:.4f}, {seconds}"
             )
         self.restart_clock()
@@ -188,7 +207,7 @@ class MetricLogger:
             scalars = {f"Eval/{found.split}_{found.metric}": found.score}
         if self.folder:
             self.folder.append("evals.jsonl", {**where, **asdict(found)})
-            self._print(line)
+            self._found(line)
         self.monitor.write(where["step"], scalars)
         self.restart_clock()
 
@@ -196,14 +215,22 @@ class MetricLogger:
         """Take the loss on data.watch."""
         if self.folder:
             self.folder.append("watch.jsonl", {**where, **asdict(found)})
-            self._print(f"watched at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}")
+            self._found(f"watched at step {where['step']}: loss {found.loss:.4f}, perplexity {found.perplexity:.2f}")
         self.monitor.write(where["step"], {"Watch/loss": found.loss, "Watch/perplexity": found.perplexity})
         self.restart_clock()
 
     def close(self) -> None:
         """Take the bar down."""
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        bar, self.bar = self.bar, None
+        if bar is not None:
+            notices.close_bar(bar)
+
+    def _found(self, line: str) -> None:
+        """What an evaluation has found: on the way of a training run, or what the command is for."""
+        if self.speaks:
+            notices.line(line)
+        else:
+            notices.result(line)
 
 
 def _in_short(speed: Mapping[str, float]) -> str:

@@ -65,11 +65,13 @@ def _make_orthogonal(chain: Chain, link: int) -> None:
 def _of_weights(chain: Chain, link: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """The leading singular directions of each layer's weight, as it is: U, S, V."""
     for name, layer in lora_layers(chain.engine.module).items():
-        Q = orthonormal(times(layer.weight, _sketch(chain, link, name, layer)))
-        Z = transposed_times(layer.weight, Q)
+        # W^T lies where W is (in, out): each product is the other one then.
+        by, by_transposed = (transposed_times, times) if layer.transposed else (times, transposed_times)
+        Q = orthonormal(by(layer.weight, _sketch(chain, link, name, layer)))
+        Z = by_transposed(layer.weight, Q)
         for _ in range(_WEIGHT_ROUNDS):
-            Q = orthonormal(times(layer.weight, orthonormal(Z)))
-            Z = transposed_times(layer.weight, Q)
+            Q = orthonormal(by(layer.weight, orthonormal(Z)))
+            Z = by_transposed(layer.weight, Q)
         yield name, *singular(Q, Z)
 
 

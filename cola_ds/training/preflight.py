@@ -18,7 +18,7 @@ from cola_ds.config.schema import RunConfig
 from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.data.text import TokenizedData
 from cola_ds.distributed import collectives
-from cola_ds.errors import UserError
+from cola_ds.errors import UserError, counted
 from cola_ds.run import lock
 from cola_ds.run.environment import version_of
 from cola_ds.training.prepared import Prepared
@@ -82,7 +82,7 @@ def _facts(prepared: Prepared) -> dict[str, str]:
 
 
 def _describe(data: TokenizedData | TaskData | None, fingerprint: str | None) -> str:
-    return "none" if data is None or fingerprint is None else f"{len(data)} examples ({fingerprint[:8]})"
+    return "none" if data is None or fingerprint is None else f"{counted(len(data), 'example')} ({fingerprint[:8]})"
 
 
 def check_shared(folder: Path) -> None:

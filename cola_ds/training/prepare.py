@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cola_ds import notices
 from cola_ds.config.deepspeed_json import complete, read_engine_config
 from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.config.steps import resolve
@@ -23,10 +24,12 @@ from cola_ds.data.tokenize import Found, check_sources, tokenize
 from cola_ds.data.tokenizer import load_tokenizer
 from cola_ds.errors import UserError, cut, first_line
 from cola_ds.evaluation.attention import VARLEN, check_anywhere, choose_attention, shown_name, transformers_name
-from cola_ds.lora.layers import find_targets
 from cola_ds.lora.starts import check_starts
+from cola_ds.lora.targets import find_targets
+from cola_ds.run.earlier import find_earlier
 from cola_ds.run.model_files import check_folder
 from cola_ds.run.model_folder import check_no_adapter
+from cola_ds.training.earlier import check_earlier
 from cola_ds.training.kernels import check_kernels
 from cola_ds.training.prepared import Checked, Described, Prepared
 from cola_ds.training.settle import UNKNOWN, settle_engine
@@ -38,7 +41,10 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     """Check the DeepSpeed JSON, model, targets and data, and derive the step_plan and the engine's sizes; all by this process,
     as if all of them were on this machine. Raises UserError. No weight is read."""
     checked = check(config)
-    prepared = with_data(checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model))
+    with notices.Progress("tokenizing", "row") as progress:
+        prepared = with_data(
+            checked, world_size, lambda: tokenize(config.data, checked.tokenizer, config.model, progress=progress.at)
+        )
     return settle_engine(prepared, [UNKNOWN] * world_size, partial(_memory_here, world_size))
 
 
@@ -57,6 +63,7 @@ def describe(config: RunConfig, weights: bool = False) -> Described:
     )
     skeleton = _skeleton_of(config.model)
     targets = find_targets(skeleton, config.lora.targets) if config.trains_lora else []
+    check_earlier(config, skeleton, find_earlier(config))
     check_starts(config, {name: skeleton.get_submodule(name) for name in targets})
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) else None

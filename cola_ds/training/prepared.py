@@ -14,6 +14,7 @@ from cola_ds.data.order import Order
 from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.data.text import TokenizedData
 from cola_ds.data.tokenize import Found
+from cola_ds.lora.targets import sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,6 @@ def count_adapters(prepared: Prepared | Described, link: int) -> int:
 
 def _factors(prepared: Prepared | Described, link: int, which: str) -> int:
     """Elements of A, of B, or of both, of all layers in `link`."""
-    layers = [prepared.skeleton.get_submodule(name) for name in prepared.targets]
-    width = sum(("A" in which) * layer.in_features + ("B" in which) * layer.out_features for layer in layers)
+    sizes = [sizes_of(prepared.skeleton.get_submodule(name)) for name in prepared.targets]
+    width = sum(("A" in which) * of_A + ("B" in which) * of_B for of_A, of_B in sizes)
     return prepared.config.lora_ranks[link - 1] * width

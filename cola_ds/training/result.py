@@ -41,7 +41,7 @@ def _write_result(chain: Chain, prepared: Prepared, folder: RunDir, more: dict[s
     try:
         folder.flush_rows()
     except OSError as error:
-        chain.logger.say(f"warning: the last rows of {folder.path} are not written: {error.strerror or error}")
+        chain.logger.warn(f"the last rows of {folder.path} are not written: {error.strerror or error}")
     result = {**_result(prepared, chain, folder), **more}
     folder.write_result(result)
     folder.event("finished", step=chain.state.step)

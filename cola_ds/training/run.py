@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 
+from cola_ds import notices
 from cola_ds.checkpoint.decide import ResumeOptions
 from cola_ds.distributed import signals
 from cola_ds.distributed.engine import free_engine
@@ -12,6 +14,7 @@ from cola_ds.distributed.launcher import Process
 from cola_ds.evaluation.attention import attention_of
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
+from cola_ds.run.log import RunLog, add_error
 from cola_ds.training.loop import run_chain
 from cola_ds.training.preflight import check_ranks_agree
 from cola_ds.training.prepared import Prepared
@@ -38,7 +41,11 @@ def run_prepared(prepared: Prepared, process: Process, options: ResumeOptions, f
         start = lock_and_choose(prepared, process, folder, lock, options)
         if start.finished:
             return False
+        path = Path(prepared.config.run.dir)
+        notices.keep_errors_in(lambda text: add_error(path, process.rank, text))
         chain = begin(prepared, process, folder, start, since)
+        if folder:
+            notices.keep_in(RunLog(folder, process.world_size).add)
         loading_s = time.perf_counter() - since
         prove(chain, prepared)
         if folder:

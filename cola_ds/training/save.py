@@ -49,7 +49,7 @@ def save_checkpoint(chain: Chain) -> bool:
     chain.logger.restart_clock()
     if wrong is None:
         return True
-    chain.logger.say(f"warning: no checkpoint at step {chain.state.step}: {wrong}")
+    chain.logger.warn(f"no checkpoint at step {chain.state.step}: {wrong}")
     if chain.config.checkpoint.on_error == "stop":
         raise TrainingFailedError(f"no checkpoint could be written at step {chain.state.step}: {wrong}")
     return False
@@ -202,6 +202,7 @@ def _state(chain: Chain, facts: RunFacts, unlogged: dict[str, Any]) -> SavedStat
         train=facts.identity.train,
         eval=facts.identity.eval,
         watch=facts.identity.watch,
+        base_links=facts.base_links,
         versions=facts.versions,
         world_size=chain.world_size,
         knots=list(chain.step_plan.knots),

@@ -24,6 +24,7 @@ from cola_ds.config.engine_sizes import (
 from cola_ds.config.schema import RunConfig
 from cola_ds.errors import UserError, cut
 from cola_ds.lora.remainders import remainder_dtype
+from cola_ds.lora.targets import is_linear, sizes_of
 from cola_ds.training.prepared import Described, Prepared, frozen_of_links, trained_of_links
 
 
@@ -133,9 +134,9 @@ def _shapes_of(prepared: Prepared | Described) -> Shapes:
     config, skeleton = prepared.config, prepared.skeleton
     parameters = list(skeleton.parameters())
     layers = [skeleton.get_submodule(name) for name in prepared.targets]
-    linear = [module for module in skeleton.modules() if isinstance(module, torch.nn.Linear)]
+    linear = [module for module in skeleton.modules() if isinstance(module, torch.nn.Linear) or is_linear(module)]
     vocabulary, hidden = skeleton.get_input_embeddings().weight.shape
-    largest = max((max(layer.in_features, layer.out_features) for layer in layers), default=0)
+    largest = max((max(sizes_of(layer)) for layer in layers), default=0)
     return Shapes(
         weights=tuple(p.numel() for p in parameters if p.dim() > 1),
         vectors=tuple(p.numel() for p in parameters if p.dim() < 2),
@@ -143,7 +144,7 @@ def _shapes_of(prepared: Prepared | Described) -> Shapes:
         trained=max(trained_of_links(prepared)) if config.trains else 0,
         frozen=max(frozen_of_links(prepared)),
         targets=sum(layer.weight.numel() for layer in layers),
-        width=sum(layer.in_features + layer.out_features for layer in linear),
+        width=sum(sum(sizes_of(layer)) for layer in linear),
         vocabulary=vocabulary,
         hidden=hidden,
         blocks=max(1, getattr(skeleton.config, "num_hidden_layers", None) or 1),
@@ -161,7 +162,7 @@ def remainder_bytes(prepared: Prepared, world_size: int) -> int:
 
 def bytes_a_remainder(config: RunConfig) -> int:
     """Of one element of a target weight; 0 where nothing is kept."""
-    if config.model.dtype == "fp32" or config.chain.length == 1:
+    if config.model.dtype == "fp32" or (config.chain.length == 1 and not (config.has_earlier and config.trains)):
         return 0
     weight = getattr(torch, DTYPES[config.model.dtype].torch_name)
     return remainder_dtype(weight, exact=config.chain.merge == "exact").itemsize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cola_ds.data.batch import StepExamples
-from cola_ds.errors import TrainingFailedError
+from cola_ds.errors import TrainingFailedError, counted
 from cola_ds.training.state import Chain, position
 
 
@@ -31,8 +31,9 @@ def check_skips(chain: Chain) -> None:
     """Raise TrainingFailedError when too many updates in a row, or all of a link, were left out."""
     state, most = chain.state, chain.config.optim.max_skips_in_a_row
     if state.skipped_in_a_row > most:
+        lost = counted(state.skipped_in_a_row, "update")
         raise TrainingFailedError(
-            f"{state.skipped_in_a_row} updates in a row were left out up to step {state.step}, as no loss or gradient was finite "
+            f"{lost} in a row left out up to step {state.step}, as no loss or gradient was finite "
             f"(optim.max_skips_in_a_row is {most}); lower optim.lr or look at the data"
         )
     if state.step == chain.step_plan.knots[state.link - 1] and state.skipped_in_link == chain.step_plan.link_steps(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, decided_knots, engine_facts, links_of
+from cola_ds.checkpoint.decide import ResumeOptions, check_fits, choose_start, decided_knots, engine_facts
 from cola_ds.checkpoint.format import Checkpoint, SavedState, hash_of
 from cola_ds.checkpoint.restore import restore_engine, restore_folder
 from cola_ds.config.steps import with_longest_chain
@@ -17,6 +17,7 @@ from cola_ds.distributed import accelerator, collectives
 from cola_ds.distributed.deepspeed_internals import end_process
 from cola_ds.distributed.devices import peak_tflops
 from cola_ds.distributed.launcher import Process
+from cola_ds.run.earlier import find_earlier
 from cola_ds.run.environment import describe_environment
 from cola_ds.run.folder import RunDir
 from cola_ds.run.lock import RunLock
@@ -36,6 +37,8 @@ class Start:
     saved: SavedState | None
     found: Checkpoint | None
     """The checkpoint itself, on process 0 alone."""
+    fresh: bool = False
+    """Whether nothing of an earlier run is kept: one that died before its first checkpoint has told why in its log."""
 
 
 def lock_and_choose(
@@ -54,7 +57,9 @@ def lock_and_choose(
             hashing=lambda paths: hashed_by_all([str(path) for path in paths]),
         )  # fmt: skip
         if config.trains and chosen != "finished":
-            folder.check_space(_space_needed(prepared, process.world_size))
+            earlier = find_earlier(config)
+            copies = earlier.size_bytes if earlier else 0
+            folder.check_space(_space_needed(prepared, process.world_size) + copies)
         return chosen if isinstance(chosen, str) else chosen.state.model_dump()
 
     answer = collectives.on_rank_0_with_all(choose, hash_of)
@@ -65,7 +70,7 @@ def lock_and_choose(
             saved.chain.decided = decided_knots(saved)
         step_plan = prepared.step_plan.deciding(config.chain, saved.chain.decided)
         check_fits(saved.knots, saved.chain.link, saved.chain.step, step_plan)
-    return Start(answer == "finished", saved, chosen if isinstance(chosen, Checkpoint) else None)
+    return Start(answer == "finished", saved, chosen if isinstance(chosen, Checkpoint) else None, options.fresh)
 
 
 def _space_needed(prepared: Prepared, world_size: int) -> int:
@@ -86,12 +91,13 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
     environment["zero_stage"] = prepared.engine_config["zero_optimization"]["stage"]
     environment["shards"] = "node" if prepared.nodes else "world"
     if folder:  # not before all that can be refused has been accepted
-        found = _write_down(chain, prepared, folder, found, environment)
+        found = _write_down(chain, prepared, folder, found, environment, keep_log=not start.fresh)
         what = "resumed" if saved else "started"
         folder.event(what, step=chain.state.step, world_size=process.world_size, hosts=hosts)
         folder.event("loaded", step=chain.state.step, **chain.loaded)
         chain.facts = RunFacts(
             config=prepared.config, identity=prepared.identity, model=chain.base,
+            base_links=folder.mine.facts["base_links"],
             versions={**environment["packages"], "cola_ds": environment["cola_ds"]},
             elapsed_s=saved.elapsed_s if saved else 0.0, since=since,
         )  # fmt: skip
@@ -117,21 +123,29 @@ def _measure(chain: Chain, prepared: Prepared, process: Process) -> None:
 
 
 def _write_down(
-    chain: Chain, prepared: Prepared, folder: RunDir, found: Checkpoint | None, environment: dict[str, Any]
-) -> Checkpoint | None:
+    chain: Chain, prepared: Prepared, folder: RunDir, found: Checkpoint | None, environment: dict[str, Any], keep_log: bool,
+) -> Checkpoint | None:  # fmt: skip
     """Make the folder the run's, as it was at the checkpoint. Returns the folder's own copy of that. On process 0 alone."""
     config = prepared.config
+    earlier = chain.earlier
     facts = {
-        "identity": dataclasses.asdict(prepared.identity), "base": chain.base, "base_links": links_of(config),
+        "identity": dataclasses.asdict(prepared.identity), "base": chain.base,
+        "base_links": None if earlier is None else earlier.hashes(),
         "chat_template": chat_template_of(config.data),
     }  # fmt: skip
     if found:
         if not folder.holds_a_run():
             folder.create(config, environment, facts)
         folder.forget_result()
+        if folder.mine.facts["base_links"] != facts["base_links"]:  # --resume from another run's checkpoint
+            folder.forget_earlier()
         folder.describe(config, environment, facts)
-        found = restore_folder(folder, config, prepared.targets, found)
+        found = restore_folder(folder, prepared.skeleton, config, prepared.targets, found)
+        if earlier is not None and not folder.keeps(earlier):
+            folder.write_earlier(earlier.made(config))
     else:
-        folder.create(config, environment, facts)
+        copies = earlier.made(config) if earlier is not None and config.trains else ()
+        folder.create(config, environment, facts, keep_log)
+        folder.write_earlier(copies)
     folder.keep_engine(engine_facts(prepared.engine_json))
     return found

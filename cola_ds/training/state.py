@@ -17,6 +17,7 @@ from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.distributed.engine import Engine
 from cola_ds.lora.remainders import Remainder
 from cola_ds.lora.tie import Links
+from cola_ds.run.earlier import Earlier
 from cola_ds.run.folder import RunDir
 from cola_ds.training.metrics import MetricLogger
 
@@ -71,6 +72,8 @@ class RunFacts:
     identity: Identity
     model: str
     """The base model's fingerprint."""
+    base_links: list[str] | None
+    """SHA-256 of what was tied to that before the run's own links."""
     versions: dict[str, str]
     elapsed_s: float
     """Seconds that earlier starts of the run took."""
@@ -85,6 +88,10 @@ class Chain:
     config: RunConfig
     base: str
     """The base model's fingerprint."""
+    earlier: Earlier | None = None
+    """What was tied to that before the chain's own links, if anything. On process 0 alone."""
+    drawn_before: int = 0
+    """How many links that were."""
     step_plan: StepPlan
     engine: Engine
     engine_config: dict[str, Any]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
-import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +11,10 @@ from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
+from cola_ds import notices
 from cola_ds.config.schema import DataConfig, ModelConfig
 from cola_ds.data.cache import HERE, cache_folder
-from cola_ds.data.tokenize import TELLS_EVERY_S, Found, open_found, tokenize
+from cola_ds.data.tokenize import Found, open_found, tokenize
 from cola_ds.distributed import collectives, watchdog
 from cola_ds.distributed.launcher import Process
 from cola_ds.errors import UserError
@@ -86,7 +85,7 @@ def _all_do(
     work: Callable[[Callable[[int], None], int], Found] | None, process: Process, share: int
 ) -> tuple[Found | None, list[dict[str, Any]]]:
     """What `work` finds, where this process has some; and where each process keeps it. Collective: all wait here, alive."""
-    rows, begun = 0, time.monotonic()
+    rows = 0
 
     def progress(done: int) -> None:
         nonlocal rows
@@ -95,16 +94,14 @@ def _all_do(
     pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
     try:
         future: Future[Found] | None = pool.submit(work, progress, share) if work else None
-        said = begun
-        while True:
-            watchdog.heartbeat("tokenizing")
-            if future is not None:
-                wait_for([future], timeout=_LOOKS_EVERY_S)
-            if all(collectives.all_gather_numbers(float(future is None or future.done()))):
-                break
-            if process.rank == 0 and time.monotonic() - said > TELLS_EVERY_S:
-                said = time.monotonic()
-                print(f"cola-ds: tokenizing: {rows:,} rows after {said - begun:.0f} s", file=sys.stderr, flush=True)
+        with notices.Progress("tokenizing", "row", shown=process.rank == 0) as told:
+            while True:
+                watchdog.heartbeat("tokenizing")
+                if future is not None:
+                    wait_for([future], timeout=_LOOKS_EVERY_S)
+                if all(collectives.all_gather_numbers(float(future is None or future.done()))):
+                    break
+                told.at(rows)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     found, answer = _outcome(future)

@@ -21,6 +21,7 @@ import numpy
 from torch import nn
 
 from cola_ds.data.batch import StepExamples
+from cola_ds.lora.targets import sizes_of
 from cola_ds.training.prepared import Described, Prepared
 
 
@@ -75,7 +76,7 @@ def link_work(prepared: Prepared | Described, lora_rank: int, train: str = "both
             raise ValueError(f"{name} ({type(module).__name__}) has weights that are no matrix")
         cost = sum(weight.numel() for weight in weights) * (6 if is_full else 4 if reached else 2)
         if name in targets:
-            factors = {"A": module.in_features, "B": module.out_features}
+            factors = dict(zip("AB", sizes_of(module), strict=True))
             cost += lora_rank * sum((6 if train in ("both", each) else 4) * size for each, size in factors.items())
             cost += 4 * lora_rank * sum(factors.values()) if started else 0
         if module is head:

@@ -32,14 +32,14 @@ from deepspeed.accelerator import get_accelerator
 from cola_ds.config.loading import load_config
 from cola_ds.config.schema import RunConfig
 from cola_ds.distributed import accelerator, collectives
-from cola_ds.distributed.launcher import identify
+from cola_ds.distributed.launcher import free_port, identify
 from cola_ds.run.folder import RunDir
 from cola_ds.training.build import build_chain
 from cola_ds.training.knot import batch_loss, extend_chain, last_batch, tie_knot
 from cola_ds.training.loop import train_step
 from cola_ds.training.prepare import prepare
 from cola_ds.training.state import Chain
-from tests.support.distributed import CountedCollectives, free_port
+from tests.support.distributed import CountedCollectives
 from tests.support.toys import REPOSITORY
 
 STEPS_PER_LINK = 4

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.runs import record, run_once, three_links, train_in
-from tests.support.toys import REPOSITORY, TOP_RUNG, rows
+from tests.support.toys import REPOSITORY, TOP_RUNG, rows, thorough
 
 SHARDED = str(REPOSITORY / "tests/support/zero3_sharded.json")
 
@@ -80,7 +80,7 @@ def test_in_every_precision_engine_and_optimizer(toy, whole, tmp_path, variant):
 @pytest.mark.parametrize(
     ("sizes", "stop", "variant"),
     [
-        *((sizes, 6, "fp32") for sizes in ((2, 1), (1, 2), (2, 4), (4, 2))),
+        *((sizes, 6, "fp32") for sizes in thorough([(2, 1), (2, 4)], [(1, 2), (4, 2)])),
         ((4, 1, 2), 3, "fp32"),
         ((4, 1, 2), 3, "top rung"),
     ],

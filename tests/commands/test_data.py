@@ -44,7 +44,7 @@ def test_counts(place, capsys):
     assert "lengths 7 to 64 tokens, median 13, mean 24.2" in text
     assert "7 - 12 1 " in text and "13 - 18 2 " in text
     assert "an example each, 37.9% of data.max_length 64 full; with data.packing=best_fit 2 rows of 64 tokens" in text
-    assert "duplicates 1 rows are there twice" in text
+    assert "duplicates 1 row there twice" in text
     assert re.search(r"cut 1 lost .*, too long for data.max_length", text)
     again = " ".join(said(capsys, "data.packing=best_fit").split())
     assert "(pairs, from the cache): 4 rows" in again
@@ -54,8 +54,8 @@ def test_counts(place, capsys):
 def test_what_is_left_out(place, capsys):
     text = " ".join(said(capsys, "data.too_long=drop", "data.duplicates=drop", "data.eval_examples=1").split())
     assert "left out 1: longer than data.max_length" in text
-    assert "duplicates 1 rows are there twice, and left out" in text
-    assert "held out 1 examples" in text or "held out 2 examples" in text
+    assert "duplicates 1 row there twice, and left out" in text
+    assert "held out 1 example" in text or "held out 2 examples" in text
     assert "eval source held out of data.train" in text
     assert text.count("examples 1:") == 2
 
@@ -95,7 +95,7 @@ def test_clean_removes_what_is_its_own(place, capsys):
     (place / "cache/mine").mkdir()
     (place / "cache/mine/notes").write_text("mine", encoding="utf-8")
     size = sum(path.stat().st_size for path in (place / "cache").rglob("*") if path.is_file()) - 4
-    assert said(capsys, "--clean") == f"removed 1 tokenized sources, {size:,} bytes, from {place / 'cache'}\n"
+    assert said(capsys, "--clean") == f"removed 1 tokenized source, {size:,} bytes, from {place / 'cache'}\n"
     assert sorted(path.name for path in (place / "cache").rglob("*")) == ["mine", "notes"]
     assert said(capsys, "--clean").startswith("removed 0 tokenized sources, 0 bytes")
 

@@ -70,7 +70,8 @@ def test_healthy(folder, tmp_path, world_size):
     assert list(found) == CHECKS
     assert not faults(found)
     assert said.count("a run would work here") == 1
-    assert found["arrival"][0].startswith(f"all of {world_size} processes, after ")
+    processes = {1: "1 process", 2: "2 processes"}[world_size]
+    assert found["arrival"][0].startswith(f"all of {processes}, after ")
     assert found["group"][0].startswith(f"gloo, on {HOST}, after ")
     assert found["folder"][0].startswith(f"{folder}: ")
     assert re.search(r"all-reduce \d+\.\d ms, all-gather \d+\.\d ms$", found["collectives"][0])
@@ -307,7 +308,7 @@ def test_names_that_never_come(monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getnameinfo", lambda address, flags: asked.append(address[0]))
     assert machine.name_lookup_s([]) == 0
-    assert machine.name_lookup_s(["10.0.0.1", "fe80::2"]) < 0.1
+    assert machine.name_lookup_s(["10.0.0.1", "fe80::2"]) < 0.3
     assert asked == ["::ffff:10.0.0.1", "fe80::2"]
     monkeypatch.setattr(socket, "getnameinfo", lambda address, flags: time.sleep(1 if address[0] == "::b" else 0))
     assert 0.2 < machine.name_lookup_s(["::a", "::b", "::c"]) < 0.9
@@ -519,7 +520,7 @@ def on_two_nodes(cluster, folder, *words, before="true", meanwhile=None):
     try:
         if meanwhile:
             meanwhile()
-        status = process.wait(60)
+        status = process.wait(180)
     finally:
         process.kill()
     said = (folder / "out.txt").read_text(encoding="utf-8")
@@ -584,7 +585,7 @@ def test_an_interface_that_leads_nowhere(cluster, folder, tmp_path):
     begin = time.monotonic()
     status, said, found = on_two_nodes(cluster, tmp_path, "--dir", folder, before="export GLOO_SOCKET_IFNAME=lo")
     assert status == 1, said
-    assert time.monotonic() - begin < 50
+    assert time.monotonic() - begin < 150
     assert found["arrival"][1] == "ok"
     assert re.search(r"no group of processes on n\d: Gloo connectFullMesh failed", said)
     assert "GLOO_SOCKET_IFNAME name the interface between them" in said

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,17 +19,19 @@ from cola_ds.commands import merge
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.errors import UserError
+from cola_ds.lora.targets import sizes_of
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.learnt import Learnt, SavedLink
 from cola_ds.run.peft_files import adapter_files, bias_name, lora_names
 from cola_ds.run.tensor_files import write_tensors
 from tests.support.toys import REPOSITORY, run_config, save_model
 
+TARGETS = ("q_proj", "v_proj", "attn.c_attn", "attn.c_proj")
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 def learnt_from(folder, base, dtype="bf16", merge="exact", bias="none", links=2):
-    """What a finished run of that base has learnt: links of random values on q_proj and v_proj."""
+    """What a finished run of that base has learnt: links of random values on q_proj and v_proj, or GPT-2's c_attn and c_proj."""
     from transformers import AutoModelForCausalLM
 
     config = run_config(base, "t.jsonl", folder / "run", model={"dtype": dtype}, lora={"rank": 3, "bias": bias})
@@ -36,15 +39,16 @@ def learnt_from(folder, base, dtype="bf16", merge="exact", bias="none", links=2)
     config = check_config(config, [], "test")
     draw, saved = torch.Generator().manual_seed(3), []
     model = AutoModelForCausalLM.from_pretrained(base)
-    modules = {name: module for name, module in model.named_modules() if name.endswith(("q_proj", "v_proj"))}
+    modules = {name: module for name, module in model.named_modules() if name.endswith(TARGETS)}
     for link in range(1, links + 1):
         tensors = {}
         for name, module in modules.items():
             A, B = lora_names(name)
-            tensors[A] = torch.randn(3, module.in_features, generator=draw)
-            tensors[B] = 1e-3 * torch.randn(module.out_features, 3, generator=draw)
+            in_features, out_features = sizes_of(module)
+            tensors[A] = torch.randn(3, in_features, generator=draw)
+            tensors[B] = 1e-3 * torch.randn(out_features, 3, generator=draw)
             if bias != "none":
-                tensors[bias_name(name)] = torch.randn(module.out_features, generator=draw)
+                tensors[bias_name(name)] = torch.randn(out_features, generator=draw)
         tensors = {name: tensor.to(getattr(torch, DTYPES[dtype].torch_name)) for name, tensor in tensors.items()}
         path = folder / f"run/chain/link-{link:04d}"
         path.mkdir(parents=True)
@@ -88,6 +92,7 @@ CASES = {
     "llama, plain merges, fp16": ("llama", {}, {"dtype": "fp16", "merge": "plain"}, "50GB"),
     "opt with biases": ("opt", {}, {"bias": "lora_only"}, "30KB"),
     "qwen2": ("qwen2", {}, {"links": 3}, "50GB"),
+    "gpt2, whose c_proj is square": ("gpt2", {}, {"bias": "lora_only"}, "30KB"),
     "mixtral": ("llama", MIXTRAL, {}, "30KB"),
 }
 
@@ -120,7 +125,7 @@ def test_file_by_file_is_as_a_whole(tmp_path, export, monkeypatch, case):
     assert others(parts) == others(whole)
     assert (parts / "config.json").read_bytes() == (whole / "config.json").read_bytes()
     if case != "mixtral":
-        assert {path.name for path in parts.iterdir()} == {path.name for path in base.iterdir()}
+        assert {path.name for path in parts.iterdir()} == {path.name for path in base.iterdir()} | {"README.md"}
 
 
 def test_what_transformers_keeps_in_fp32(tmp_path, export, monkeypatch):
@@ -198,6 +203,45 @@ def test_nothing_half_written_is_left(tmp_path, export, monkeypatch, fault):
     with pytest.raises(UserError, match="No space left" if fault == "full" else "is not the base model of"):
         export(learnt, "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path, monkeypatch):
+    """As a scheduler ends one. The signal means afterwards what it meant before."""
+    from cola_ds.cli import main
+
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def copy(links, scratch):
+        (scratch / "half").write_bytes(b"x")
+        seen.append(scratch)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(
+        exporting, "read_learnt", lambda run: learnt_from(tmp_path / "a", save_model(tmp_path / "base"))
+    )
+    monkeypatch.setattr(exporting, "_copy_links", copy)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "run", "--to", "links", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert seen and not seen[0].exists() and not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_disk_that_is_full_for_links(tmp_path, monkeypatch):
+    """It is the copy that finds no room, which the error names second."""
+
+    def no_room(source, target):
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    learnt = learnt_from(tmp_path, save_model(tmp_path / "base"))
+    monkeypatch.setattr(exporting, "read_learnt", lambda run: learnt)
+    monkeypatch.setattr(exporting.shutil, "copyfile", no_room)
+    with pytest.raises(
+        UserError, match=r"cannot be written: \S*/link-0001/adapter_config\.json: No space left"
+    ) as caught:
+        exporting.export("run", "links", tmp_path / "out")
+    assert "run/chain" not in str(caught.value)
 
 
 def test_a_file_is_what_safetensors_writes(tmp_path):

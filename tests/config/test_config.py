@@ -85,6 +85,8 @@ def test_later_override_wins_and_several_apply_together(load):
     [
         ("lora.rnk=8", "unknown key lora.rnk; did you mean lora.rank?"),
         ("optm.lr=1", "unknown key optm; did you mean optim?"),
+        ("model=null", "model must be a section, with its keys below it; it is None"),
+        ("lora=8", "lora must be a section, with its keys below it; it is 8"),
         ("lora.zzz=8", "unknown key lora.zzz; known are rank, alpha, scaling, train, init, dropout, targets, bias"),
         (
             "lora.rank=0",
@@ -621,7 +623,9 @@ def test_every_run_file_loads_and_says_how_it_is_started(path):
     [
         (["eval.patience=2"], "eval.patience goes by evaluations under way"),
         (["eval.patience=2", "data.eval=dev.jsonl", "eval.every=end"], "eval.patience goes by evaluations under way"),
-        (["model.links=runs/x"], "method cola contradicts model.links"),
+        (["model.links=runs/x", "method=full", "chain.length=1"], "method full contradicts model.links"),
+        (["model.links=runs/x", "model.adapter=y"], "model.links contradicts model.adapter"),
+        (["model.adapter=y", "lora.init=orthogonal"], "lora.init orthogonal knows this run's own links alone"),
     ],
 )
 def test_keys_of_evaluation_that_cannot_be_meant(load, overrides, message):

@@ -9,8 +9,9 @@ from cola_ds.config.schema import CheckpointConfig, DataConfig, Mark, ModelConfi
 
 # By key: f free, x fixed, c compared by content, p a place, n names a file, r one of each run of a sweep; nothing: compared.
 ANSWERS = {
-    "model.path": "cp", "model.dtype": "x", "model.revision": "p", "model.trust_remote_code": "", "model.links": "p",
-    "model.activation_checkpointing": "", "model.attention": "", "model.compile": "", "model.kernels": "",
+    "model.path": "cp", "model.dtype": "x", "model.revision": "p", "model.trust_remote_code": "",
+    "model.links": "cp", "model.adapter": "cp", "model.activation_checkpointing": "",
+    "model.attention": "", "model.compile": "", "model.kernels": "",
     "model.shards": "f",
     "method": "x",
     "lora.rank": "x", "lora.alpha": "x", "lora.scaling": "x", "lora.train": "x", "lora.init": "x",

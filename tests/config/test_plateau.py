@@ -70,12 +70,32 @@ def test_known_knots(decided, most, length, total, expected):
         ({"window": 10, "patience": 2, "least_steps": 35}, 35, 3, 100, [100, 60]),  # the third cannot begin by step 65
         ({"window": 10, "patience": 2, "most_steps": 25}, 10, 3, 100, [25, 25, 50]),
         ({"window": 10}, 10, 3, 25, [25]),
-        ({"loss": "held_out"}, 10, 3, 100, [100, 90, 80]),
         ({"window": 10}, 10, 1, 100, [100]),
     ],
 )
 def test_longest_links(keys, least, length, total, expected):
     assert longest_links(PlateauConfig(**keys), least, length, total) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "least", "total", "expected"),
+    [
+        ({"patience": 2}, 10, 100, [100, 70, 40]),  # the first evaluation of a link has improved, the third may end it
+        ({"patience": 1}, 10, 100, [100, 80, 60]),
+        ({"patience": 1}, 25, 100, [100, 70, 40]),  # the first evaluation after 25 steps
+        ({"patience": 2, "most_steps": 20}, 10, 100, [20, 20, 60]),
+        (
+            {"patience": 1, "most_steps": 35},
+            10,
+            100,
+            [35, 35, 78],
+        ),  # the second may be evaluated after 5 steps, and after 15
+        ({"patience": 2}, 10, 30, [30]),
+    ],
+)
+def test_the_longest_links_of_held_out_loss(keys, least, total, expected):
+    """With an evaluation every ten steps."""
+    assert longest_links(PlateauConfig(loss="held_out", **keys), least, 3, total, 10) == expected
 
 
 def test_the_criterion_in_a_sentence():

@@ -249,14 +249,19 @@ def test_three_losses_are_told_apart(toy, tmp_path):
         {"prompt": "1+1=", "completion": "2"},
     ]
     path = write(tmp_path / "t.jsonl", rows)
-    config = run_config(toy[0], path, tmp_path / "run", data={"max_length": 32, "eval": str(path)})
+    write(tmp_path / "w.jsonl", [rows[4], {"prompt": "2+2=", "completion": "4"}])
+    data = {"max_length": 32, "eval": str(path), "watch": str(tmp_path / "w.jsonl")}
+    config = run_config(toy[0], path, tmp_path / "run", data=data, chain={"diagnostics": True})
     prepared = prepare(load_config(save_run(tmp_path / "run.yaml", config)), 1)
     assert prepared.train.lost == {PROMPT_BEGIN: 1, WHOLE_PROMPT: 3, COMPLETION_END: 2}
-    line = next(line for line in summarize(prepared, 1).splitlines() if line.startswith("data "))
+    said = summarize(prepared, 1)
+    line = next(line for line in said.splitlines() if line.startswith("data "))
     assert line.endswith(
-        "5 training examples, 5 held out; 2 lost the beginning of their prompt, 6 lost their whole prompt, "
-        "4 lost the end of their completion, too long for data.max_length; 5 rows of data.eval are in data.train too"
+        "5 training examples, 5 held out, 2 watched; 2 lost the beginning of their prompt, 6 lost their whole prompt, "
+        "4 lost the end of their completion, too long for data.max_length; 5 rows of data.eval in data.train too; "
+        "1 row of data.watch in data.train too"
     )
+    assert "\ndiagnostics at each knot, to links.jsonl\n" in said
 
 
 # Plain text

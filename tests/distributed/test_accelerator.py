@@ -1,10 +1,13 @@
 """What a GPU would ask of the package, as far as a CPU can tell. tests/gpu runs on one."""
 
 import importlib.metadata
+import multiprocessing as mp
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -264,3 +267,28 @@ def test_a_package_that_is_not_installed_has_a_version_too(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", of_others)
     assert describe_environment(["here"], "cpu")["cola_ds"] == "unknown"
     assert versions()["cola_ds"].startswith("unknown (")
+
+
+def end_in_a_compilation(folder, other):
+    from torch.utils.file_baton import FileBaton
+
+    from cola_ds.distributed.deepspeed_internals import end_process
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    assert FileBaton(str(folder / "op/lock")).try_acquire()
+    assert not FileBaton(str(other)).try_acquire()
+    threading.Thread(target=end_process, args=(3,)).start()
+    time.sleep(60)
+
+
+def test_who_ends_in_a_compilation_leaves_no_lock(tmp_path):
+    """torch takes one as each process begins; another's stays."""
+    (tmp_path / "op").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/lock").touch()
+    process = mp.get_context("spawn").Process(target=end_in_a_compilation, args=(tmp_path, tmp_path / "other/lock"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 3
+    assert not (tmp_path / "op/lock").exists()
+    assert (tmp_path / "other/lock").exists()

@@ -1,5 +1,7 @@
 """Which process am I: what each launcher sets, and what is refused. Real launchers are in test_launchers.py."""
 
+import socket
+
 import pytest
 
 from cola_ds.distributed import launcher
@@ -173,3 +175,19 @@ def test_schedulers_variables_that_say_nothing(environment, values, message):
 )
 def test_first_host(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_a_free_port_is_nobodys(monkeypatch):
+    """Of those that the system hands out to whoever asks for any, only where all others are taken."""
+    held = [socket.socket() for _ in range(3)]
+    try:
+        taken = []
+        for each in held:
+            each.bind(("", launcher.free_port()))
+            taken.append(each.getsockname()[1])
+        assert all(10_000 <= port < 20_000 for port in taken)
+        monkeypatch.setattr("random.SystemRandom.sample", lambda self, among, count: taken)
+        assert launcher.free_port() not in taken
+    finally:
+        for each in held:
+            each.close()

@@ -12,9 +12,8 @@ import time
 import pytest
 
 from cola_ds.distributed import rendezvous, rendezvous_host, rendezvous_sides
-from cola_ds.distributed.launcher import Process
+from cola_ds.distributed.launcher import Process, free_port
 from cola_ds.errors import ArrivalError, UserError
-from tests.support.distributed import free_port
 from tests.support.jobs import Job, at_call
 from tests.support.runs import three_links
 from tests.support.toys import save_run
@@ -114,20 +113,23 @@ def test_who_ends_before_all_have_met_is_named_at_once(run_file, tmp_path, sabot
 
 @pytest.fixture
 def meeting(monkeypatch):
-    """Sides of a meeting of so many, all in this process, and what each was ended with."""
+    """Sides of a meeting of so many, all in this process, and what each was ended with. Afterwards none goes on asking at a port
+    that is another test's by then."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setattr(rendezvous_sides, "_ACTS_AFTER_S", 0.3)
     monkeypatch.setattr(rendezvous_sides, "REMINDS_EVERY_S", 0.5)
-    ended = {}
+    ended, sides = {}, []
 
     def side(rank, world_size):
         process = Process(rank, rank, world_size)
-        return (rendezvous_sides.Guest if rank else rendezvous_host.Host)(
-            process, lambda status: ended.update({rank: status})
-        )
+        kind = rendezvous_sides.Guest if rank else rendezvous_host.Host
+        sides.append(kind(process, lambda status: ended.update({rank: status})))
+        return sides[-1]
 
-    return side, ended
+    yield side, ended
+    for each in sides:
+        each.stop()
 
 
 def meet(side, wait_s=10.0, after_s=0.0):
@@ -156,11 +158,13 @@ def test_who_is_slow_is_waited_for(meeting, capsys):
     """One that has begun, and one that has not; a line says so while it lasts. Whatever ends later is no matter of arrival."""
     side, ended = meeting
     host, quick = side(0, 3), side(1, 3)
-    first = [meet(host), meet(quick, after_s=1.2)]
-    time.sleep(0.8)
+    wait_until(lambda: host.peers)
+    first = [meet(host), meet(quick, after_s=4)]
+    said = []
+    wait_until(lambda: said.append(capsys.readouterr().err) or any(said))
     late = side(2, 3)
     assert all_meet(*first, meet(late, after_s=1.5)) == ["store of 0", "store of 1", "store of 2"]
-    said = capsys.readouterr().err.splitlines()
+    said = ("".join(said) + capsys.readouterr().err).splitlines()
     assert f"still loading: process 1 on {HOST} (pid {os.getpid()}); not begun: process 2" in said[0]
     assert all(re.match(r"cola-ds: process 0 has waited \d+ s for the others; ", line) for line in said)
     for each in (quick, host, late):
@@ -172,10 +176,12 @@ def test_who_is_slow_is_waited_for(meeting, capsys):
 
 def test_who_never_begins(meeting):
     side, _ = meeting
-    host, guest = meet(side(0, 3), 0.5), meet(side(1, 3))
+    sides = side(0, 3), side(1, 3)
+    wait_until(lambda: sides[0].peers)
+    host, guest = meet(sides[0], 1.5), meet(sides[1])
     found = all_meet(host, guest)
     assert isinstance(found[0], ArrivalError)
-    assert str(found[0]).startswith(f"process 2 did not arrive within 0.5 s; 2 of 3 did, from {HOST}; look at")
+    assert str(found[0]).startswith(f"process 2 did not arrive within 1.5 s; 2 of 3 did, from {HOST}; look at")
     assert type(found[1]) is UserError
     assert str(found[1]) == str(found[0])
 

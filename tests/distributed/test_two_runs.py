@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cola_ds.distributed import collectives, launcher, rendezvous, watchdog
-from cola_ds.distributed.launcher import Process
-from tests.support.distributed import free_port, run_distributed
+from cola_ds.distributed.launcher import Process, free_port
+from tests.support.distributed import run_distributed
 
 _earlier = set()
 

@@ -150,7 +150,7 @@ def test_evaluate_takes_a_run_and_a_model(toy, tmp_path, task):
     for words, message in (
         ([tmp_path / "unfinished"], "unfinished is no run's folder: it has no run.json"),
         ([tmp_path / "run", f"model.path={model}"], "belongs to another base model"),
-        ([tmp_path / "run", "method=cola"], "method cola contradicts model.links"),
+        ([tmp_path / "run", "method=cola"], "method cola trains: an evaluation's is zero-shot or icl"),
         ([tmp_path / "nothing/here/at/all"], "is not a folder, and cannot be a name on the Hugging Face hub"),
     ):
         done = cola_ds("evaluate", *words, *task, "--out", tmp_path / "never")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.beyond_ci  # it brings 35 packages, 350 MB
 
 @pytest.fixture(scope="module")
 def harness():
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[test,lm-eval]'")
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 

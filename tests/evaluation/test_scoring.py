@@ -11,9 +11,10 @@ import torch
 from cola_ds.data.batch import IGNORED, Encoded
 from cola_ds.data.candidates import join_candidates, joined_length
 from cola_ds.errors import UserError
-from cola_ds.lora.layers import find_targets, inject, lora_layers, start_link
+from cola_ds.lora.layers import inject, lora_layers, start_link
+from cola_ds.lora.targets import find_targets
 from tests.support.distributed import process_group, run_distributed
-from tests.support.toys import ARCHITECTURES, REPOSITORY, save_model
+from tests.support.toys import ARCHITECTURES, REPOSITORY, save_model, thorough
 
 NEW_TOKENS = 12
 FIRST_TOKENS = 3
@@ -343,19 +344,19 @@ def answers_here(engine, tokenizer, batch_size):
     from cola_ds.distributed import watchdog
     from cola_ds.evaluation import generation
 
-    beats, beat, first, two_rounds = [], watchdog.heartbeat, generation.FIRST_TOKENS, generation._in_two_rounds
+    beats, beat, first, two_rounds = [], watchdog.heartbeat, generation.FIRST_TOKENS, generation.generate_over_shares
     found = []
 
     def spy(*args):
         found.append(two_rounds(*args))
         return found[-1]
 
-    generation.FIRST_TOKENS, generation._in_two_rounds, watchdog.heartbeat = FIRST_TOKENS, spy, beats.append
+    generation.FIRST_TOKENS, generation.generate_over_shares, watchdog.heartbeat = FIRST_TOKENS, spy, beats.append
     try:
         answers = generation.generate_answers(engine, PROMPTS, tokenizer, batch_size, lambda: False, NEW_TOKENS)
         return answers, found[0], beats
     finally:
-        generation.FIRST_TOKENS, generation._in_two_rounds, watchdog.heartbeat = first, two_rounds, beat
+        generation.FIRST_TOKENS, generation.generate_over_shares, watchdog.heartbeat = first, two_rounds, beat
 
 
 def stopped_here(engine):
@@ -399,7 +400,7 @@ def score_here(process, folders):
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=thorough([1, 4], [2]))
 def found(request, models):
     """What each process found, by architecture."""
     return run_distributed(score_here, request.param, {name: str(folder) for name, folder in models.items()})

@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 
+from cola_ds.distributed.launcher import free_port
 from tests.gpu.support import ON_CPU, TINY
-from tests.support.distributed import free_port
 from tests.support.toys import save_model, save_sums
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")

@@ -41,7 +41,8 @@ def adapted(toy, dtype, attention, device):
     """The toy with a link whose A and B are not zero, its values those of the dtype; computed in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    from cola_ds.lora.layers import find_targets, inject, lora_layers, start_link
+    from cola_ds.lora.layers import inject, lora_layers, start_link
+    from cola_ds.lora.targets import find_targets
 
     model = AutoModelForCausalLM.from_pretrained(toy[0], dtype=DTYPES[dtype], attn_implementation=attention)
     inject(model, find_targets(model, "all-linear"), dropout=0.0, train_bias=False)

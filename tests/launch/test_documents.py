@@ -156,6 +156,7 @@ def test_the_first_run(reader):
     assert (reader / "my-merged-model/model.safetensors").is_file()
     assert (reader / "my-adapter/adapter_model.safetensors").is_file()
     assert (reader / "runs/my-run/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (reader / "runs/my-run/report.html").read_bytes().startswith(b"<!doctype html>")
 
 
 def test_from_python(reader):

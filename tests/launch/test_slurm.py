@@ -1,5 +1,6 @@
 """slurm/submit.sh and train.sbatch on a real Slurm: stopped by a time limit, a requeue, a lost node, and gone on by itself."""
 
+import itertools
 import json
 import os
 import re
@@ -79,7 +80,8 @@ def test_a_time_limit_that_is_too_short(cluster, toy, whole, tmp_path):
     path.write_text(path.read_text(encoding="utf-8").replace("lr: 0.005", "lr: 0.1"), encoding="utf-8")
     assert cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=540) == "COMPLETED", log(frozen)
     assert int(cluster.show(job, "Restarts")) >= 1
-    happened = events(tmp_path)
+    # A signal before the first step of a start leaves nothing to write down but that it began.
+    happened = [name for name, _ in itertools.groupby(events(tmp_path))]
     assert happened == ["started", *["stopped", "resumed"] * happened.count("stopped"), "finished"]
     stopped = [row["signal"] for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "stopped"]
     assert stopped
@@ -190,7 +192,7 @@ def test_what_failed_stays_failed(cluster, toy, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "reason"), [
-    (["--max-restarts", "1"], "it was started again 1 times, which is all that submit.sh's --max-restarts allows"),
+    (["--max-restarts", "1"], "it was started again 1 time, which is all that submit.sh's --max-restarts allows"),
     ([], "it was started again 3 times without a new checkpoint"),
 ])  # fmt: skip
 def test_a_job_that_comes_back_for_ever_gives_up(cluster, toy, tmp_path, options, reason):
@@ -240,7 +242,7 @@ def test_dry_run_prints_and_writes_nothing(toy, tmp_path):
     command = done.stdout.splitlines()[-1]
     assert command.startswith("sbatch --nodes=2 --ntasks-per-node=2 --signal=USR1@300 ")
     assert r"--time=1:00:00 --account=a\ b --exclusive --gpus-per-node=2 " in command
-    assert "8 = 2 examples x 1 micro steps x 4 processes" in done.stdout
+    assert "8 = 2 examples x 1 micro step x 4 processes" in done.stdout
     assert "cluster     2 nodes x 2 processes, on H100 with 80.0 GiB" in done.stdout and "MiB  in all" in done.stdout
     small = submit("--dry-run", *words, "--device", "A100", "--memory", "1KiB", path)
     assert small.returncode == 2 and "on A100 with" in small.stdout and "this does not fit" in small.stderr

@@ -80,7 +80,7 @@ def test_job_arrays_of_which_one_run_fails(tmp_path):
         assert re.search(r"\| reviews \| accuracy \| \d+\.\d\d ±\d+\.\d\d \(2\) \| - \|", text)
         failed = runs / "reviews/lora/targets=q_prj/seed=0"
         assert f"Failed: {failed}: status 2: lora.targets q_prj matches no layer" in text
-        assert "Nothing chosen: reviews / lora: 1 of 2 runs of its search have not finished" in text
+        assert "Nothing chosen: reviews / lora: 1 of 2 runs of its search has not finished" in text
         logs = [next(runs.glob(f"slurm/*/job-{jobs[s]}_{n}.log")) for s, n in (("search", 3), ("seeds", 4))]
         assert "ends with status 2" in logs[0].read_text(encoding="utf-8")
         assert "waits for the choice of a grid point" in logs[1].read_text(encoding="utf-8")

@@ -53,6 +53,7 @@ def test_everything_of_the_package_is_in_the_wheel(wheel):
     package = REPOSITORY / "cola_ds"
     expected = {f"cola_ds/{path.relative_to(package)}" for path in package.rglob("*.py")}
     expected |= {f"cola_ds/ds_configs/{path.name}" for path in (REPOSITORY / "ds_configs").glob("*.json")}
+    expected |= {f"cola_ds/report/page/page.{kind}" for kind in ("html", "css")}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -74,9 +75,10 @@ def test_a_chain_from_an_empty_folder(installed, toy, tmp_path):
 
     assert cola_ds("--version") == "cola-ds 0.1.0\n"
     assert "done: runs/chain" in cola_ds("train", run)
-    assert "chain" in cola_ds("report", "runs/chain")
+    assert "chain" in cola_ds("report", "runs/chain", "--html", "report.html")
+    assert "<h1>Report of 1 run</h1>" in (empty / "report.html").read_text(encoding="utf-8")
     cola_ds("export", "runs/chain", "--to", "peft", "--out", "adapter")
-    assert {path.name for path in empty.iterdir()} == {"runs", "adapter"}
+    assert {path.name for path in empty.iterdir()} == {"runs", "adapter", "report.html"}
     environment = json.loads((empty / "runs/chain/environment.json").read_text(encoding="utf-8"))
     assert (environment["cola_ds"], environment["git_revision"]) == ("0.1.0", None)
     engine = json.loads((empty / "runs/chain/deepspeed.json").read_text(encoding="utf-8"))

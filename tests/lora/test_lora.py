@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from cola_ds.errors import UserError
-from cola_ds.lora.layers import LoRALinear, delta_weight, draw_lora_A, find_targets, inject, lora_layers, start_link
+from cola_ds.lora.layers import LoRALinear, delta_weight, draw_lora_A, inject, lora_layers, start_link
+from cola_ds.lora.targets import find_targets
 from tests.support.toys import save_model
 
 CPU = torch.device("cpu")
@@ -71,6 +72,8 @@ def test_bias_lora_only_trains_the_layers_own_biases(tmp_path):
         ("llama", "all-linear", 14),  # 7 a layer; not lm_head
         ("opt", "all-linear", 12),
         ("qwen2", ["o_proj"], 2),
+        ("gpt2", ["c_attn"], 2),
+        ("gpt2", "all-linear", 8),  # each a Conv1D
     ],
 )
 def test_targets(tmp_path, architecture, targets, count):
@@ -87,8 +90,7 @@ def test_targets(tmp_path, architecture, targets, count):
         ),
         ("llama", ["proj"], "lora.targets proj matches no layer"),  # a suffix of names, not of letters
         ("llama", ["mlp"], "matches model.layers.0.mlp, a LlamaMLP and not an nn.Linear"),
-        ("gpt2", ["c_attn"], "matches transformer.h.0.attn.c_attn, a Conv1D and not an nn.Linear"),
-        ("gpt2", "all-linear", "all-linear matches no layer"),
+        ("gpt2", ["attn"], "matches transformer.h.0.attn, a GPT2Attention and not an nn.Linear or Conv1D"),
         ("llama-tied", ["lm_head"], "matches lm_head, whose weight is also the input embedding"),
     ],
 )

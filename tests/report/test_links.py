@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cola_ds.errors import UserError
-from cola_ds.report.figures import _means, _overlaps
+from cola_ds.report.links import means, overlaps
 from tests.report.test_tables import COLA, save_result, tables
 from tests.support.recorded import recorded
 
@@ -66,10 +66,10 @@ def test_figures_of_links(run, tmp_path):
 def test_overlaps_lie_at_the_numbers_of_their_links():
     """Of a run whose diagnostics were switched on after its first two links."""
     nothing = pytest.approx(math.nan, nan_ok=True)
-    assert _overlaps({3: [0.1, 0.2], 4: [0.3, 0.4, 0.5]}) == [
+    assert overlaps({3: [0.1, 0.2], 4: [0.3, 0.4, 0.5]}) == [
         [nothing] * 4, [nothing] * 4, [0.1, 0.2, nothing, nothing], [0.3, 0.4, 0.5, nothing],
     ]  # fmt: skip
-    assert _overlaps({1: []}) == [[nothing]]
+    assert overlaps({1: []}) == [[nothing]]
 
 
 def test_a_run_without_links_is_in_the_table_too(run):
@@ -84,4 +84,4 @@ def test_a_run_without_links_is_in_the_table_too(run):
 
 
 def test_means_of_places():
-    assert _means([[1.0, 2.0], [3.0, None], [5.0]]) == [3.0, 2.0]
+    assert means([[1.0, 2.0], [3.0, None], [5.0]]) == [3.0, 2.0]

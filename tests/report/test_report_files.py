@@ -6,11 +6,14 @@ import io
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from cola_ds.cli import main
 from cola_ds.errors import inline
 from cola_ds.report.files import csv_bytes
-from cola_ds.report.tables import markdown
+from cola_ds.report.tables import markdown, plain
 from tests.commands import test_cli
 from tests.report.test_tables import COLA, LORA, save_result, save_sweep, tables
 from tests.support.recorded import recorded
@@ -32,11 +35,28 @@ def said_in_one_line(capsys, *words):
 
 
 def test_no_cell_of_a_csv_is_a_formula():
-    texts = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\n=1", "\uff1d1", "a=1", "a,b", 'a"b', "a\nb", "\udcff", ""]
+    texts = [
+        "=1+1",
+        "+1",
+        "-1",
+        "@x",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "\uff1d1",
+        " =1",
+        "\ufeff@x",
+        "a=1",
+        "a,b",
+        'a"b',
+        "a\nb",
+        "\udcff",
+        "",
+    ]
     numbers = [-0.5, -3, 1e9, None]
     cells = csv_bytes([{"x": value} for value in [*texts, *numbers]], ("x",))
     found = [row["x"] for row in csv.DictReader(io.StringIO(cells.decode(), newline=""))]
-    harmless = [f"'{text}" for text in texts[:8]] + ["a=1", "a,b", 'a"b', "a\nb", "\\udcff", ""]
+    harmless = [f"'{text}" for text in texts[:10]] + ["a=1", "a,b", 'a"b', "a\nb", "\\udcff", ""]
     assert found == [*harmless, "-0.5", "-3", "1000000000.0", ""]
 
 
@@ -72,13 +92,62 @@ def test_names_from_folders_are_harmless(tmp_path, capsys):
     assert "'=cmd|'x'!A0" in cells
     assert "'=HYPERLINK(1)\n|x" in cells
     assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "-2+"))]
-    assert "-2.5" in cells  # a number stays one: dev of a run without a task
+    assert "2.5" in cells  # a loss is the dev of a run without a task
 
 
 def test_markdown_and_lines():
     assert markdown(["a"], [["x\r\ny|z\u2028\x85"]]) == "| a |\n| --- |\n| x y\\|z  |"
     assert inline("a\tb\x00c\udcff") == "a b c\\udcff"
     assert inline("x" * 5000) == "x" * 1000 + "..."
+
+
+LINKS = ["https://x.example", "www.x.example", "a@x.example", "<https://x.example>", "[a](b)", "![a](b)"]
+PIECES = [
+    *"\\`*_~$<>&|[]()!#-+=:.@/ab1 \n\t\r",
+    "\\|",
+    "**",
+    "&lt;",
+    "&#60;",
+    "<b>",
+    "<script>",
+    "</td>",
+    "```",
+    "---",
+    *LINKS,
+]
+
+
+def read_markdown(text):
+    """What another's reader makes of it: the kinds of all that is in it, and the texts of a table's cells."""
+    inlines = [
+        token for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text) if token.children
+    ]
+    kinds = {child.type for token in inlines for child in token.children}
+    return kinds, ["".join(child.content for child in token.children) for token in inlines]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join))
+def test_no_text_becomes_markdown(text):
+    """In a cell and in a line it is read as it was written. (Spaces at its ends are the table's.)"""
+    expected = inline(text).strip()
+    kinds, cells = read_markdown(markdown(["x", "y"], [[text, "1"]]))
+    assert cells == ["x", "y", *([expected] if expected else []), "1"]
+    assert kinds <= {"text", "text_special"}
+    kinds, lines = read_markdown(f"Failed: {plain(text)}.")
+    assert "".join(lines) == f"Failed: {inline(text)}."
+    assert kinds <= {"text", "text_special"}
+
+
+def test_addresses_become_no_links():
+    """GitHub makes links of them without any mark, which the reader above does not."""
+    for text in LINKS[:3]:
+        assert plain(text) != text
+        assert plain(text).replace("\\", "") == text
+    assert (
+        plain("lora_rank of /runs/my_run, [8, 4]: 1e-3 & 5%, a-b")
+        == "lora_rank of /runs/my_run, [8, 4]: 1e-3 & 5%, a-b"
+    )
 
 
 # -- files that are there ----------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def test_a_sweep_with_failed_and_missing_runs(tmp_path):
     """The first start of a log was another story."""
     log = (
         "cola-ds sweep: then\ncola-ds: no data\ncola-ds sweep: exit status 2\n"
-        "cola-ds sweep: now\ncola-ds: step 3\nKilled\ncola-ds sweep: exit status 137\n"
+        "cola-ds sweep: now\ncola-ds: step 3\ncola-ds ... step 4 of 9\nKilled\ncola-ds sweep: exit status 137\n"
     )
     save_sweep(tmp_path / "runs", {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6, "lr=1/seed=1": log})
     moved = (tmp_path / "runs").rename(tmp_path / "elsewhere")
@@ -261,14 +261,14 @@ def test_a_sweep_with_failed_and_missing_runs(tmp_path):
     assert "rte" not in text
     assert "Chosen on dev: cb-100 / lora: lr=1 (dev 60.00)." in text
     assert f"Failed: {moved / 'cb/lora/lr=1/seed=1'}: status 137: step 3" in text
-    assert f"Missing, 1 runs: {moved / 'cb/lora/lr=1/seed=2'}." in text
+    assert f"Missing, 1 run: {moved / 'cb/lora/lr=1/seed=2'}." in text
 
 
 @pytest.mark.parametrize(
     ("log", "state"),
     [
-        ("cola-ds sweep: now\nloading", "Not finished, 1 runs"),
-        ("cola-ds sweep: now\ncola-ds sweep: exit status 75\n", "Not finished, 1 runs"),
+        ("cola-ds sweep: now\nloading", "Not finished, 1 run"),
+        ("cola-ds sweep: now\ncola-ds sweep: exit status 75\n", "Not finished, 1 run"),
         ("cola-ds sweep: now\ncola-ds sweep: exit status 1\n", "status 1: it said nothing"),
         ("cola-ds sweep: now\nKilled\n\ncola-ds sweep: exit status 1\n", "status 1: Killed"),
         (
@@ -293,7 +293,7 @@ def test_how_a_run_ended(tmp_path, log, state):
     recorded(tmp_path / "cb/lora/lr=1/seed=0")
     text = tables(tmp_path) + "\n"
     assert state in text
-    chosen = "Nothing chosen: cb-100 / lora: 1 of 2 runs of its search have not finished; 2 seeds wait for it."
+    chosen = "Nothing chosen: cb-100 / lora: 1 of 2 runs of its search has not finished; 2 seeds wait for it."
     assert chosen in text
 
 
@@ -387,6 +387,41 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert f"Failed: {run}: its held-out loss is not finite" in text
     alone = shutil.copytree(run, tmp_path / "alone")
     assert f"Failed: {alone}: its held-out loss is not finite" in tables(alone)
+
+
+def save_losses(folder, losses, **sections):
+    """A method of a sweep on own data, its runs by seed."""
+    for seed, loss in enumerate(losses):
+        run = save_result(folder / f"seed={seed}", 0.5, seed=seed, **sections)
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result |= {"task": None, "scores": {"loss": loss, "perplexity": 12.0, "examples": 3}}
+        (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        recorded(run)
+    paths = {("", seed): folder / f"seed={seed}" for seed in range(3)}
+    return replace(make_group("own", folder.name, paths), search_seeds=(0, 1, 2))
+
+
+def test_losses_are_compared_as_scores_are(tmp_path):
+    """Of a sweep on own data, in whose tables lower is better: 2.5, 2.7, 2.9 and 2.3, 2.4, 2.8: mean -0.2, t = -0.2 / (0.1 /
+    sqrt(3)) = -3.4641, two degrees of freedom: p = 1 - t / sqrt(t^2 + 2) = 0.0742. Other targets or rows: no pair."""
+    lora = save_losses(tmp_path / "lora", [2.5, 2.7, 2.9], **LORA)
+    chain = save_losses(tmp_path / "chain", [2.3, 2.4, 2.8], **COLA)
+    wide = save_losses(tmp_path / "wide", [2.0, 2.0], **COLA | {"lora": {"rank": 8, "targets": "all-linear"}})
+    other = save_losses(tmp_path / "other", [1.0, 1.0, 1.0], **COLA | {"data": {"train": "other.jsonl"}})
+    write_groups(tmp_path, [lora, chain, wide, other])
+    text = tables(tmp_path)
+    assert "| task | metric | lora | chain | wide | other |" in text
+    cells = "2.7000 ±0.2000 (3) | 2.5000 ±0.2646 (3) | 2.0000 ±0.0000 (2 of 3 seeds) | **1.0000 ±0.0000 (3)** |"
+    assert f"| own | loss | {cells}" in text
+    assert "of the test score x 100, or of the held-out loss (seeds)" in text
+    assert "| own | chain - lora | 3 | -0.2000 | 0.0742 | 0.0742 | no significant difference |" in text
+    assert "wide - lora" not in text
+    assert "other - lora" not in text
+    write_groups(tmp_path, [replace(lora, task="cb")])  # a name of the paper's, but no score
+    assert "| cb | loss | 2.7000 ±0.2000 (3) |" in tables(tmp_path, paper="opt-1.3b")
+    shutil.rmtree(tmp_path / "chain")
+    write_groups(tmp_path, [lora, save_losses(tmp_path / "chain", [2.3, 2.5001, 2.7], **COLA)])
+    assert "| own | chain - lora | 3 | -0.2000 | 2.78e-08 | 2.78e-08 | better |" in tables(tmp_path)
 
 
 def test_names_that_markdown_would_cut(tmp_path):

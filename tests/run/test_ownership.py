@@ -338,10 +338,10 @@ def test_exports_do_not_share_scratch(run_file, tmp_path, monkeypatch):
 
     run, inner = run_file.parent / "run", exporting.adapter_files
 
-    def another_is_quicker(*args):
+    def another_is_quicker(*args, **options):
         monkeypatch.setattr(exporting, "adapter_files", inner)
         export(run, "peft", tmp_path / "out/adapter")
-        return inner(*args)
+        return inner(*args, **options)
 
     monkeypatch.setattr(exporting, "adapter_files", another_is_quicker)
     with pytest.raises(UserError, match=r"--out .*adapter already exists: another export was quicker"):
@@ -349,6 +349,8 @@ def test_exports_do_not_share_scratch(run_file, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out/adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "cola_ds.json",
+        "README.md",
     }
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
     (tmp_path / "file").touch()

@@ -29,7 +29,7 @@ def test_evaluators_are_compared_by_it():
         (None, None, "-"),
         (score_objective(0.7), 0.7, "70.00"),
         (score_objective(0.0), 0.0, "0.00"),
-        (loss_objective(2.5), -2.5, "loss 2.5000"),
+        (loss_objective(2.5), 2.5, "loss 2.5000"),
     ],
 )
 def test_as_it_is_written(objective, column, text):

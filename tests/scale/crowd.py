@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 from cola_ds.distributed import collectives, nodes, rendezvous
-from cola_ds.distributed.launcher import Process, allow_open_files
+from cola_ds.distributed.launcher import Process, allow_open_files, free_port
 from cola_ds.errors import TrainingFailedError
 from cola_ds.training.preflight import differences
-from tests.support.distributed import free_port
 
 WAIT_S = 900.0
 

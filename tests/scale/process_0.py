@@ -48,7 +48,6 @@ def process_0(world_size: int, seconds: float) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     process = Process(0, 0, world_size)
-    alone = rounds(seconds)
     begun = time.perf_counter()
     rendezvous.begin(process, lambda status: os._exit(status))
     host = rendezvous._current
@@ -68,11 +67,14 @@ def process_0(world_size: int, seconds: float) -> None:
     cpu, wall = time.process_time(), time.perf_counter()
     time.sleep(seconds)
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    own, all_threads = time.thread_time(), time.process_time()
+    rounds(seconds)
+    own, all_threads = time.thread_time() - own, time.process_time() - all_threads
     heard = time.monotonic() - min(peer.heard for rank, peer in watch._peers.items() if rank)
     found = {
         "meeting_threads": meeting_threads, "met_s": met_s,
         "watched_s": watched_s, "watched": len(watch._links), "silent_s": heard, "cpu_share": share,
-        "slower": 1 - rounds(seconds) / alone, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
+        "watching": 1 - own / all_threads, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
     }  # fmt: skip
     print(json.dumps(found), flush=True)
     os._exit(0)

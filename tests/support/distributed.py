@@ -7,7 +7,6 @@ seconds. Every run has a hard timeout, after which its processes are killed.
 import io
 import multiprocessing as mp
 import os
-import socket
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cola_ds.distributed.launcher import Process, identify
+from cola_ds.distributed.launcher import Process, free_port, identify
 
 _server = mp.get_context("forkserver")
 _server.set_forkserver_preload(["tests.support.preload"])
@@ -27,13 +26,6 @@ _server.set_forkserver_preload(["tests.support.preload"])
 
 class WorkerFailedError(AssertionError):
     """A process of a run raised, died or did not end in time."""
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:

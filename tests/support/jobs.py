@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cola_ds.commands import streams
-from tests.support.distributed import _server, free_port
+from cola_ds.distributed.launcher import free_port
+from tests.support.distributed import _server
 
 
 class Job:
@@ -99,7 +100,7 @@ def _command(rank, world_size, port, words, log, sabotage, arguments):
 
 def at_heartbeat(rank, ranks, number, action):
     """Some processes do something when they have gone on `number` times, proofs before the first step apart: `action` is a
-    signal's number, ("sleep", seconds), or a list of these."""
+    signal's number, ("sleep", seconds), ("until", path), or a list of these."""
     if rank not in ranks:
         return
     from cola_ds.distributed import watchdog
@@ -203,6 +204,10 @@ def _act(action):
         for one in action:
             _act(one)
     elif isinstance(action, tuple):
-        time.sleep(action[1])
+        print("asleep", flush=True)
+        if action[0] == "sleep":
+            time.sleep(action[1])
+        while action[0] == "until" and not Path(action[1]).exists():
+            time.sleep(0.1)
     else:
         os.kill(os.getpid(), action)

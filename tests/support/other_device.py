@@ -43,7 +43,8 @@ def ties() -> None:
             kept = Remainder.of(weight, exact)
             check(kept.kept, HERE)
             for before, after in ((None, kept), (kept, kept), (kept, None), (None, None)):
-                check(tie._add_link((*layer.factors(), layer.scaling), weight, 0, before, after, exact), THERE)
+                factors = (*layer.factors(), layer.scaling)
+                check(tie._add_link(factors, layer.transposed, weight, 0, before, after, exact), THERE)
         check(layer.weight, where)
         check(inner_product(*[(layer.lora_A, layer.lora_B, 2.0)] * 2), THERE)
 

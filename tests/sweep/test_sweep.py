@@ -150,12 +150,12 @@ def test_a_failed_run_is_named_and_the_others_go_on(place, capfd):
     assert said[2:] == [
         f"cola-ds: failed: {failed}: status 2: no such layer",
         f"cola-ds: failed: {place / 'runs/hard/lora/seed=1'}: status 137: no such layer",
-        "cola-ds: not run: easy/lora/?/seed=1: 1 of 3 runs of its search have not finished",
-        "cola-ds: not run: easy/lora/?/seed=2: 1 of 3 runs of its search have not finished",
+        "cola-ds: not run: easy/lora/?/seed=1: 1 of 3 runs of its search has not finished",
+        "cola-ds: not run: easy/lora/?/seed=2: 1 of 3 runs of its search has not finished",
     ]
     text = table(place)
     assert f"Failed: {failed}: status 2: no such layer" in text
-    assert "Nothing chosen: easy / lora: 1 of 3 runs of its search have not finished; 2 seeds wait for it." in text
+    assert "Nothing chosen: easy / lora: 1 of 3 runs of its search has not finished; 2 seeds wait for it." in text
     assert "| hard | accuracy | 51.00 ±1.00 (3) | 51.00 ±1.41 (2 of 3 seeds) |" in text
 
     assert sweep(place, "--list") == 0
@@ -232,7 +232,7 @@ def test_a_signal_stops_the_sweep_and_the_same_call_goes_on(place, number):
     said = child.communicate(timeout=90)[1]
     assert child.returncode == 75
     assert said == "cola-ds: stopped at easy/lora/lr=0.0005/seed=0; the same command goes on from there\n"
-    assert "Not finished, 1 runs: " + str(waits.parent) in table(place)
+    assert "Not finished, 1 run: " + str(waits.parent) in table(place)
     starts(place)
     assert sweep(place) == 0
     assert starts(place) == SEARCH[4:] + CHOSEN

@@ -120,7 +120,7 @@ def test_a_sweep_of_tasks_that_was_interrupted_has_the_table_of_one_that_was_not
     assert stopped.returncode == 75, said + mistakes
     assert mistakes == "cola-ds: stopped at sst2/cola/lr=0.02/seed=0; the same command goes on from there\n"
     half = shown(place)[0]
-    assert f"Not finished, 1 runs: {run}" in half
+    assert f"Not finished, 1 run: {run}" in half
     assert "Missing, " in half
 
     # What comes after it on other data, an interruption can do nothing to: those runs are not made twice.

@@ -35,8 +35,8 @@ def test_a_teacher_is_the_base_and_an_update_of_its_rank(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rank", "0"], "--rank and --rows must be 1 or more"),
-        (["--rank", "2", "--rows", "0"], "--rank and --rows must be 1 or more"),
+        (["--rank", "0"], "--rank, --rows and --dev-rows must be 1 or more"),
+        (["--rank", "2", "--rows", "0"], "--rank, --rows and --dev-rows must be 1 or more"),
         (["--rank", "99"], "projections has a higher one than 64"),
     ],
 )
@@ -48,7 +48,7 @@ def test_what_makes_no_teacher_leaves_nothing(tmp_path, monkeypatch, capsys, wor
 
 
 def test_another_teacher_is_not_taken_for_the_one_that_is_there(tmp_path, monkeypatch, capsys):
-    facts = {"rank": 4, "norm": 1.0, "seed": 0, "rows": 25_600, "tokens": 32}
+    facts = {"rank": 4, "norm": 1.0, "seed": 0, "rows": 25_600, "dev_rows": 1024, "tokens": 32}
     (tmp_path / "teacher.json").write_text(json.dumps(facts), encoding="utf-8")
     call("make.py", [tmp_path, "--rank", "4"], monkeypatch)
     with pytest.raises(SystemExit):

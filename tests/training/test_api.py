@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.support.distributed import free_port, run_distributed
+from cola_ds.distributed.launcher import free_port
+from tests.support.distributed import run_distributed
 from tests.support.toys import REPOSITORY, run_config, save_run
 
 WHAT_IS_LEFT = """

@@ -45,7 +45,7 @@ def test_rank_step_down_saves_what_the_paper_says(second, saved):
     """Of OPT-1.3B on CB: 150 examples, two epochs in the second link, five seeds; at 102 tokens an example, its figures."""
     from transformers import AutoModelForCausalLM, OPTConfig
 
-    from cola_ds.lora.layers import find_targets
+    from cola_ds.lora.targets import find_targets
     from cola_ds.training.flops import training_flops
 
     shape = OPTConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192)

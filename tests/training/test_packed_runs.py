@@ -46,7 +46,7 @@ def test_a_packed_run_learns_and_says_what_it_sees(whole):
     assert [row["step"] for row in found["evals.jsonl"]] == [*(step for step in ends if step < 12), 12]
     assert [row["epoch"] for row in found["evals.jsonl"]][:2] == [1, 2]
     said = summarize(prepared, 2)
-    assert "packed in " in said and "4 = 1 rows of 32 tokens x 2 micro steps x 2 processes" in said
+    assert "packed in " in said and "4 = 1 row of 32 tokens x 2 micro steps x 2 processes" in said
     assert f"steps       12 ({ends[0]} in the first epoch)" in said
 
 

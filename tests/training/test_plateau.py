@@ -14,7 +14,7 @@ from cola_ds.evaluation.evaluators import TaskScore
 from cola_ds.training import plateau, state, validation
 from tests.support.jobs import at_call, run_job
 from tests.support.runs import record, three_links, train_in
-from tests.support.toys import REPOSITORY, rows, save_run
+from tests.support.toys import REPOSITORY, rows, save_run, thorough
 
 ZERO2 = str(REPOSITORY / "ds_configs/zero2.json")
 
@@ -359,7 +359,7 @@ def test_killed_before_at_and_after_a_decision(toy, whole, tmp_path):
     assert record(tmp_path / "run") == record(run)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", thorough([4], [2]))
 def test_processes_agree(toy, whole, tmp_path, world_size):
     train_in(tmp_path, by_loss(toy, micro_batch_size=2), world_size)
     expected, found = record(whole[1]), record(tmp_path / "run")

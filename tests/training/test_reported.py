@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cola_ds import notices
 from cola_ds.errors import UserError
 from cola_ds.run import environment
 from cola_ds.run.environment import describe_environment
@@ -173,6 +175,20 @@ def test_a_figure_that_cannot_be_found(logger, tmp_path, capsys):
     assert capsys.readouterr().err == "cola-ds: warning: no speed: division by zero\n"
     (row,) = rows(tmp_path / "events.jsonl")
     assert (row["event"], row["figure"], row["reason"]) == ("no figure", "speed", "division by zero")
+
+
+def test_steps_where_there_is_no_terminal(logger, monkeypatch, capsys):
+    """A line every half minute, and no bar; none with --quiet."""
+    assert logger.bar.disable
+    logger._move(1)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(notices, "TELLS_EVERY_S", -1)
+    logger.in_short = "; loss 1.5"
+    logger._move(2)
+    assert re.fullmatch(r"cola-ds ... step 3 of 5, 0:00:0\d left at \S+ s a step; loss 1.5\n", capsys.readouterr().err)
+    monkeypatch.setattr(notices, "_quiet", True)
+    logger._move(1)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

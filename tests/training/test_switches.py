@@ -17,7 +17,7 @@ from cola_ds.lora.layers import LoRALinear, lora_layers
 from tests.support.distributed import CountedCollectives, process_group, run_distributed
 from tests.support.runs import record, three_links, train_in
 from tests.support.switches import switched_chain
-from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_run, save_sums
+from tests.support.toys import REPOSITORY, rows, run_config, save_model, save_run, save_sums, thorough
 from tests.training.test_chain import ENGINES, make_chain, next_batch, outputs, whole_weights
 
 LINKS, STEPS, KNOTS = 3, 9, (3, 6, 9)
@@ -60,7 +60,7 @@ def run_all(process, paths):
         run_prepared(prepare(load_config(path), process.world_size), process, ResumeOptions(), frees=True)
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("zero2", 1), ("zero3", 2), ("zero2", 2), ("zero3", 4)])
+@pytest.mark.parametrize(("engine", "world_size"), thorough([("zero2", 1), ("zero3", 2), ("zero3", 4)], [("zero2", 2)]))
 def test_switches_follow_plain_torch(toy, references, tmp_path, engine, world_size):
     paths = []
     for which in SWITCHES:

@@ -18,7 +18,7 @@ from tests.commands.test_cli import cola_ds
 from tests.data.test_tasks import BY_HAND
 from tests.support.distributed import process_group, run_distributed
 from tests.support.runs import record, train_in
-from tests.support.toys import rows, run_config, save_model, save_run
+from tests.support.toys import rows, run_config, save_model, save_run, thorough
 
 REVIEWS = [
     ("a warm and funny film", 1), ("dull from start to end", 0), ("the best of the year", 1), ("a waste of time", 0),
@@ -139,7 +139,7 @@ def test_all_tasks_score_as_plain_transformers_does(model, tmp_path, world_size)
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "dev", "test"), [("sst2", 7, 9), ("copa", 7, 9), ("squad", 2, 3)])
+@pytest.mark.parametrize(("name", "dev", "test"), thorough([("sst2", 7, 9), ("squad", 2, 3)], [("copa", 7, 9)]))
 def test_training_on_a_task_is_the_same_at_every_world_size(model, tmp_path, name, dev, test):
     """Classification, a choice taught by its answer, and generation."""
     train = reviews(3) if name == "sst2" else by_hand(name) * 12

@@ -11,7 +11,7 @@ import pytest
 from cola_ds.config.schema import DataConfig, ModelConfig
 from tests.data.test_tasks import make_tokenizer
 from tests.support.distributed import process_group, run_distributed
-from tests.support.toys import save_sums
+from tests.support.toys import save_sums, thorough
 
 MODEL = ModelConfig(path="unused")
 
@@ -85,7 +85,7 @@ def run(path, folder, world_size, **options):
     return results, who
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", thorough([4], [2]))
 def test_one_process_tokenizes(path, tmp_path, world_size):
     results, who = run(path, tmp_path, world_size)
     assert who == [0]

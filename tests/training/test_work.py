@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cola_ds.config.loading import load_config
 from cola_ds.data.batch import StepExamples
 from cola_ds.data.batcher import Batcher
-from cola_ds.lora.layers import LoRALinear, find_targets, inject, start_link
+from cola_ds.lora.layers import LoRALinear, inject, start_link
+from cola_ds.lora.targets import find_targets
 from cola_ds.training.work import LinkWork, link_work, pairs, work_of
 from tests.support.runs import three_links, train_in
 from tests.support.toys import ARCHITECTURES, rows, run_config, save_model, save_run
@@ -333,4 +334,4 @@ def test_a_checkpoint_that_does_not_say_the_work(tmp_path, monkeypatch):
     first, second = rows(tmp_path / "metrics.jsonl")[-2:]
     assert first["tflops"] is None
     assert second["tflops"] * second["step_s"] * 2 * 1e12 == pytest.approx(2 * 5 * 1000)
-    assert logger.bar.postfix.startswith("loss 1.0000, link 1, ") and "TFLOP/s, " in logger.bar.postfix
+    assert logger.in_short.startswith("; loss 1.0000, link 1, ") and "TFLOP/s, " in logger.in_short

@@ -18,7 +18,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SYMBOLS = 128
-DEV_ROWS = 1024
 AT_ONCE = 2048
 
 
@@ -95,16 +94,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", type=Path, help="a model's folder in place of the small Llama")
     parser.add_argument("--rows", type=int, default=25_600)
+    parser.add_argument("--dev-rows", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--norm", type=float, default=1.0)
     args = parser.parse_args()
-    if min(args.rank, args.rows, args.tokens - 1) < 1:
-        parser.error("--rank and --rows must be 1 or more, and --tokens 2 or more")
+    if min(args.rank, args.rows, args.dev_rows, args.tokens - 1) < 1:
+        parser.error("--rank, --rows and --dev-rows must be 1 or more, and --tokens 2 or more")
     if (args.out / "teacher.json").exists():
         made = json.loads((args.out / "teacher.json").read_text(encoding="utf-8"))
-        for name in ("rank", "norm", "seed", "rows", "tokens"):
-            if made[name] != getattr(args, name):
-                parser.error(f"{args.out} was made with --{name} {made[name]}; name another folder, or remove it")
+        for name in ("rank", "norm", "seed", "rows", "dev_rows", "tokens"):
+            if made.get(name) != getattr(args, name):
+                option = name.replace("_", "-")
+                parser.error(f"{args.out} was made with --{option} {made.get(name)}; name another folder, or remove it")
         return
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32) if args.base else small_model(args.seed)
     most = min(min(layer.weight.shape) for layer in changed(base))
@@ -118,7 +119,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.out / "base")
     teacher = AutoModelForCausalLM.from_pretrained(args.out / "base", dtype=torch.float32)
     add_update(teacher, args.rank, args.norm, 100 + args.seed)
-    for number, (name, rows) in enumerate((("dev", DEV_ROWS), ("train", args.rows))):
+    for number, (name, rows) in enumerate((("dev", args.dev_rows), ("train", args.rows))):
         texts = tokenizer.batch_decode(draw(teacher, rows, args.tokens, 1000 + 2 * args.seed + number))
         texts = [text.replace(" ", "") for text in texts] if not args.base else texts
         with open(args.out / f"{name}.jsonl", "w", encoding="utf-8") as out:
@@ -126,8 +127,8 @@ def main() -> None:
     with open(args.out / "dev.jsonl", encoding="utf-8") as lines:
         dev = [tokenizer(json.loads(line)["text"]).input_ids[: args.tokens] for line in lines]
     facts = {
-        "rank": args.rank, "norm": args.norm, "seed": args.seed, "rows": args.rows, "tokens": args.tokens,
-        "base_loss": loss_on(base, dev), "teacher_loss": loss_on(teacher, dev),
+        "rank": args.rank, "norm": args.norm, "seed": args.seed, "rows": args.rows, "dev_rows": args.dev_rows,
+        "tokens": args.tokens, "base_loss": loss_on(base, dev), "teacher_loss": loss_on(teacher, dev),
     }  # fmt: skip
     (args.out / "teacher.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts))
