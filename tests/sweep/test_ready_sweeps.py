@@ -18,7 +18,7 @@ from tests.data.test_tasks import BY_HAND
 from tests.support.toys import REPOSITORY, save_model, save_sums
 
 READY = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") if not path.stem.endswith("base"))
-OF_FILES = [path for path in READY if path.parent.name in ("search", "teacher")]
+OF_FILES = [path for path in READY if "data.train:" in path.read_text(encoding="utf-8")]
 SWEEPS = [path for path in READY if path not in OF_FILES]
 
 FEW = {"num_train": 20, "num_dev": 4, "num_test": 4, "demonstrations": 2}
