@@ -61,9 +61,11 @@ def write_card(
             *_table(["link", "LoRA rank", "alpha", "knot at step", "layers"], _chain_rows(learnt, links)),
             "",
         ]
-    body += ["## Data", "", *(f"- {_plain(each)}" for each in _sources(config)), ""]
+    body += ["## Data", "", *(f"- {_plain(each)}" for each in _sources(config))]
+    body += ["- what the links before this run's own were trained on is not recorded here"] if learnt.earlier else []
+    body += [""]
     if scores := [] if cut else _scores(learnt, links):
-        body += ["## Scores", "", *_table(["", ""], scores), ""]
+        body += ["## Scores", "", *_of_another_step(learnt), *_table(["", ""], scores), ""]
     body += ["## Versions", "", *_table(["package", "version"], _versions(learnt)), ""]
     text = f"---\n{dump_yaml(header)}---\n\n" + "\n".join(body)
     (out / "README.md").write_text(text, encoding="utf-8")
@@ -127,6 +129,14 @@ def _scores(learnt: Learnt, links: list[SavedLink]) -> list[list[str]]:
         for key, value in learnt.result.get("scores", {}).items()
         if isinstance(value, (int, float, str)) and value is not None
     ]
+
+
+def _of_another_step(learnt: Learnt) -> list[str]:
+    """What is to be said where a task's scores are not those of the weights that are here."""
+    best, last = learnt.result["scores"].get("best_step"), learnt.result.get("steps")
+    if best is None or best == last:
+        return []
+    return [f"These are of step {best}, the best on dev; the weights here are those of the last step, {last}.", ""]
 
 
 def _versions(learnt: Learnt) -> list[list[str]]:

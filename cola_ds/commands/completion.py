@@ -35,6 +35,9 @@ esac; }}
 
 _cola_ds_offer() {{
   case $1 in
+    @folder | @file | @yaml) local IFS=$'\n' ;;  # a name may have spaces
+  esac
+  case $1 in
     @folder) compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -d -- "$2")) ;;
     @file) compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$2")) ;;
     @yaml) compopt -o filenames 2>/dev/null

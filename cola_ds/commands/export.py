@@ -21,7 +21,7 @@ from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.errors import UserError, cut, first_line, quoted
-from cola_ds.run.atomic import scratch_beside, sync_folder
+from cola_ds.run.atomic import scratch_beside, sync_all, sync_folder
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.learnt import Learnt, SavedLink, read_learnt
 from cola_ds.run.model_files import weight_files
@@ -102,6 +102,7 @@ def _export(
             write_card(learnt, config, links, to, _folder_here(config.model), scratch, found)
         if to == "hf" and learnt.facts["chat_template"] is not None:  # instead of the base's
             (scratch / "chat_template.jinja").write_text(learnt.facts["chat_template"], encoding="utf-8")
+        sync_all(scratch)
         scratch.rename(target)
         sync_folder(target.parent)
     except OSError as error:
@@ -158,8 +159,12 @@ def _folder_here(base: ModelConfig) -> Path | None:
     if Path(base.path).is_dir():
         return Path(base.path)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(base.path, "config.json", revision=base.revision)
+    try:
+        found = try_to_load_from_cache(base.path, "config.json", revision=base.revision)
+    except HFValidationError:  # no name of the hub: the path of a folder that is gone
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -21,7 +21,7 @@ from cola_ds import notices
 from cola_ds.data.batch import IGNORED, PADDING, Batch
 from cola_ds.data.batcher import batches_by_length
 from cola_ds.data.collate import counted_labels
-from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.engine import Engine
 from cola_ds.errors import TrainingFailedError, UserError, counted, some_of
 from cola_ds.evaluation.generation import generate_over_shares
@@ -161,7 +161,9 @@ class ShardedLM(TemplateLM):
         return self._gathered(mine, len(lengths))
 
     def _gathered(self, mine: dict[int, Result], count: int) -> list[Result]:
+        """Of all processes. What comes next is lm-eval's own, tokenising or statistics, and takes as long as it takes."""
         by_index = {i: result for pairs in collectives.all_gather_objects(list(mine.items())) for i, result in pairs}
+        watchdog.rest()
         return [by_index[index] for index in range(count)]
 
 

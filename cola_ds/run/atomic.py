@@ -63,12 +63,18 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have a folder's entries on the disk before this returns."""
+    """Have a folder's entries, or a file's content, on the disk before this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Have all that lies in a folder on the disk before this returns."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)
 
 
 def scratch_beside(path: Path, owner: str = "") -> Path:

@@ -23,7 +23,7 @@ from cola_ds.errors import UserError, cut
 from cola_ds.run.adapters import open_adapter
 from cola_ds.run.learnt import SavedLink, read_learnt, run_config, run_marker
 from cola_ds.run.marker import Marker
-from cola_ds.run.peft_files import PREFIX, adapter_files, bias_name, layers_of, lora_names, read_link
+from cola_ds.run.peft_files import BASE, PREFIX, adapter_files, bias_name, layers_of, lora_names, read_link
 
 _LINK = re.compile(r"link-(\d{4})")
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -106,7 +106,7 @@ def find_earlier(config: RunConfig, verified: bool = False) -> Earlier | None:
             marker
             and marker.begun
             and marker.facts["earlier"]
-            # All of them: the run may have died between two. (An adapter is one, of two files that are hashed.)
+            # All of them: the run may have died between two. (An adapter is one, of files that are hashed each.)
             and (key == "model.adapter" or len(marker.facts["earlier"]) == len(marker.facts["base_links"]))
             and marker.facts["config"]["model"].get(key[6:]) == named
         ):
@@ -175,7 +175,7 @@ def _of_adapter(named: str) -> Earlier:
         biases=adapter.biases, read=adapter.tensors, copies=False, stands_for=adapter.links,
         transposed=adapter.transposed,
     )  # fmt: skip
-    names = ("adapter_model.safetensors", "adapter_config.json")
+    names = ["adapter_model.safetensors", "adapter_config.json", *([BASE] if (folder / BASE).is_file() else [])]
     return Earlier(
         named=f"model.adapter {named}", links=[link], base=adapter.base or base, config=None,
         hashes=lambda: [sha256_of(folder / name) for name in names],

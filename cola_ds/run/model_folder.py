@@ -84,13 +84,13 @@ def copy_description(base: ModelConfig, out: Path) -> None:
 
 
 def _all_files(base: ModelConfig) -> Path:
-    """The base's folder with all that is kept of it: of a hub name, loading has fetched only what it needed."""
+    """The base's folder with all that is kept of it, and its card: of a hub name, loading has fetched only what it needed."""
     if Path(base.path).is_dir():
         return Path(base.path)
     from huggingface_hub import snapshot_download
 
     with notices.waiting(f"fetching {base.path}"):
-        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=list(_KEPT)))
+        return Path(snapshot_download(base.path, revision=base.revision, allow_patterns=[*_KEPT, "README.md"]))
 
 
 def _set_dtype(path: Path, name: str) -> None:

@@ -22,7 +22,7 @@ from cola_ds.training.state import Chain
 _DENSE = 1024
 """The smaller side of the largest weights that are decomposed whole."""
 _ENTRIES = 2**24
-"""Elements, out * in, of all weights that are: what keeps the last knot below a step's time."""
+"""Elements, out * in, of all weights that are. On SmolLM2-135M they took less than a step of 8 rows of 200 tokens."""
 _GOLDEN = (5**0.5 - 1) / 2
 
 

@@ -56,6 +56,23 @@ def test_what_stands_in_it(learnt, tmp_path, to, library):
     assert "Scores" not in cut  # which are the whole chain's
 
 
+def test_scores_of_another_step_than_the_weights(learnt, tmp_path):
+    """A task's are those of the best step, and what is exported is the last."""
+    for best, said in ((6, False), (4, True)):
+        result = {"scores": {"best_step": best, "test": 0.5}, "steps": 6, "knots": [3, 6]}
+        other = dataclasses.replace(learnt, result=result)
+        write_card(other, learnt.config, learnt.links, "hf", None, tmp_path)
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert ("These are of step 4, the best on dev; the weights here are those of the last step, 6." in text) == said
+
+
+def test_of_links_before_the_run_s_own(learnt, tmp_path):
+    for other in (learnt, dataclasses.replace(learnt, earlier=learnt.links[:1], links=learnt.links[1:])):
+        write_card(other, learnt.config, other.chain, "hf", None, tmp_path)
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert ("what the links before this run's own were trained on is not recorded" in text) == bool(other.earlier)
+
+
 def test_of_a_compressed_adapter(learnt, tmp_path):
     out = exporting.export("run", "peft", tmp_path / "out", svd_rank=2, say=lambda line: None)
     text = (out / "README.md").read_text()

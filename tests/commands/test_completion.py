@@ -22,6 +22,7 @@ def here(tmp_path_factory):
     for name in ("run.yaml", "notes.txt"):
         (folder / name).write_text("", encoding="utf-8")
     (folder / "runs").mkdir()
+    (folder / "my runs").mkdir()
     for shell in ("bash", "zsh"):
         (folder / f"completion.{shell}").write_text(script(shell, PAPER_TABLES), encoding="utf-8")
     return folder
@@ -37,7 +38,7 @@ def offered(here):
             ["bash", "-c", code, line], cwd=here, capture_output=True, text=True, timeout=30, check=True
         )
         assert done.stderr == ""
-        return done.stdout.split()
+        return [word for word in done.stdout.splitlines() if word]
 
     return offered
 
@@ -49,10 +50,10 @@ def offered(here):
         ("cola-ds tr", ["train"]),
         ("cola-ds train --re", ["--resume"]),
         ("cola-ds train --resume ", ["auto", "never"]),
-        ("cola-ds train ", ["runs", "run.yaml"]),
-        ("cola-ds train run.yaml --freeze ", ["runs"]),
+        ("cola-ds train ", ["my runs", "runs", "run.yaml"]),
+        ("cola-ds train run.yaml --freeze ", ["my runs", "runs"]),
         ("cola-ds train run.yaml --processes ", []),
-        ("cola-ds inspect ", ["runs"]),
+        ("cola-ds inspect ", ["my runs", "runs"]),
         ("cola-ds export runs --to ", ["hf", "peft", "links"]),
         ("cola-ds export runs ", ["model.path=", "model.revision="]),
         ("cola-ds evaluate m --task sq", ["squad"]),
@@ -122,6 +123,7 @@ TYPED = [
     ("cola-ds train run.yaml chain.tie=l", "<train><run.yaml><chain.tie=local>"),
     ("cola-ds train run.yaml model.ada", "<train><run.yaml><model.adapter=>"),
     ("cola-ds train run.yaml model.adapter=runs", "<train><run.yaml><model.adapter=runs/>"),
+    ("cola-ds inspect my", "<inspect><my runs/>"),
     ("cola-ds train run.yaml model.ada\tsomewhere/x", "<train><run.yaml><model.adapter=somewhere/x>"),
 ]
 

@@ -205,6 +205,22 @@ def test_nothing_half_written_is_left(tmp_path, export, monkeypatch, fault):
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
+def test_all_of_it_is_on_the_disk_before_it_appears(tmp_path, export, monkeypatch):
+    import cola_ds.run.atomic as atomic
+
+    learnt = learnt_from(tmp_path, save_model(tmp_path / "base"))
+    inner, synced, out = os.fsync, set(), tmp_path / "out"
+
+    def sync(handle):
+        if not out.exists():
+            synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        inner(handle)
+
+    monkeypatch.setattr(atomic.os, "fsync", sync)
+    export(learnt, "out")
+    assert {path.name for path in out.rglob("*")} <= synced
+
+
 def test_a_terminated_export_leaves_nothing(tmp_path, monkeypatch):
     """As a scheduler ends one. The signal means afterwards what it meant before."""
     from cola_ds.cli import main

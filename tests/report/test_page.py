@@ -344,6 +344,18 @@ def test_a_run_that_goes_on(tmp_path):
     assert len(figures_of(alone)["Loss (nats per token)"][1]) == 9
 
 
+def test_every_knot_of_a_run_that_goes_on_is_drawn(tmp_path):
+    """Of one that has finished all but the last, which is its end."""
+    folder = save_run_of(tmp_path / "run", draw_metrics(8), knots=[{**KNOTS[0], "step": 3}, {**KNOTS[1], "step": 6}])
+    for finished in (True, False):
+        if not finished:
+            (folder / "result.json").unlink()
+            recorded(folder)
+        figure, _ = figures_of(page_of(folder, at=tmp_path / f"{finished}.html"))["Loss (nats per token)"]
+        (knots,) = [path for path in figure.one("svg").all("path") if path.attributes["class"] == "knot"]
+        assert knots.attributes["d"].count("M") == (1 if finished else 2)
+
+
 def test_a_run_whose_training_failed(tmp_path):
     """As its own log has it, of its last start: it is neither stopped nor without a reason."""
     why = "training failed: no update of link 1 could be applied: no gradient was finite"

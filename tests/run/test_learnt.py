@@ -207,6 +207,7 @@ def test_a_base_that_has_moved_or_changed(finished, run, tmp_path):
         with pytest.raises(UserError, match=r"an export takes model\.path and model\.revision"):
             export(run, "hf", tmp_path / "hf", [f"model.path={moved}", "lora.alpha=3"])
         assert not (tmp_path / "hf").exists()
+        assert "licence is not known here" in (export(run, "peft", tmp_path / "peft") / "README.md").read_text()
         done = cola_ds("export", run, "--to", "hf", "--out", tmp_path / "hf", f"model.path={moved}")
         assert done.returncode == 0, done.stderr
         assert weights(tmp_path / "hf") == expected

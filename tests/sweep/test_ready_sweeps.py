@@ -21,6 +21,10 @@ READY = sorted(path for path in (REPOSITORY / "launch/sweeps").glob("*/*.yaml") 
 OF_FILES = [path for path in READY if "data.train:" in path.read_text(encoding="utf-8")]
 SWEEPS = [path for path in READY if path not in OF_FILES]
 
+# Full fine-tuning's learning rates, as the paper's appendix has them.
+FULL_OPT = [1e-6, 5e-6, 8e-6, 1e-5, 5e-5, 8e-5]
+FULL_LLAMA = [1e-7, 5e-7, 8e-7, *FULL_OPT]
+
 FEW = {"num_train": 20, "num_dev": 4, "num_test": 4, "demonstrations": 2}
 
 
@@ -75,6 +79,11 @@ def test_a_ready_sweep_resolves(path, tasks, models, monkeypatch):
         })  # fmt: skip
         prepared = prepare(config, 1)
         assert prepared.test.task.name == series.group.task
+        if path.parent.name == "paper":
+            assert config.lora.bias == ("lora_only" if model == models["opt"] else "none")  # its appendix A.1
+            if config.method == "full":
+                rates = [each.optim.lr for each in series.configs.values()]
+                assert rates == (FULL_OPT if model == models["opt"] else FULL_LLAMA)
         if config.trains_lora:
             assert len(prepared.step_plan.knots) == config.chain.length == len(config.lora_ranks)
 

@@ -30,12 +30,12 @@ def toy(tmp_path_factory):
     return save_model(folder / "model"), save_sums(folder / "train.jsonl", 50), dev
 
 
-def config_for(toy, optimizer="adamw", engine=SHARDED, rank=8, **chain):
+def config_for(toy, optimizer="adamw", engine=SHARDED, rank=8, micro=4, **chain):
     optim = {
         "name": optimizer,
         "lr": 5e-3 if optimizer == "adamw" else 1e-2,
         "max_steps": STEPS,
-        "micro_batch_size": 4,
+        "micro_batch_size": micro,
         "max_grad_norm": 0.1,
     }
     return run_config(
@@ -53,6 +53,7 @@ def config_for(toy, optimizer="adamw", engine=SHARDED, rank=8, **chain):
         (2, {"optimizer_at_knot": "keep", "optimizer": "adagrad", "engine": ENGINES["zero2"]}),
         (2, {"optimizer_at_knot": PRUNE, "engine": ENGINES["zero3_offload_cpu"]}),
         (2, {"merge_weight": [0.5, 0.25, 1.0], "rank": [8, 4, 4]}),
+        (4, {"optimizer_at_knot": PRUNE, "merge_weight": [0.5, 0.25, 1.0], "micro": 2}),
     ],
 )
 def test_it_follows_a_plain_reference(toy, tmp_path, world_size, options):

@@ -368,6 +368,15 @@ def test_an_adapter_of_a_whole_chain_counts_as_its_links(place, tmp_path):
     assert link.stands_for == 2
 
 
+def test_an_adapter_that_has_lost_what_it_counts_as_is_another(place, tmp_path):
+    """Under the same seed its links would be drawn again."""
+    adapter = export(place / "fp32/run", "peft", tmp_path / "adapter")
+    config = load_config(save_run(tmp_path / "run.yaml", more(place, model={"links": None, "adapter": str(adapter)})))
+    before = find_earlier(config).hashes()
+    (adapter / "cola_ds.json").unlink()
+    assert find_earlier(config).hashes() != before
+
+
 def test_half_a_copy_is_none(place, tmp_path):
     """A run that has died between two links of the copy, and whose source is gone, does not go on with the first alone."""
     config = more(place, run={"dir": str(tmp_path / "run")})

@@ -226,6 +226,8 @@ class MeanCurves:
         if at is None or not view.outcome.result:
             return
         for title, (steps, values) in _courses(view).items():
+            if title == "Learning rate":  # of which there is no mean
+                continue
             sums = self._sums.setdefault((at, title), {})
             for step, value in zip(steps, values, strict=True):
                 if not math.isnan(value):
@@ -233,9 +235,9 @@ class MeanCurves:
                     sums[step] = (total + value, count + 1)
 
     def figures(self, most: int) -> list[Figure]:
-        """Those of each task; of learning rates there is no mean."""
+        """Those of each task."""
         found = []
-        titles = [title for title in dict.fromkeys(title for _, title in self._sums) if title != "Learning rate"]
+        titles = list(dict.fromkeys(title for _, title in self._sums))
         for task in dict.fromkeys(cell.group.task for cell in self._cells):
             for title in titles:
                 at = [

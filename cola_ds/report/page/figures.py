@@ -91,7 +91,7 @@ def unit_of(view: View) -> str:
 
 def run_figures(view: View, most: int, few: bool) -> list[Figure]:
     """The figures of a run, with about `most` rows each; `few`: those of losses, scores and learning rate alone."""
-    ends = [number_of(knot["step"]) for knot in view.knots][:-1]  # the last is the end of the run
+    ends = [number_of(knot["step"]) for knot in view.knots_within]
     metrics, steps = view.metrics, view.metrics["step"]
 
     def of(title: str, *curves: Curve, note: str = "") -> Figure | None:

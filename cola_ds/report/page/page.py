@@ -51,10 +51,11 @@ def make_page(paths: Sequence[str], found: Found, said: Sequence[Table | str]) -
     means, views, of_runs, knots = MeanCurves(found.cells), [], [], set[float]()
     for at, (name, outcome) in enumerate(runs.items()):
         view = read_view(name, outcome)
-        means.take(view)
+        if len(runs) > MOST_CURVES:
+            means.take(view)
         of_runs.append(_of_run(view, most, few=len(runs) > _FIGURES_OF_ALL))
         if at < MOST_CURVES:
-            knots |= {number_of(knot["step"]) for knot in view.knots[:-1]}
+            knots |= {number_of(knot["step"]) for knot in view.knots_within}
         else:
             view.metrics, view.evals = {}, []  # no figure has them together with others
         view.knots, view.layers, view.watch, view.events = [], [], [], []

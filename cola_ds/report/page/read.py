@@ -58,6 +58,11 @@ class View:
     """What could not be read, a line each."""
 
     @property
+    def knots_within(self) -> list[dict[str, Any]]:
+        """Those at which another link follows: a finished run's last is its end."""
+        return self.knots[:-1] if self.outcome.result else self.knots
+
+    @property
     def restarts(self) -> int:
         return self.event_counts["resumed"]
 
