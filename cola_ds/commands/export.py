@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from cola_ds import notices
 from cola_ds.commands.card import write_card
 from cola_ds.commands.joined import compress, describe, join, served
-from cola_ds.commands.merge import Merged, lying_weights, tie_saved_links, transposed_layers, write_merged
+from cola_ds.commands.merge import Merged, is_whole, lying_weights, tie_saved_links, transposed_layers, write_merged
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
@@ -236,6 +236,11 @@ def _files_here(base: ModelConfig) -> list[Path]:
 
 def _merge_whole(config: RunConfig, learnt: Learnt, chain: list[SavedLink], out: Path) -> None:
     model = _load_base(config.model)
+    if not is_whole(model, config.model):
+        raise UserError(
+            f"model.path {config.model.path} is more than the {type(model).__name__} that was trained, and Transformers converts "
+            "its weights as it loads them, so that the rest cannot go along: use --to peft, which changes that base as it is"
+        )
     learnt.check_base(config.model.path, model_fingerprint(config.model))
     links = [read_link(link.file) for link in chain]
     tie_saved_links(model, links, [link.scaling for link in chain], exact=config.chain.merge == "exact")

@@ -79,7 +79,8 @@ class Merged:
 
 
 def lying_weights(base: ModelConfig, files: list[Path]) -> dict[str, str] | None:
-    """By key in the files, the parameter that it is, of those that the model uses.
+    """By key in the files, the parameter that it is, of those that the model uses; "" of those that lie beside it, where it is a
+    part of what the base is.
 
     None where a parameter is not what lies there in the run's dtype: where Transformers fuses it, or keeps it in fp32; where it
     is a buffer, quantised, or of a model that cannot be made without its weights.
@@ -99,9 +100,19 @@ def lying_weights(base: ModelConfig, files: list[Path]) -> dict[str, str] | None
     known = set(model.state_dict())
     used = {key: name for key, name in names.items() if name is None or name in known}
     params = dict(model.named_parameters(remove_duplicate=False))
-    if all(name in params and held[key] in FLOATS for key, name in used.items()):
-        return {key: name for key, name in used.items() if name is not None}
+    beside = {} if is_whole(model, base) else dict.fromkeys(held.keys() - used.keys(), "")
+    if all(name in params for name in used.values()) and all(held[key] in FLOATS for key in (*used, *beside)):
+        return {key: name for key, name in used.items() if name is not None} | beside
     return None
+
+
+def is_whole(model: Any, base: ModelConfig) -> bool:
+    """Whether a model is all that its base's config describes: of one with a vision tower, Llama 4's say, Transformers opens the
+    language model alone."""
+    from transformers import AutoConfig
+
+    options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+    return type(AutoConfig.from_pretrained(base.path, **options)) is type(model.config)
 
 
 def transposed_layers(base: ModelConfig) -> set[str]:

@@ -24,7 +24,7 @@ from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.learnt import Learnt, SavedLink
 from cola_ds.run.peft_files import adapter_files, bias_name, lora_names
 from cola_ds.run.tensor_files import write_tensors
-from tests.support.toys import REPOSITORY, run_config, save_model
+from tests.support.toys import REPOSITORY, run_config, save_model, save_tokenizer
 
 TARGETS = ("q_proj", "v_proj", "attn.c_attn", "attn.c_proj")
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
@@ -155,6 +155,51 @@ def test_a_base_without_the_models_prefix(tmp_path, export):
     found, expected = opened(parts), opened(export(learnt, "whole", whole=True))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name][1], bits) for name, (_, bits) in expected.items())
+
+
+@pytest.fixture
+def with_vision(tmp_path):
+    """A small Llama 4 as a whole: of it Transformers opens the language model alone."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    text = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "attention_chunk_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+        "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+    }  # fmt: skip
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    save_tokenizer(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_what_lies_beside_the_language_model_goes_along(tmp_path, export, with_vision):
+    from transformers import AutoModelForImageTextToText
+
+    models = [
+        AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        for folder in (with_vision, export(learnt_from(tmp_path, with_vision), "out"))
+    ]
+    for _, said in models:
+        assert not said["missing_keys"] and not said["unexpected_keys"]
+    (before, _), (after, _) = models
+    changed = {
+        name
+        for name, weight in after.state_dict().items()
+        if not torch.equal(weight, before.state_dict()[name].to(torch.bfloat16))
+    }
+    assert len(changed) == 4 and all(name.endswith(("q_proj.weight", "v_proj.weight")) for name in changed)
+    assert not any("vision" in name for name in changed)
+
+
+def test_what_cannot_go_along_is_not_left_behind(tmp_path, export, with_vision):
+    with pytest.raises(UserError, match=r"is more than the Llama4ForCausalLM that was trained, .* use --to peft"):
+        export(learnt_from(tmp_path, with_vision), "out", whole=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_that_is_not_among_the_files(tmp_path, export):
