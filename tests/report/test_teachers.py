@@ -52,3 +52,32 @@ def test_the_runs_are_those_of_the_sweeps(monkeypatch):
         assert points <= set(planned[cell].group.points)
         assert set(seeds) <= set(planned[cell].group.seeds)
         assert cell[0].startswith((f"rank-{rank}", "steps-", "smollm2"))
+
+
+def test_rates_at_the_ends_of_their_grids(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    at_an_end = 0
+    for path in sorted(FOLDER.glob("*.yaml")):
+        for series in load_plan(str(path.relative_to(REPOSITORY)), []).series if path.stem != "base" else ():
+            points = series.group.points
+            chosen = of_runs().get((series.group.task, series.group.name), (0, set(), {}))[1]
+            at_an_end += bool(chosen & {points[0], points[-1]})
+    assert f"In {at_an_end} of the rows the best learning rate is the least or the greatest that was tried" in README
+
+
+def test_what_the_first_screen_says():
+    """README.md's percentages, of 400, 1,600 and 6,400 steps and of SmolLM2."""
+    left = {}
+    for cell, (_, _, seeds) in of_runs().items():
+        left[cell] = statistics.fmean(each[-1] for each in seeds.values())
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    said = re.search(
+        r"four links of rank 4 leave (\d+)% unlearnt and LoRA of rank 4 (\d+)%, .*?; LoRA of rank 16 leaves (\d+)%\. With four "
+        r"times the steps that is (\d+)%, (\d+)% and ([\d.]+)%, with a quarter (\d+)%, (\d+)% and (\d+)%: .*?400 steps: (\d+)%, "
+        r"(\d+)% and (\d+)%\)",
+        text,
+    )
+    tasks = ("rank-16", "steps-6400", "steps-400", "smollm2")
+    expected = [100 * left[task, arm] for task in tasks for arm in ("chain-4x4", "lora-4", "lora-16")]
+    for text, share in zip(said.groups(), expected, strict=True):
+        assert abs(float(text) - share) <= (0.05 if "." in text else 0.5)

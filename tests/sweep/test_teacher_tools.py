@@ -60,3 +60,31 @@ def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         call("table.py", [tmp_path], monkeypatch)
     assert ended.value.code == 2 and "no finished run of a sweep is in" in capsys.readouterr().err
+
+
+def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
+    """Base 4, teacher 2: a loss of 3 leaves a half. The rate is that whose mean is the lower over the seeds that both have."""
+    facts = {"rank": 16, "base_loss": 4.0, "teacher_loss": 2.0}
+    (tmp_path / "teacher.json").write_text(json.dumps(facts), encoding="utf-8")
+    losses = {
+        ("lr=0.1", 0): [3.8, 3.0], ("lr=0.1", 1): [3.0, 3.2], ("lr=0.2", 0): [3.9, 3.1], ("lr=0.01", 0): [2.5, 4.0],
+    }  # fmt: skip
+    for (point, seed), by_link in losses.items():
+        run = tmp_path / f"sweep/t/chain/{point}/seed={seed}"
+        run.mkdir(parents=True)
+        (run / "run.yaml").write_text(f"data: {{train: {tmp_path / 'train.jsonl'}}}", encoding="utf-8")
+        (run / "evals.jsonl").write_text(
+            "".join(json.dumps({"loss": loss}) + "\n" for loss in by_link), encoding="utf-8"
+        )
+        (run / "result.json").write_text("{}", encoding="utf-8")
+    words = [tmp_path / "sweep", "--csv", tmp_path / "out.csv", "--figure", tmp_path / "out.png"]
+    call("table.py", words, monkeypatch)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| t | chain | 2 | lr=0.1 | 0.550 ±0.635 | 2 |"
+    ]  # t(0.975, 1) 0.05
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines() == [
+        "task,method,point,seed,rank,link,residual",
+        "t,chain,lr=0.1,0,16,1,0.90000", "t,chain,lr=0.1,0,16,2,0.50000",
+        "t,chain,lr=0.1,1,16,1,0.50000", "t,chain,lr=0.1,1,16,2,0.60000",
+    ]  # fmt: skip
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

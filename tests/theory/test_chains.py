@@ -1,10 +1,13 @@
 """RAC-LoRA's counter-example: with the step 1 / L chains leave the numbers, and their variant converges."""
 
+import re
+
 import numpy
 import pytest
 import torch
 
 from cola_ds.theory.chains import KINDS, losses_by_link, quadratic
+from tests.support.toys import REPOSITORY
 
 SEEDS, LINKS, COUNT = 5, 100, 20
 
@@ -88,3 +91,35 @@ def test_losses_are_those_of_torch(kind):
             optimizer.step()
         losses.append((Q * (weight + B @ A - target) ** 2 / 2).sum().item())
     numpy.testing.assert_allclose(expected[1:, 1], losses, rtol=1e-10)
+
+
+def test_the_page_s_table():
+    """launch/theory/README.md, row by row: between the least and the greatest of the seeds, or below the greatest."""
+    page = (REPOSITORY / "launch/theory/README.md").read_text(encoding="utf-8")
+    rows = {
+        line.split("|")[1].split()[0]: line for line in page.splitlines() if re.match(r"\| (lora|cola|one|rac)", line)
+    }
+    assert sorted(rows) == sorted(KINDS)
+    number = r"(\d\S*?\d)"
+    for kind, line in rows.items():
+        for step, cell in zip((1.0, 1 / 8), line.split("|")[2:4], strict=True):
+            last = shares(kind, step)[-1] if "the same" not in cell else shares(kind, 1.0)[-1]
+            if "infinite" in cell:
+                assert numpy.isinf(last).all()
+            elif found := re.match(rf"{number} to {number}\b", cell.strip()):
+                assert [float(text) for text in found.groups()] == [
+                    float(f"{each:.2f}") for each in (min(last), max(last))
+                ]
+            elif found := re.match(r"below (\S+?)[;]?(\s|$)", cell.strip()):
+                assert float(found[1]) / 3 < max(last) < float(found[1])
+            else:
+                assert cell.strip() == "the same"
+                assert last == pytest.approx(shares(kind, step)[-1], rel=1e-6)
+    (first, last) = re.search(r"below 1e-8 after (\d+) to (\d+) links", rows["rac-lora"]).groups()
+    reached = (shares("rac-lora", 1.0) < 1e-8).argmax(axis=0)
+    assert (min(reached), max(reached)) == (int(first), int(last))
+    survives = []
+    for scale in (1.0, 4.0, 16.0):
+        survives.append(next(n for n in range(10) if numpy.isfinite(shares("cola", 2.0**-n, scale)[-1]).all()))
+    assert "is 1/2, 1/8 and 1/32 of 1 / L for solutions of scale 1, 4 and 16" in page.replace("\n", " ")
+    assert [2**n for n in survives] == [2, 8, 32]
