@@ -139,7 +139,7 @@ class ChainConfig(Section):
     diagnostics: Annotated[bool, Mark.FREE] = False
     """Find out at each knot what the link has learnt, from A and B alone: spectra, effective ranks and overlaps with earlier
     links, layer by layer, into links.jsonl; at the last knot intruder dimensions, too, of some layers where there are many. No
-    result changes."""
+    result changes. (Held-out losses by link: eval.every link.)"""
 
     @property
     def plateau(self) -> PlateauConfig | None:

@@ -81,3 +81,24 @@ def test_what_the_first_screen_says():
     expected = [100 * left[task, arm] for task in tasks for arm in ("chain-4x4", "lora-4", "lora-16")]
     for text, share in zip(said.groups(), expected, strict=True):
         assert abs(float(text) - share) <= (0.05 if "." in text else 0.5)
+
+
+def test_the_control_in_plain_torch():
+    found = {}
+    with open(FOLDER / "control.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            of_rate = found.setdefault((row["method"], row["targets"]), {}).setdefault(float(row["lr"]), {})
+            of_rate[int(row["seed"])] = float(row["residual"])
+    cell = r"(\S+) \((\S+) to (\S+)\)"
+    shown = re.findall(rf"^\| (\S+) \| (\S+) \| {cell} \| {cell} \|$", README, re.MULTILINE)
+    assert [method for method, *_ in shown] == ["lora-1", "lora-4", "lora-16", "chain-16x1", "chain-4x4"]
+    for method, pipeline, *texts in shown:
+        _, _, seeds = of_runs()["rank-16", method]
+        assert float(pipeline) == pytest.approx(statistics.fmean(each[-1] for each in seeds.values()), abs=6e-4)
+        for at, targets in enumerate(("texts", "logits")):
+            by_rate = found[method, targets]
+            values = list(by_rate[min(by_rate, key=lambda lr: by_rate[lr][0])].values())
+            assert len(values) == 3
+            expected = [statistics.fmean(values), min(values), max(values)]
+            assert [float(text) for text in texts[3 * at : 3 * at + 3]] == pytest.approx(expected, abs=6e-4)
+        assert float(texts[0]) == pytest.approx(float(pipeline), abs=0.02)

@@ -1,5 +1,6 @@
 """launch/sweeps/teacher: the teacher that is made, and what is said of a mistake. Its table: tests/report/test_teachers.py."""
 
+import csv
 import json
 import runpy
 
@@ -88,3 +89,17 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
         "t,chain,lr=0.1,1,16,1,0.50000", "t,chain,lr=0.1,1,16,2,0.60000",
     ]  # fmt: skip
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_control_trains_all_arms(tmp_path, monkeypatch, capsys):
+    """Each at three rates by seed 0, and the best by the other seed."""
+    call("make.py", [tmp_path / "teacher", *SMALL, "--dev-rows", "64"], monkeypatch)
+    words = [tmp_path / "teacher", "--seeds", "2", "--steps", "16", "--csv", tmp_path / "out.csv"]
+    monkeypatch.syspath_prepend(str(REPOSITORY / "launch/sweeps/teacher"))
+    capsys.readouterr()
+    call("control.py", words, monkeypatch)
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    arms = {(row["targets"], row["method"]) for row in rows}
+    assert len(arms) == 2 * 5 and len(rows) == len(arms) * (3 + 1)
+    assert capsys.readouterr().out.count("\n") == 2 + len(arms)
