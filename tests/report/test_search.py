@@ -14,10 +14,14 @@ CELLS = {"rank 1, query and value": "qv-1", "rank 8, query and value": "qv-8", "
 ARMS = ("lora", "chain-2", "chain-4", "chain-4-over-chain")
 
 
+TASKS = {"SST-2": ("sst2", "accuracy", "128"), "CB": ("cb", "accuracy", "75"), "SQuAD": ("squad", "f1", "50")}
+
+
 def rows_of(name):
     with open(FOLDER / name, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert all(row["state"] == "finished" and row["metric"] == "loss" and row["steps"] == "128" for row in rows)
+    kinds = {task: (metric, steps) for task, metric, steps in TASKS.values()} | {"docstrings": ("loss", "128")}
+    assert all(row["state"] == "finished" and (row["metric"], row["steps"]) == kinds[row["task"]] for row in rows)
     return rows
 
 
@@ -60,3 +64,50 @@ def test_the_seeds():
         (large, others, (1, 8)),
     ):  # of nine the others at most 1
         assert [own, of_two, of_nine] == [f"{p * many:.1e}" for many in (1, *by)]
+
+
+def test_the_screen_of_tasks():
+    """Each arm at the rate of the higher score on dev; the candidates are those whose score is furthest above LoRA's."""
+    scores = {}
+    for row in rows_of("tasks-screen.csv"):
+        assert row["seed"] == "0"
+        scores.setdefault((row["task"], row["name"]), {})[float(row["lr"])] = 100 * float(row["dev"])
+    assert {tuple(sorted(each)) for each in scores.values()} == {(1e-3, 4e-3)} and len(scores) == 3 * 4
+    shown = re.findall(r"^\| (\S+)" + r" \| (\S+) \((\S+)\)" * 4 + r" \|$", README, re.MULTILINE)
+    assert [name for name, *_ in shown] == list(TASKS)
+    above = {}
+    for name, *texts in shown:
+        task = TASKS[name][0]
+        for arm, text, rate in zip(ARMS, texts[::2], texts[1::2], strict=True):
+            each = scores[task, arm]
+            assert each[float(rate)] == max(each.values())
+            assert text.strip("*") == f"{max(each.values()):.1f}"
+            above[task, arm] = max(each.values()) - max(scores[task, "lora"].values())
+    chains = sorted((key for key in above if key[1] != "lora"), key=above.get)
+    assert chains[-2:] == [("sst2", "chain-4-over-chain"), ("sst2", "chain-4")]
+
+
+def test_the_seeds_of_tasks():
+    scores = {}
+    for row in rows_of("tasks-seeds.csv"):
+        assert row["lr"] == {"lora": "0.001"}.get(row["name"], "0.004")
+        scores.setdefault(row["name"], {})[int(row["seed"])] = 100 * float(row["test"])
+    score = r"\*{0,2}(\S+) ±([\d.]+)\*{0,2}"
+    line = rf"^\| (four links.*?|LoRA) \| {score} \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$"
+    shown = re.findall(line, README, re.MULTILINE)
+    assert [name for name, *_ in shown] == ["LoRA", "four links", "four links, one schedule"]
+    of_arm = {arm: [scores[arm][seed] for seed in range(2, 12)] for arm in ("lora", "chain-4", "chain-4-over-chain")}
+    compared = {}
+    for (_, *texts), (arm, values) in zip(shown, of_arm.items(), strict=True):
+        assert texts[:2] == [f"{statistics.mean(values):.2f}", f"{statistics.stdev(values):.2f}"]
+        if arm == "lora":
+            assert texts[2:] == ["-"] * 4
+        else:
+            assert texts[2] == f"{statistics.mean(values) - statistics.mean(of_arm['lora']):+.2f}"
+            compared[stats.ttest_rel(values, of_arm["lora"]).pvalue] = texts[3:]
+    (small, texts), (large, others) = sorted(compared.items())
+    for (own, of_two, of_nine), adjusted in (
+        (texts, (small, 2 * small, 9 * small)),
+        (others, (large, max(large, 2 * small), max(8 * large, 9 * small))),
+    ):
+        assert [own, of_two, of_nine] == [f"{min(p, 1):.2g}" for p in adjusted]
