@@ -23,7 +23,7 @@ from cola_ds.checkpoint.format import (
     read_checkpoint,
     verify,
 )
-from cola_ds.run.atomic import publish, sync_folder, write_atomically, write_synced
+from cola_ds.run.atomic import publish, sync_path, write_atomically, write_synced
 from cola_ds.run.folder import RunDir
 
 _HASHED_AGAIN = 2**30  # bytes of a checkpoint up to which keeping it is decided by its hashes, not by sizes alone
@@ -173,7 +173,7 @@ class CheckpointWriter:
         self._add("random.safetensors", save({f"{rank:05d}": held for rank, held in enumerate(random_states)}))
         self._add("state.json", state.model_dump_json(indent=1).encode())
         write_synced(self.scratch / "manifest.json", manifest(self.files))
-        sync_folder(self.scratch)
+        sync_path(self.scratch)
         self.checkpoints.show(self.scratch, self.checkpoints.at(self.step), [*self.files, "manifest.json"])
         return sum(entry["bytes"] for entry in self.files.values())
 

@@ -21,7 +21,7 @@ from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.loading import check_config
 from cola_ds.config.schema import ModelConfig, RunConfig
 from cola_ds.errors import UserError, cut, first_line, quoted
-from cola_ds.run.atomic import scratch_beside, sync_all, sync_folder
+from cola_ds.run.atomic import scratch_beside, sync_all, sync_path
 from cola_ds.run.fingerprint import model_fingerprint
 from cola_ds.run.learnt import Learnt, SavedLink, read_learnt
 from cola_ds.run.model_files import weight_files
@@ -104,7 +104,7 @@ def _export(
             (scratch / "chat_template.jinja").write_text(learnt.facts["chat_template"], encoding="utf-8")
         sync_all(scratch)
         scratch.rename(target)
-        sync_folder(target.parent)
+        sync_path(target.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"--out {target} already exists: another export was quicker; name a new folder") from None
@@ -238,8 +238,8 @@ def _merge_whole(config: RunConfig, learnt: Learnt, chain: list[SavedLink], out:
     model = _load_base(config.model)
     if not is_whole(model, config.model):
         raise UserError(
-            f"model.path {config.model.path} is more than the {type(model).__name__} that was trained, and Transformers converts "
-            "its weights as it loads them, so that the rest cannot go along: use --to peft, which changes that base as it is"
+            f"model.path {config.model.path} is more than the {type(model).__name__} that was trained, and the rest can only go "
+            "along where the weights lie in its files as the model has them: use --to peft, which leaves that base as it is"
         )
     learnt.check_base(config.model.path, model_fingerprint(config.model))
     links = [read_link(link.file) for link in chain]

@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: bytes, owner: str = "") -> None:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_folder(target: Path, files: Mapping[str, bytes], owner: str = "") -> None:
@@ -32,7 +32,7 @@ def write_folder(target: Path, files: Mapping[str, bytes], owner: str = "") -> N
     try:
         for name, content in files.items():
             write_synced(scratch / name, content)
-        sync_folder(scratch)
+        sync_path(scratch)
         publish(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -51,7 +51,7 @@ def publish(scratch: Path, target: Path, last: str = "") -> None:
         shutil.rmtree(scratch)
     else:
         scratch.rename(target)
-    sync_folder(target.parent)
+    sync_path(target.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -62,7 +62,7 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(out.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """Have a folder's entries, or a file's content, on the disk before this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -74,7 +74,7 @@ def sync_folder(path: Path) -> None:
 def sync_all(folder: Path) -> None:
     """Have all that lies in a folder on the disk before this returns."""
     for path in [*folder.rglob("*"), folder]:
-        sync_folder(path)
+        sync_path(path)
 
 
 def scratch_beside(path: Path, owner: str = "") -> Path:

@@ -39,7 +39,7 @@ from cola_ds.config.inputs import sha256_of
 from cola_ds.config.loading import dump_config
 from cola_ds.config.schema import TRAINING, RunConfig
 from cola_ds.errors import UserError
-from cola_ds.run.atomic import publish, sync_folder, write_atomically, write_folder
+from cola_ds.run.atomic import publish, sync_path, write_atomically, write_folder
 from cola_ds.run.earlier import Earlier, EarlierLink
 from cola_ds.run.marker import LOG, Marker
 from cola_ds.run.peft_files import adapter_files, read_link
@@ -329,7 +329,7 @@ class RunDir:
         """The run is no longer finished: the first thing to be written down when it goes back."""
         if (self.path / "result.json").exists():
             self.mine.remove("result.json")
-            sync_folder(self.path)
+            sync_path(self.path)
             self.mine.facts.pop("result", None)
             self.mine.write()
 

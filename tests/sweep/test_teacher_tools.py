@@ -103,3 +103,11 @@ def test_the_control_trains_all_arms(tmp_path, monkeypatch, capsys):
     arms = {(row["targets"], row["method"]) for row in rows}
     assert len(arms) == 2 * 5 and len(rows) == len(arms) * (3 + 1)
     assert capsys.readouterr().out.count("\n") == 2 + len(arms)
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "has no teacher.json"), (["--seeds", "0"], "must be 1 or more")])
+def test_what_the_control_is_not_for(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "launch/sweeps/teacher"))
+    with pytest.raises(SystemExit) as ended:
+        call("control.py", [tmp_path, *words], monkeypatch)
+    assert ended.value.code == 2 and said in capsys.readouterr().err

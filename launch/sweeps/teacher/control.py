@@ -72,6 +72,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
+    if min(args.seeds, args.steps) < 1:
+        parser.error("--seeds and --steps must be 1 or more")
+    if not (args.folder / "teacher.json").is_file():
+        parser.error(f"{args.folder} has no teacher.json: name a folder that make.py made")
     facts = json.loads((args.folder / "teacher.json").read_text(encoding="utf-8"))
     teacher = AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).requires_grad_(False)
     add_update(teacher, facts["rank"], facts["norm"], 100 + facts["seed"])
@@ -79,6 +83,7 @@ def main() -> None:
     held_out = dev.tolist()
 
     def residual(on: str, arm: str, lr: float, seed: int) -> float:
+        """What that arm leaves of the way from the base's held-out loss to the teacher's."""
         links, rank = ARMS[arm]
         student = AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).requires_grad_(False)
         torch.manual_seed(seed)
