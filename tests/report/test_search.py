@@ -111,3 +111,34 @@ def test_the_seeds_of_tasks():
         (others, (large, max(large, 2 * small), max(8 * large, 9 * small))),
     ):
         assert [own, of_two, of_nine] == [f"{min(p, 1):.2g}" for p in adjusted]
+
+
+def test_lora_at_the_rate_of_the_chains():
+    """By tasks-rate.csv: what the page's last table says, and what it and README.md say of single seeds."""
+    rows = rows_of("tasks-rate.csv")
+    assert {(row["name"], row["lr"]) for row in rows} == {("lora", "0.004")}
+    scores = {row["seed"]: 100 * float(row["test"]) for row in rows}
+    assert sorted(map(int, scores)) == list(range(2, 12))
+    shown = re.findall(
+        r"^\| (.+?) \| ([\d.]+) \| (\S+) ±(\S+) \| ([\d.]+) \| (\S.*?) \| (\S+) \|$", README, re.MULTILINE
+    )
+    assert [name for name, *_ in shown] == ["LoRA", "four links", "four links, one schedule"]
+    collapsed = min(scores, key=scores.get)
+    assert f"seed {collapsed}, has collapsed ({scores[collapsed]:.1f})" in README
+    lowest = set()
+    for (_, *texts), arm in zip(shown, ("lora", "chain-4", "chain-4-over-chain"), strict=True):
+        others = {row["seed"]: 100 * float(row["test"]) for row in rows_of("tasks-seeds.csv") if row["name"] == arm}
+        values = scores if arm == "lora" else others
+        facts = [statistics.median, statistics.mean, statistics.stdev]
+        facts = [fact(values.values()) for fact in facts]
+        without = statistics.mean(value for seed, value in values.items() if seed != collapsed)
+        assert texts[:4] == [f"{fact:.2f}" for fact in (*facts, without)]
+        if arm == "lora":
+            assert texts[4:] == ["-", "-"]
+            continue
+        above = sum(values[seed] > scores[seed] for seed in scores)
+        p = stats.ttest_rel([values[seed] for seed in scores], list(scores.values())).pvalue
+        assert texts[4:] == [f"{above} of 10", f"{p:.2g}"] and above == 4
+        assert min(values, key=values.get) == collapsed
+        lowest.add(f"{min(values.values()):.1f}")
+    assert f"their lowest, {lowest.pop()} both" in README and not lowest
