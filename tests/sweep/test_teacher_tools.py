@@ -74,9 +74,8 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
         run = tmp_path / f"sweep/t/chain/{point}/seed={seed}"
         run.mkdir(parents=True)
         (run / "run.yaml").write_text(f"data: {{train: {tmp_path / 'train.jsonl'}}}", encoding="utf-8")
-        (run / "evals.jsonl").write_text(
-            "".join(json.dumps({"loss": loss}) + "\n" for loss in by_link), encoding="utf-8"
-        )
+        evals = [{"link": 1, "loss": 3.95}, *({"link": link, "loss": loss} for link, loss in enumerate(by_link, 1))]
+        (run / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals), encoding="utf-8")
         (run / "result.json").write_text("{}", encoding="utf-8")
     words = [tmp_path / "sweep", "--csv", tmp_path / "out.csv", "--figure", tmp_path / "out.png"]
     call("table.py", words, monkeypatch)
@@ -89,6 +88,11 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
         "t,chain,lr=0.1,1,16,1,0.50000", "t,chain,lr=0.1,1,16,2,0.60000",
     ]  # fmt: skip
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    # A run of another number of links, as knots by the loss may make them.
+    with open(tmp_path / "sweep/t/chain/lr=0.1/seed=1/evals.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"link": 3, "loss": 3.2}) + "\n")
+    call("table.py", words, monkeypatch)
+    assert "| t | chain | 2-3 | lr=0.1 | 0.550 ±0.635 | 2 |" in capsys.readouterr().out
 
 
 def test_the_control_trains_all_arms(tmp_path, monkeypatch, capsys):

@@ -39,7 +39,8 @@ def read_run(folder: Path) -> Run:
     config = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     facts = json.loads(Path(config["data"]["train"]).with_name("teacher.json").read_text(encoding="utf-8"))
     with open(folder / "evals.jsonl", encoding="utf-8") as lines:
-        losses = [json.loads(line)["loss"] for line in lines]
+        rows = [json.loads(line) for line in lines]
+    losses = list({row["link"]: row["loss"] for row in rows}.values())  # the last of each link is that of its knot
     span = facts["base_loss"] - facts["teacher_loss"]
     residuals = [(loss - facts["teacher_loss"]) / span for loss in losses]
     return Run(task, method, point, int(seed.partition("=")[2]), facts["rank"], len(losses), residuals)
@@ -74,10 +75,12 @@ def draw(cells: dict[tuple[str, str], list[Run]], path: Path) -> None:
         for (of, method), runs in cells.items():
             if of != task:
                 continue
-            means = [statistics.fmean(each) for each in zip(*(run.residuals for run in runs), strict=True)]
-            if len(means) == 1:  # one link: what it leaves at the end, as a line to compare with
-                axes.axhline(means[0], linestyle="--", label=method, color=colours[method])
+            counts = {run.links for run in runs}
+            if counts == {1} or len(counts) > 1:  # no common links: what is left at the end, as a line to compare with
+                left = statistics.fmean(run.residuals[-1] for run in runs)
+                axes.axhline(left, linestyle="--", label=method, color=colours[method])
                 continue
+            means = [statistics.fmean(each) for each in zip(*(run.residuals for run in runs), strict=True)]
             share = [(number + 1) / len(means) for number in range(len(means))]
             axes.plot(share, means, "o-", label=method, markersize=4, color=colours[method])
         axes.set(title=task, xlabel="share of the steps", ylabel="residual", ylim=(0, 1))
@@ -105,7 +108,10 @@ def main() -> None:
     for (task, method), runs in cells.items():
         last = [run.residuals[-1] for run in runs]
         said = f"{statistics.fmean(last):.3f} ±{interval(last):.3f}"
-        print(f"| {task} | {method} | {runs[0].links} | {runs[0].point} | {said} | {len(runs)} |")
+        links = "-".join(
+            str(count) for count in sorted({min(run.links for run in runs), max(run.links for run in runs)})
+        )
+        print(f"| {task} | {method} | {links} | {runs[0].point} | {said} | {len(runs)} |")
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as out:
             writer = csv.writer(out)
