@@ -153,10 +153,13 @@ def resolve(config: RunConfig, rows: int | Callable[[int], int], world_size: int
         epochs=epochs, global_batch_size=size, total_steps=total_steps, knots=knots, micro_steps=micro_steps, least_steps=least
     )  # fmt: skip
     shortest = min(step_plan.link_steps(link) for link in range(1, len(knots) + 1))
+    remedy = ""
     if chain.plateau is not None and chain.length > 1:
-        shortest = min(shortest, least)
+        shortest, remedy = min(shortest, least), "; set fewer, or a greater chain.knots.plateau.least_steps"
     if optim.warmup_steps >= shortest:
-        raise UserError(f"optim.warmup_steps {optim.warmup_steps} never ends: the shortest link has {shortest} steps")
+        raise UserError(
+            f"optim.warmup_steps {optim.warmup_steps} never ends: the shortest link has {shortest} steps{remedy}"
+        )
     return step_plan
 
 
