@@ -145,7 +145,7 @@ def _begin(table: _Table, process: Process, wait_s: float, end: Callable[[int], 
             "arrival",
             f"all of {counted(process.world_size, 'process', 'processes')}, after {time.monotonic() - since:.1f} s",
         )
-        watchdog.begin(process.rank, process.world_size, _COMPILATION_S, end, share)
+        watchdog.begin(process, _COMPILATION_S, end, share)
         watchdog.heartbeat("joining the group")
 
     try:

@@ -116,10 +116,11 @@ def _engine(config: RunConfig, process: Any, end: Callable[[int], Any]) -> tuple
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path {config.model.path}: its tokenizer has no EOS token, which lm-eval's tasks need")
     attention = choose_attention(config.model, described.skeleton, described.max_length, is_text=False)
+    accelerator.take_device(process)
     accelerator.check_dtype(config.model.dtype)
     collectives.init_process_group(
         process,
-        begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, config.run.hang_after_s, end, share),
+        begin_watch=lambda share: watchdog.begin(process, config.run.hang_after_s, end, share),
     )
     engine_config = complete(described.engine_json, config, resolve(config, process.world_size, process.world_size))
     settled = settle(

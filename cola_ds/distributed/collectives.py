@@ -40,6 +40,9 @@ from cola_ds.distributed.rendezvous_sides import port_taken
 from cola_ds.errors import UserError
 
 Value = TypeVar("Value")
+NO_LIMIT = timedelta(days=20)
+"""How long a collective may wait: as long as it takes, as the watch is what ends a run (run.hang_after_s). In milliseconds it
+fits into the 32 bits that a socket's wait has."""
 
 
 def init_process_group(
@@ -71,7 +74,9 @@ def init_process_group(
     try:
         # Each process says that it has built an operation, built or not.
         with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
+            deepspeed.init_distributed(
+                dist_backend=backend(), auto_mpi_discovery=False, verbose=False, timeout=NO_LIMIT
+            )
         index = device().index  # None on the CPU; elsewhere NCCL would guess it from the rank
         dist.barrier(device_ids=None if index is None else [index])
     except RuntimeError as error:

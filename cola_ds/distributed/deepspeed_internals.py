@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -132,6 +133,25 @@ def steps_traced_alone(engine: Any) -> Iterator[None]:
 
 def _modules_in_order(coordinator: Any) -> Any:
     return _part(coordinator, "_PartitionedParameterCoordinator__submodule_order")
+
+
+def gather_in_order(engine: Any) -> None:
+    """Have stage 3 begin the gathers of a module in the same order on every process (0.19.8).
+
+    It takes the parameters from a set, whose order is that of their addresses. With node shards they belong to two groups, each
+    of which is gathered by itself: where two NCCL groups begin in another order on another process, either may wait for the
+    other.
+    """
+    if not hasattr(engine.optimizer, "grad_position"):  # below stage 3, or nothing is trained
+        return
+    coordinator = _part(_part(engine.optimizer, "parameter_offload"), "get_param_coordinator")()
+    name = "_PartitionedParameterCoordinator__all_gather_params"
+    gather = _part(coordinator, name)
+
+    def in_order(params: Any, forward: bool) -> None:
+        gather(sorted(params, key=lambda param: _part(param, "ds_id")), forward)
+
+    setattr(coordinator, name, in_order)
 
 
 # -- where parameters and fp32 masters are -----------------------------------------------------------------------------
@@ -273,6 +293,19 @@ def set_loss_scale_state(engine: Any, state: dict[str, float]) -> None:
         scaler = _part(engine.optimizer, "loss_scaler")
         _part(scaler, name)
         setattr(scaler, name, value if name == "cur_scale" else int(value))
+
+
+# -- process groups ----------------------------------------------------------------------------------------------------
+
+
+def without_limit(limit: timedelta) -> None:
+    """Give every process group there is that limit of time. Those that DeepSpeed makes for itself have torch's, ten minutes with
+    NCCL (0.19.8; torch 2.10), after which whoever waits is ended, whatever it waits for."""
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in list(_part(_part(c10d, "_world"), "pg_map")):
+        if _part(group, "_device_types"):
+            _part(c10d, "_set_pg_timeout")(limit, group)
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

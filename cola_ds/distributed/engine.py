@@ -17,13 +17,16 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 from torch import nn
 
+from cola_ds.distributed.collectives import NO_LIMIT
 from cola_ds.distributed.compilation import uncompiled
 from cola_ds.distributed.deepspeed_internals import (
     forget_modules,
+    gather_in_order,
     look_at_gradients_together,
     loss_scale,
     steps_traced_alone,
     take_down_engine,
+    without_limit,
 )
 from cola_ds.distributed.nodes import trained_by_all
 from cola_ds.distributed.shards import is_sharded
@@ -65,6 +68,8 @@ def build_engine(
         engine_config = {**engine_config, "zero_optimization": {"stage": 0}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config, dist_init_required=False)
     look_at_gradients_together(engine)
+    gather_in_order(engine)
+    without_limit(NO_LIMIT)
     return engine
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cola_ds import notices
 from cola_ds.config.dtypes import DTYPES
 from cola_ds.config.schema import ModelConfig
-from cola_ds.distributed.accelerator import device
+from cola_ds.distributed.accelerator import DEVICE_ERRORS, device
 from cola_ds.distributed.deepspeed_internals import shards_in
 from cola_ds.distributed.nodes import Nodes, spread
 from cola_ds.distributed.shards import local_shard
@@ -61,7 +61,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except torch.OutOfMemoryError:
+    except DEVICE_ERRORS:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of model.path {config.path} cannot be loaded: {first_line(error)}") from None

@@ -15,7 +15,8 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from cola_ds.distributed import collectives
+from cola_ds.distributed import accelerator, collectives
+from cola_ds.distributed.deepspeed_internals import without_limit
 from cola_ds.distributed.shards import gathered, is_sharded, local_shard, process_group
 from cola_ds.errors import TrainingFailedError
 
@@ -38,6 +39,7 @@ def make_groups(nodes: list[list[int]]) -> Nodes:
     rank = dist.get_rank()
     columns = [list(ranks) for ranks in zip(*nodes, strict=True)]
     groups = {tuple(ranks): dist.new_group(ranks) for ranks in [*nodes, *columns]}
+    without_limit(collectives.NO_LIMIT)
     node = next(ranks for ranks in nodes if rank in ranks)
     column = next(ranks for ranks in columns if rank in ranks)
     return Nodes(groups[tuple(node)], groups[tuple(column)], len(nodes), column[0])
@@ -46,7 +48,10 @@ def make_groups(nodes: list[list[int]]) -> Nodes:
 def spread(params: list[nn.Parameter], nodes: Nodes) -> None:
     """Give every node the shards of the first one. Collective."""
     for param in params:
-        dist.broadcast(local_shard(param)[0], src=nodes.first, group=nodes.column)
+        shard = local_shard(param)[0]
+        sent = shard.to(accelerator.device())  # offload_param has it on the host, where NCCL does not reach
+        dist.broadcast(sent, src=nodes.first, group=nodes.column)
+        shard.copy_(sent)
 
 
 def trained_by_all(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from cola_ds import notices
 from cola_ds.distributed import rendezvous
-from cola_ds.distributed.launcher import slurmstepd
+from cola_ds.distributed.launcher import Process, slurmstepd
 from cola_ds.distributed.rendezvous_sides import shut
 
 _EVERY_S = 1.0
@@ -95,16 +95,14 @@ class _Incoming:
 _current: Watch | None = None
 
 
-def begin(
-    rank: int, world_size: int, limit_s: float | None, end: Callable[[int], None], share: Callable[[Any], Any]
-) -> None:
+def begin(process: Process, limit_s: float | None, end: Callable[[int], None], share: Callable[[Any], Any]) -> None:
     """Start watching. `share` gives every process what process 0 has (collective). `end` is called in a thread with an exit
     status, and must end the process."""
     global _current
-    _current = Watch(rank, limit_s, end)
-    offer = share(_current.listen() if rank == 0 else None)
-    if rank == 0:
-        _current.start(world_size)
+    _current = Watch(process, limit_s, end)
+    offer = share(_current.listen() if process.rank == 0 else None)
+    if process.rank == 0:
+        _current.start(process.world_size)
     else:
         _current.join(os.environ["MASTER_ADDR"], **offer)
 
@@ -146,8 +144,9 @@ def process_0_leaves(within_s: float) -> bool:
 class Watch:
     """This process's side of the watch."""
 
-    def __init__(self, rank: int, limit_s: float | None, end: Callable[[int], None]):
-        self.rank, self.limit_s, self.end = rank, limit_s, end
+    def __init__(self, process: Process, limit_s: float | None, end: Callable[[int], None]):
+        self.rank, self.limit_s, self.end = process.rank, limit_s, end
+        self._is_first_here = process.local_rank == 0
         self._peers: dict[int, _Peer] = {}
         self._links: dict[int, socket.socket] = {}
         self._left = False
@@ -375,7 +374,7 @@ class Watch:
             return
         self._left = True
         # one process a node, once process 0 is gone
-        if reason and (self.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"):
+        if reason and (self.rank <= 1 or self._is_first_here):
             notices.error(f"cola-ds: {reason}")
         self._say({"end": dump, "why": reason if tell else None}, list(self._links.values()))
         with contextlib.suppress(OSError):

@@ -83,11 +83,12 @@ def run_config(
 
     if process.rank == 0:  # before the others wait for it
         check_folder(config)
+    accelerator.take_device(process)  # what it can do is that of its own
     accelerator.check_dtype(config.model.dtype)
     limit_s = config.run.hang_after_s
     collectives.init_process_group(
         process,
-        begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, limit_s, end, share),
+        begin_watch=lambda share: watchdog.begin(process, limit_s, end, share),
     )
     prepared = prepared or with_data(
         checked, process.world_size, lambda: tokenize_together(config.data, checked.tokenizer, model, process)

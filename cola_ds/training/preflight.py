@@ -19,6 +19,7 @@ from cola_ds.data.tasks.dataset import TaskData
 from cola_ds.data.text import TokenizedData
 from cola_ds.distributed import collectives
 from cola_ds.errors import UserError, counted
+from cola_ds.evaluation.attention import shown_name
 from cola_ds.run import lock
 from cola_ds.run.environment import version_of
 from cola_ds.training.prepared import Prepared
@@ -74,6 +75,8 @@ def _facts(prepared: Prepared) -> dict[str, str]:
     return {
         **versions(),
         **config_hashes(prepared.config, prepared.engine_json),
+        "attention": shown_name(prepared.attention),
+        "kernels": f"Liger's {version_of('liger_kernel')}" if prepared.kernels else "torch's",
         "training data": _describe(prepared.train, prepared.fingerprints["train"]),
         "held-out data": _describe(prepared.held_out, prepared.fingerprints["held_out"]),
         "watched data": _describe(prepared.watched, prepared.fingerprints["watched"]),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from cola_ds.distributed import accelerator
 from cola_ds.errors import UserError, first_line
 from cola_ds.evaluation import fused_loss
 from cola_ds.evaluation.separation import check_separation
@@ -25,7 +24,7 @@ def prove(chain: Chain, prepared: Prepared) -> None:
         return
     try:
         check_separation(chain.engine, prepared.train.largest_id)
-    except torch.OutOfMemoryError:  # another attention needs more
+    except accelerator.DEVICE_ERRORS:  # of memory another attention needs more
         raise
     except (UserError, RuntimeError) as error:  # or a kernel that this device does not have
         if prepared.config.model.attention != "auto" or prepared.config.model.compile or not batchers:

@@ -191,10 +191,8 @@ def test_the_least_steps_of_a_link(plateau, overrides, least):
 
 def test_a_warm_up_that_might_outlast_a_link_is_refused():
     assert resolve(run("optim.warmup_steps=9", window=10), 800, 1).knots == (100,)
-    with pytest.raises(
-        UserError,
-        match=r"optim.warmup_steps 10 never ends: the shortest link has 10 steps; set fewer, or a greater chain.knots.plateau.least_steps",
-    ):
+    said = "the shortest link has 10 steps; set fewer, or a greater chain.knots.plateau.least_steps"
+    with pytest.raises(UserError, match=said):
         resolve(run("optim.warmup_steps=10", window=10), 800, 1)
 
 

@@ -39,7 +39,7 @@ def group_of(process, port, endings):
     rendezvous.begin(process, endings.append)
     collectives.init_process_group(
         process,
-        begin_watch=lambda share: watchdog.begin(process.rank, process.world_size, 60.0, endings.append, share),
+        begin_watch=lambda share: watchdog.begin(process, 60.0, endings.append, share),
     )
     watchdog.heartbeat("examples", step=1)
     total = collectives.all_reduce_sum(torch.tensor([1.0 + process.rank], device=collectives.device()))
@@ -131,7 +131,7 @@ def test_a_meeting_with_somebody_who_says_nothing_is_forgotten(alone):
 def test_a_watch_ends_while_it_waits_for_others(monkeypatch):
     """Process 0's, of two of which the other never joined."""
     before, endings = sockets(), []
-    watchdog.begin(0, 2, 60.0, endings.append, lambda offer: offer)
+    watchdog.begin(Process(0, 0, 2), 60.0, endings.append, lambda offer: offer)
     watchdog.heartbeat("a step", step=7)
     time.sleep(0.2)
     begin = time.monotonic()

@@ -57,7 +57,7 @@ def process_0(world_size: int, seconds: float) -> None:
     meeting_threads = threading.active_count()
     store = rendezvous.meet(process, WAIT_S, lambda timeout_s: open_store(world_size, True, timeout_s), "none")
     met_s = time.perf_counter() - begun
-    watchdog.begin(0, world_size, None, os._exit, lambda value: rendezvous.share(store, 0, value))
+    watchdog.begin(process, None, os._exit, lambda value: rendezvous.share(store, 0, value))
     watch = watchdog._current
     assert watch is not None
     while len(watch._links) < world_size - 1 and time.perf_counter() - begun < WAIT_S:
@@ -89,7 +89,7 @@ def others(world_size: int) -> None:
         side = Guest(Process(rank, rank, world_size), lambda status: None)
         store = side.meet(WAIT_S, lambda timeout_s: open_store(world_size, False, timeout_s))
         offer = rendezvous.share(store, rank, None)
-        watch = watchdog.Watch(rank, None, lambda status: None)
+        watch = watchdog.Watch(Process(rank, rank, world_size), None, lambda status: None)
         watch.join("127.0.0.1", **offer)
         kept.append((side, store, watch))
 
