@@ -204,6 +204,58 @@ def test_no_base_weight_crosses_a_node(toy, tmp_path, shards):
             assert step[0] > 4 * trained
 
 
+def gathered_and_limits(process, path, hosts):
+    """The parameters of each gather of a step, by number and with the size of their group; and the least limit of all groups."""
+    from deepspeed import comm as dist
+    from torch.distributed import distributed_c10d as c10d
+
+    from cola_ds.config.loading import load_config
+    from cola_ds.distributed.engine import evaluating
+    from cola_ds.training.build import build_chain
+    from cola_ds.training.loop import train_step
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.settle import settle_engine
+    from cola_ds.training.state import step_examples
+
+    process_group(process)
+    config = load_config(path)
+    prepared = settle_engine(prepare(config, process.world_size), hosts, lambda: (2**40, 2**40))
+    chain = build_chain(prepared, process, None)
+    coordinator = chain.engine.optimizer.parameter_offload.get_param_coordinator()
+    name, seen = "_PartitionedParameterCoordinator__all_gather_params_", []
+    gather = getattr(coordinator, name)
+
+    def seeing(params, forward, quantize=False):
+        seen.append([(param.ds_id, dist.get_world_size(param.ds_process_group)) for param in params])
+        gather(params, forward, quantize=quantize)
+
+    setattr(coordinator, name, seeing)
+    with evaluating(chain.engine):  # which leaves all parameters in their shards
+        pass
+    train_step(chain.engine, step_examples(chain, chain.state.step), 1e-3, process.world_size)
+    cpu = torch.device("cpu")
+    limits = [group._get_backend(cpu).options._timeout.total_seconds() for group in c10d._world.pg_map]
+    return seen, (len(limits), min(limits))
+
+
+def test_two_groups_are_gathered_in_one_order_and_none_is_given_up(toy, tmp_path):
+    """As NCCL wants it; and what a group waits for may take longer than torch's ten minutes: the watch is what ends a run."""
+    config = run_config(
+        *toy[:2],
+        tmp_path / "run",
+        model={"shards": "node"},
+        lora={"targets": "all-linear"},
+        optim={"micro_batch_size": 2},
+    )
+    found = run_distributed(gathered_and_limits, 4, save_run(tmp_path / "run.yaml", config), TWO_BY_TWO)
+    orders = [seen for seen, _ in found]
+    assert sum({size for _, size in params} == {2, 4} for params in orders[0]) > 3
+    assert all(params == sorted(params) for seen in orders for params in seen)
+    assert all(seen == orders[0] for seen in orders[1:])
+    for groups, least in (limits for _, limits in found):
+        assert groups >= 4 and least > 10 * 24 * 3600
+
+
 # -- what is trained is the same on all nodes --------------------------------------------------------------------------
 
 
