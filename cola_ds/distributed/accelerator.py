@@ -20,7 +20,8 @@ from cola_ds.distributed.launcher import Process
 from cola_ds.errors import UserError
 
 _COMPILATION_MINUTES = 15
-DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+NETWORK_ERROR = torch.distributed.DistError
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, NETWORK_ERROR)
 """What says that a device or the network has failed, not that something asked for is wrong; all are RuntimeErrors as well."""
 
 

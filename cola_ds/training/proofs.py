@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from cola_ds.distributed import accelerator
 from cola_ds.errors import UserError, first_line
 from cola_ds.evaluation import fused_loss
@@ -24,9 +26,9 @@ def prove(chain: Chain, prepared: Prepared) -> None:
         return
     try:
         check_separation(chain.engine, prepared.train.largest_id)
-    except accelerator.DEVICE_ERRORS:  # of memory another attention needs more
+    except (torch.OutOfMemoryError, accelerator.NETWORK_ERROR):  # of memory another attention needs more
         raise
-    except (UserError, RuntimeError) as error:  # or a kernel that this device does not have
+    except (UserError, RuntimeError) as error:  # or a kernel that this device does not have, an AcceleratorError
         if prepared.config.model.attention != "auto" or prepared.config.model.compile or not batchers:
             raise
         chain.logger.say(f"varlen is given up, attention is SDPA: {first_line(error)}")

@@ -141,6 +141,28 @@ def test_a_piece_of_transformers_that_is_gone_is_one_line(monkeypatch):
         _into_shards(None, []).__enter__()
 
 
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("sizes differ"), UserError),
+        (torch.AcceleratorError("an illegal memory access", 700), torch.AcceleratorError),
+        (torch.distributed.DistBackendError("unhandled cuda error"), torch.distributed.DistBackendError),
+        (torch.OutOfMemoryError("of 2 GiB"), torch.OutOfMemoryError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_a_device_that_fails_is_no_mistake_in_the_weights(monkeypatch, raised, expected):
+    from cola_ds.distributed import loading
+
+    def fails(*words, **options):
+        raise raised
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
+    monkeypatch.setattr(loading.dist, "get_rank", lambda: 0)
+    with pytest.raises(expected):
+        loading.load_model(ModelConfig(path="nowhere"), {"zero_optimization": {"stage": 2}})
+
+
 def load_and_listen(process, folder, tells_every_s):
     """What process 0 says of it."""
     import contextlib

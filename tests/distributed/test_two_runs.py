@@ -161,3 +161,13 @@ def test_the_variables_of_a_lone_run_are_put_back(monkeypatch):
         launcher.identify()
         1 / 0  # noqa: B018
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [(0, 0, True), (1, 1, True), (4, 0, True), (5, 1, False)])
+def test_one_process_of_a_node_says_why(monkeypatch, capsys, rank, local_rank, speaks):
+    """Also where each sees one accelerator, whose number is 0."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    statuses = []
+    watch = watchdog.Watch(Process(rank, local_rank, 8), None, statuses.append)
+    watch._die("process 2 has gone", [])
+    assert statuses == [3] and ("process 2 has gone" in capsys.readouterr().err) == speaks
