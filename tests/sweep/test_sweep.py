@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import yaml
@@ -221,7 +222,10 @@ def test_a_signal_stops_the_sweep_and_the_same_call_goes_on(place, number):
     (place / "runs").rename(place / "whole")
     tell(place, scores=SCORES, wait="lr=0.0005/seed=0")
     words = [sys.executable, "-m", "cola_ds", "sweep", str(place / "sweep.yaml")]
-    child = subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    own = partial(
+        signal.signal, signal.SIGHUP, signal.SIG_DFL
+    )  # these tests may run under nohup, which a sweep would honour
+    child = subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=own)
     waits = place / "runs/easy/lora/lr=0.0005/seed=0/environment.json"
     deadline = time.monotonic() + 90
     while not waits.exists():
