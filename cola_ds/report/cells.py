@@ -79,9 +79,10 @@ def cell_of_run(name: str, outcome: Outcome) -> Cell:
 
 
 def budget(config: RunConfig) -> tuple[Any, ...]:
-    """The compute and data budget that runs of a fair comparison have in common: base model, examples, optimizer, how long it
-    runs."""
+    """The compute and data budget that runs of a fair comparison have in common: base model with what has been trained onto it
+    before, examples, optimizer, how long it runs."""
     optim, data = config.optim, config.data
     return (
-        config.model.path, repr(data.train), data.num_train, optim.name, optim.epochs, optim.max_steps, rows_per_step(config),
+        config.model.path, repr(config.model.links), repr(config.model.adapter),
+        repr(data.train), data.num_train, optim.name, optim.epochs, optim.max_steps, rows_per_step(config),
     )  # fmt: skip

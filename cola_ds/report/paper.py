@@ -121,8 +121,17 @@ def left_out(cells: Sequence[Cell]) -> list[str]:
 
 
 def _unlike(config: RunConfig) -> list[str]:
-    """What of a run's links is not as the paper has it; it has no knots of the loss either."""
-    return [*switches(config), *(["chain.knots plateau"] if config.chain.plateau is not None else [])]
+    """What of a run's links is not as the paper has it. Of other ranks than 8 it does not say alpha."""
+    lora, found = config.lora, switches(config)
+    if sorted(lora.targets) != ["q_proj", "v_proj"]:
+        found.append(f"lora.targets {lora.targets if isinstance(lora.targets, str) else ', '.join(lora.targets)}")
+    if config.lora_ranks[0] == 8 and lora.alpha != 16:
+        found.append(f"lora.alpha {lora.alpha:g}")
+    if lora.dropout:
+        found.append(f"lora.dropout {lora.dropout:g}")
+    if config.chain.plateau is not None:
+        found.append("chain.knots plateau")
+    return found
 
 
 def published_columns(config: RunConfig, table: str) -> list[str]:

@@ -171,12 +171,8 @@ def _comparable(lora: Cell, chain: Cell) -> bool:
     one, other = lora.config, chain.config
     if one is None or other is None or not (one.trains_lora and other.trains_lora):
         return False
-    same = (one.lora_ranks[0], one.lora.targets, *budget(one)) == (
-        other.lora_ranks[0],
-        other.lora.targets,
-        *budget(other),
-    )
-    return same and one.chain.length == 1 and other.chain.length > 1
+    mine, theirs = ((c.lora_ranks[0], c.lora.targets, c.lora.bias, *budget(c)) for c in (one, other))
+    return mine == theirs and one.chain.length == 1 and other.chain.length > 1
 
 
 def flops_table(cells: Sequence[Cell]) -> Table | None:

@@ -1,24 +1,26 @@
-"""What a link has learnt, found at its knot: chain.diagnostics. Off the hot path, and nothing of it can fail a run."""
+"""What a link has learnt, found at its knot: chain.diagnostics. Off the hot path; a figure that cannot be found fails no run."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.shards import gathered
+from cola_ds.errors import cut, first_line
 from cola_ds.lora.layers import LoRALinear, lora_layers
 from cola_ds.lora.spectra import effective_rank, intruders, look, parts_of
 from cola_ds.lora.tie import Links
 from cola_ds.training.state import Chain
 
+T = TypeVar("T")
 _DENSE = 1024
 """The smaller side of the largest weights that are decomposed whole."""
 _ENTRIES = 2**24
@@ -35,16 +37,17 @@ def diagnose(chain: Chain) -> dict[str, Any]:
     begin, state = time.perf_counter(), chain.state
     layers = lora_layers(chain.engine.module)
     lora_ranks = [chain.config.tied_rank(link) for link in range(1, state.link + 1)]
-    is_last = state.link == chain.links
+    is_last, lost = state.link == chain.links, list[str]()
     found = torch.zeros(len(layers), sum(parts_of(lora_ranks)) + 1, dtype=torch.float64, device=accelerator.device())
     for number, name in enumerate(layers):
         if collectives.falls_to_this_process(number):
             watchdog.heartbeat("diagnostics")
-            seen = chain.logger.figure(f"spectra of {name}", partial(_look, state.earlier.get(name), lora_ranks))
+            seen = _find(f"spectra of {name}", partial(_look, state.earlier.get(name), lora_ranks), lost)
             found[number, :-1] = math.nan if seen is None else seen
     if is_last:
-        _count_intruders(chain, layers, found[:, -1])
+        _count_intruders(chain, layers, found[:, -1], lost)
     collectives.all_reduce_sum(found)
+    _tell(chain, lost)
     rows = list(_rows(layers, found.cpu(), lora_ranks, is_last))
     if chain.folder:
         for row in rows:
@@ -53,6 +56,24 @@ def diagnose(chain: Chain) -> dict[str, Any]:
                 {"link": state.link, "step": state.step, "lora_rank": chain.config.lora_ranks[state.link - 1], **row},
             )
     return {**_summary(rows, is_last), "diagnostics_s": time.perf_counter() - begin}
+
+
+def _find(name: str, find: Callable[[], T], lost: list[str]) -> T | None:
+    """What `find` returns; None where it fails, on this process alone: `lost` says why, for `_tell`."""
+    try:
+        return find()
+    except Exception as error:
+        lost.append(f"no {name}: {first_line(error)}")
+        return None
+
+
+def _tell(chain: Chain, lost: list[str]) -> None:
+    """Say which figures no process has found: of each process the first, and how many more. Collective."""
+    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    for rank, text in enumerate(collectives.all_gather_objects(cut(lost[0], 200) + more if lost else "")):
+        if text:
+            chain.logger.warn(f"process {rank}: {text}")
+            chain.logger.event("no figure", process=rank, reason=text)
 
 
 def _look(links: Links | None, lora_ranks: list[int]) -> Tensor:
@@ -65,44 +86,52 @@ def _here(links: Links) -> Links:
     return A, B, scalings
 
 
-def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor) -> None:
+def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor, lost: list[str]) -> None:
     """Put each layer's number of intruder dimensions into `found` (layers,), on the process that minds it; NaN where the weight
     is not looked at (`_decomposed`). Collective.
 
     The base is taken to be the weight as it is stored less the sum of the links: in bf16 its rounding is in both, so that none of
-    what is found is rounding's.
+    what is found is rounding's. Plain merges have rounded some of that sum away: the base is not known then.
     """
-    chosen = _decomposed({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+    is_whole = chain.config.chain.merge == "exact" or all(
+        layer.weight.dtype == torch.float32 for layer in layers.values()
+    )
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    chosen = _decomposed(shapes) if is_whole else []
     chain.logger.event("intruder dimensions", layers=chosen, of_layers=len(layers))
     numbers = {name: number for number, name in enumerate(layers)}
     for number in numbers.values():
         if collectives.falls_to_this_process(number):
             found[number] = math.nan
     for names in _rounds(chosen, numbers, chain.world_size):
-        held: tuple[str, Tensor] | None = None
+        which, tuned = "", None
         for name in names:
             with gathered([layers[name].weight]):
                 if collectives.falls_to_this_process(numbers[name]):
-                    weight = layers[name].weight.detach()
-                    weight = weight.T if layers[name].transposed else weight  # (out, in)
-                    held = name, weight.to(accelerator.device(), torch.float64, copy=True)
-        if held:
-            which, tuned = held
+                    which = name
+                    tuned = _find(f"intruder dimensions of {name}", partial(_copied, layers[name]), lost)
+        if tuned is not None:
             watchdog.heartbeat("diagnostics")
-            count = chain.logger.figure(f"intruder dimensions of {which}", partial(_intruders, chain, which, tuned))
+            count = _find(f"intruder dimensions of {which}", partial(_intruders, chain, which, tuned), lost)
             found[numbers[which]] = math.nan if count is None else count
+
+
+def _copied(layer: LoRALinear) -> Tensor:
+    """Its gathered weight in fp64. -> (out, in)"""
+    weight = layer.weight.detach()
+    return (weight.T if layer.transposed else weight).to(accelerator.device(), torch.float64, copy=True)
 
 
 def _decomposed(shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """The layers, in order, whose weights (out, in) are decomposed whole: of those that are small enough (_DENSE) as many as have
-    _ENTRIES elements together, one at least. Spread over the depth and over the kinds of layers alike, by multiples of the golden
-    ratio modulo 1: where every n-th was taken, they might all be of one kind."""
-    small = [name for name, shape in shapes.items() if min(shape) <= _DENSE]
+    _ENTRIES elements together. Spread over the depth and over the kinds of layers alike, by multiples of the golden ratio modulo
+    1: where every n-th was taken, they might all be of one kind."""
+    small = [name for name, shape in shapes.items() if min(shape) <= _DENSE and math.prod(shape) <= _ENTRIES]
     spread = sorted(range(len(small)), key=lambda number: number * _GOLDEN % 1)
     left, chosen = _ENTRIES, set[int]()
     for number in spread:
         left -= math.prod(shapes[small[number]])
-        if left < 0 and chosen:
+        if left < 0:
             break
         chosen.add(number)
     return [small[number] for number in sorted(chosen)]
@@ -156,5 +185,5 @@ def _summary(rows: list[dict[str, Any]], is_last: bool) -> dict[str, Any]:
         summary[key] = statistics.fmean(seen) if seen else None
     if is_last:
         counted = [row["intruders"] for row in rows if row["intruders"] is not None]
-        summary |= {"intruders": sum(counted), "intruder_layers": len(counted)}
+        summary |= {"intruders": sum(counted) if counted else None, "intruder_layers": len(counted)}
     return summary

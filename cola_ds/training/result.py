@@ -46,7 +46,8 @@ def _write_result(chain: Chain, prepared: Prepared, folder: RunDir, more: dict[s
     folder.write_result(result)
     folder.event("finished", step=chain.state.step)
     if result["replay"]:
-        chain.logger.say(f"with its knots given the run is the same, bit for bit: {shlex.join(result['replay'])}")
+        throughout = "the same bits, if it had as many processes and the same values throughout"
+        chain.logger.say(f"to run it again with these knots given ({throughout}): {shlex.join(result['replay'])}")
     # Counting runs the model's own code, which may do anything: the result is there already.
     tokens = chain.state.link_tokens
     counted = chain.logger.figure("profiled_flops", lambda: profiled_flops(prepared, tokens, chain.train.joined))
@@ -83,7 +84,8 @@ def _result(prepared: Prepared, chain: Chain, folder: RunDir) -> dict[str, Any]:
 
 
 def _replay(chain: Chain) -> list[str] | None:
-    """The overrides with which a run whose knots the loss has placed comes to the same bits; None for any other."""
+    """The overrides that give a run the knots which the loss has placed, None where it was not to place any. The same bits come
+    of them if nothing changed on the way: no number of processes, no value by --allow-change."""
     config = chain.config
     by_link = {
         "lora.rank": config.lora.rank,

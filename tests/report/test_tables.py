@@ -20,8 +20,8 @@ from tests.support.recorded import recorded
 from tests.support.toys import run_config, save_run
 
 TRACE = "Traceback (most recent call last):\n  File 1\nTraceback (most recent call last):\n  File 2\n    x()\nE: no memory\n"
-LORA = {"method": "lora", "chain": {"length": 1}, "lora": {"rank": 8}}
-COLA = {"method": "cola", "chain": {"length": 2}, "lora": {"rank": 8}}
+LORA = {"method": "lora", "chain": {"length": 1}, "lora": {"rank": 8, "alpha": 16}}
+COLA = {"method": "cola", "chain": {"length": 2}, "lora": {"rank": 8, "alpha": 16}}
 
 
 def save_result(folder, test, task="cb", dev=0.5, seed=0, flops=1e9, losses=(), **sections):
@@ -101,8 +101,8 @@ def test_only_alike_runs_are_compared(tmp_path):
     for seed in range(2):
         save_result(tmp_path / f"a{seed}", 0.6 + seed / 10, seed=seed, **{**COLA, "chain": {"length": 1}})
         save_result(tmp_path / f"b{seed}", 0.6, seed=seed, **COLA, optim={"name": "adagrad"})
-        save_result(tmp_path / f"c{seed}", 0.6, seed=seed, **{**COLA, "lora": {"rank": 16}})
-        save_result(tmp_path / f"d{seed}", 0.6, seed=seed, **{**COLA, "lora": {"rank": [8, 4]}})
+        save_result(tmp_path / f"c{seed}", 0.6, seed=seed, **{**COLA, "lora": {"rank": 16, "alpha": 16}})
+        save_result(tmp_path / f"d{seed}", 0.6, seed=seed, **{**COLA, "lora": {"rank": [8, 4], "alpha": 16}})
     text = tables(tmp_path)
     names = ["cola-1", "cola-2 rank=8 name=adagrad", "cola-2 rank=16 name=adamw", "cola-2 rank=[8, 4] name=adamw"]
     assert f"| task | metric | {' | '.join(names)} |" in text
@@ -112,12 +112,36 @@ def test_only_alike_runs_are_compared(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": {"path": "model", "links": "runs/earlier"}},
+        {"model": {"path": "model", "adapter": "models/adapter"}},
+        {"lora": {**LORA["lora"], "bias": "lora_only"}},
+        {"lora": {**LORA["lora"], "targets": ["q_proj"]}},
+    ],
+)
+def test_a_chain_on_another_start_is_not_compared(tmp_path, other):
+    """On earlier links or an adapter, or with other parameters that train: what it has more is not the chain's doing."""
+    for seed in range(3):
+        save_result(tmp_path / f"lora/{seed}", 0.5 + seed / 100, seed=seed, **LORA)
+        save_result(tmp_path / f"cola/{seed}", 0.8 - seed / 100, seed=seed, **{**COLA, **other})
+        save_result(tmp_path / f"like/{seed}", 0.8 - seed / 100, seed=seed, **COLA)
+    assert " significant" not in tables(tmp_path / "lora", tmp_path / "cola")
+    assert " | better |" in tables(tmp_path / "lora", tmp_path / "like")
+
+
 def test_what_training_has_taken(tmp_path):
     """The estimate and the profiler's count, which save_result doubles: the mean over the seeds; nothing where nothing trains."""
     for seed in range(2):
         save_result(tmp_path / f"a{seed}", 0.7, seed=seed, flops=(3 + seed) * 1e12, **COLA)
     save_result(tmp_path / "b", 0.7, flops=1e12, task="squad", **LORA)
-    none = {"method": "zero-shot", "chain": {"length": 1}, "lora": {"rank": 8}, "data": {"eval": "dev.jsonl"}}
+    none = {
+        "method": "zero-shot",
+        "chain": {"length": 1},
+        "lora": {"rank": 8, "alpha": 16},
+        "data": {"eval": "dev.jsonl"},
+    }
     save_result(tmp_path / "c", 0.6, flops=0, **none)
     text = tables(tmp_path)
     assert "| task | cola-2 | lora |\n| --- | --- | --- |\n| cb | 3.5; 7 | - |\n| squad | - | 1; 2 |" in text
@@ -127,9 +151,11 @@ def test_ranks_and_the_flops_that_they_save(tmp_path):
     """Over the seeds that both have: 3e9 - 2e9, and 4e9 - 2e9."""
     for seed in range(2):
         save_result(tmp_path / f"a{seed}", 0.7, seed=seed, flops=(3 + seed) * 1e9, **COLA)
-        save_result(tmp_path / f"b{seed}", 0.72, seed=seed, flops=2e9, **{**COLA, "lora": {"rank": [8, 4]}})
-    save_result(tmp_path / "b2", 0.72, seed=2, flops=2e9, **{**COLA, "lora": {"rank": [8, 4]}})
-    save_result(tmp_path / "w", 0.9, **{**COLA, "lora": {"rank": 16}})
+        save_result(
+            tmp_path / f"b{seed}", 0.72, seed=seed, flops=2e9, **{**COLA, "lora": {"rank": [8, 4], "alpha": 16}}
+        )
+    save_result(tmp_path / "b2", 0.72, seed=2, flops=2e9, **{**COLA, "lora": {"rank": [8, 4], "alpha": 16}})
+    save_result(tmp_path / "w", 0.9, **{**COLA, "lora": {"rank": 16, "alpha": 16}})
     text = tables(tmp_path, paper="ranks")
     assert "| method | LoRA ranks | cb |" in text
     assert "| (16, 16) |" not in text
@@ -173,6 +199,10 @@ def test_the_papers_numbers(tmp_path):
 
 
 SWITCHES = [
+    ("lora.targets=all-linear", "lora.targets all-linear"),
+    ("lora.targets=[q_proj, k_proj]", "lora.targets q_proj, k_proj"),
+    ("lora.alpha=32", "lora.alpha 32"),
+    ("lora.dropout=0.05", "lora.dropout 0.05"),
     ("lora.init=pissa", "lora.init pissa"),
     ("lora.scaling=alpha/sqrt(r)", "lora.scaling alpha/sqrt(r)"),
     ("lora.train=[both, B]", "lora.train [both, B]"),
@@ -201,11 +231,16 @@ def test_a_chain_of_other_links_stands_beside_no_number_of_the_paper(tmp_path, o
 def test_csv_and_figures(tmp_path):
     for seed in range(2):
         for length in (1, 2, 3):
-            options = {"method": "cola", "chain": {"length": length}, "lora": {"rank": 8}, "data": {"eval": "d"}}
+            options = {
+                "method": "cola",
+                "chain": {"length": length},
+                "lora": {"rank": 8, "alpha": 16},
+                "data": {"eval": "d"},
+            }
             save_result(
                 tmp_path / f"runs/{length}-{seed}", 0.7 + length / 100, seed=seed, losses=[3.0, 2.5, 2.25], **options
             )
-    save_result(tmp_path / "runs/wide", 0.75, losses=[3.0], **{**COLA, "lora": {"rank": 16}})
+    save_result(tmp_path / "runs/wide", 0.75, losses=[3.0], **{**COLA, "lora": {"rank": 16, "alpha": 16}})
     save_result(tmp_path / "zero", 0.5, method="zero-shot", chain={"length": 1}, data={"eval": "d"})
     figures = tmp_path / "figures"
     tables(tmp_path / "runs", plot=tmp_path / "a/loss.png", csv_file=tmp_path / "b/all.csv", figures=figures)
@@ -334,7 +369,7 @@ def test_runs_of_the_same_name_in_two_folders(tmp_path):
 
 def test_runs_of_another_budget_are_not_compared(tmp_path):
     """Nor joined by a line, nor the FLOPs that one saves."""
-    stepped = {"method": "cola", "chain": {"length": 2}, "lora": {"rank": [8, 4]}}
+    stepped = {"method": "cola", "chain": {"length": 2}, "lora": {"rank": [8, 4], "alpha": 16}}
     few, many = {"num_train": 100, "task": "cb"}, {"num_train": 1000, "task": "cb"}
     for seed in range(2):
         save_result(tmp_path / f"a{seed}", 0.5, seed=seed, flops=20, **{**LORA, "data": few})

@@ -7,7 +7,7 @@ import runpy
 import pytest
 import torch
 
-from tests.support.toys import REPOSITORY
+from tests.support.toys import REPOSITORY, save_model
 
 SMALL = ["--rank", "2", "--rows", "8", "--tokens", "4"]
 
@@ -55,6 +55,34 @@ def test_another_teacher_is_not_taken_for_the_one_that_is_there(tmp_path, monkey
     with pytest.raises(SystemExit):
         call("make.py", [tmp_path, "--rank", "8"], monkeypatch)
     assert "was made with --rank 4; name another folder" in capsys.readouterr().err
+    save_model(tmp_path / "llama")
+    with pytest.raises(SystemExit):
+        call("make.py", [tmp_path, "--rank", "4", "--base", tmp_path / "llama"], monkeypatch)
+    assert "was made without --base; name another folder" in capsys.readouterr().err
+    (tmp_path / "teacher.json").write_text(json.dumps({**facts, "base": "llama"}), encoding="utf-8")
+    call("make.py", [tmp_path, "--rank", "4", "--base", tmp_path / "llama"], monkeypatch)
+    with pytest.raises(SystemExit):
+        call("make.py", [tmp_path, "--rank", "4"], monkeypatch)
+    assert "was made with --base llama; name another folder" in capsys.readouterr().err
+
+
+def test_a_base_that_no_update_is_for(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "gpt2", "gpt2")
+    for base, said in (("gpt2", "no layers named q_proj and v_proj"), ("missing", "not a model's folder")):
+        with pytest.raises(SystemExit) as ended:
+            call("make.py", [tmp_path / "out", "--rank", "2", "--base", tmp_path / base], monkeypatch)
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_base_is_kept_in_mind(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "llama")
+    call("make.py", [tmp_path / "out", *SMALL, "--base", tmp_path / "llama"], monkeypatch)
+    assert json.loads((tmp_path / "out/teacher.json").read_text(encoding="utf-8"))["base"] == "llama"
+    monkeypatch.syspath_prepend(str(REPOSITORY / "launch/sweeps/teacher"))
+    with pytest.raises(SystemExit) as ended:
+        call("control.py", [tmp_path / "out"], monkeypatch)
+    assert ended.value.code == 2 and "was made with --base llama" in capsys.readouterr().err
 
 
 def test_a_table_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
@@ -88,6 +116,11 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
         "t,chain,lr=0.1,1,16,1,0.50000", "t,chain,lr=0.1,1,16,2,0.60000",
     ]  # fmt: skip
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "teacher.json").rename(tmp_path / "teacher.old")
+    with pytest.raises(SystemExit) as ended:
+        call("table.py", words, monkeypatch)
+    assert ended.value.code == 2 and "teacher.json cannot be read (No such file" in capsys.readouterr().err
+    (tmp_path / "teacher.old").rename(tmp_path / "teacher.json")
     # A run of another number of links, as knots by the loss may make them.
     with open(tmp_path / "sweep/t/chain/lr=0.1/seed=1/evals.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"link": 3, "loss": 3.2}) + "\n")

@@ -81,6 +81,20 @@ def test_the_printed_sign_is_of_nothing_that_falls(steps):
     assert 1.2 < trace.printed_gaps.mean() < 1.5
 
 
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_a_loss_that_moves_costs_twice_what_it_moves(end):
+    """On [0, 1], D = 1: f_1 = 0, whose every oracle answer `end` is a right one, then f_2 = 1 - 2x; one whole step each, from 0.
+    S = sup abs(f_2 - f_1) = 1, h_1 = 0; both are affine, so that any beta will do."""
+    steps, beta, moved, descent, weight, gaps = 2, 0.1, 1.0, 0.0, 0.0, []
+    for gradient, answer in ((0.0, end), (-2.0, 1.0)):
+        gaps.append(max(gradient * (weight - other) for other in (0.0, 1.0)))
+        assert gradient * answer == min(0.0, gradient)
+        weight = answer
+    mean, curved = sum(gaps) / steps, beta / 2
+    assert mean <= (descent + 2 * moved) / steps + curved
+    assert (mean <= (descent + moved) / steps + curved) == (end == 1.0)
+
+
 def test_too_few_steps_leave_the_ball():
     """What is assumed in silence: T >= M / (beta D^2), or the step exceeds 1 and W_{t+1} is no convex combination."""
     problem = steep()

@@ -218,8 +218,54 @@ def test_which_layers_are_decomposed():
     assert all(any(third <= block < third + 10 for block in blocks) for third in (0, 10, 20))
     q_and_v = {name: shape for name, shape in shapes.items() if name.endswith((".q", ".v"))}
     assert _decomposed(q_and_v) == list(q_and_v)
-    assert _decomposed({"a": (1024, 2**20), "b": (1024, 2**20)}) == ["a"]
-    assert _decomposed({"a": (2048, 2048)}) == []
+    assert _decomposed({"a": (1024, 2**14), "b": (1024, 2**14), "c": (1024, 2**14 + 1)}) == ["a"]
+    assert _decomposed({"a": (2048, 2048), "b": (1024, 2**18)}) == []
+
+
+def without_memory(process, path):
+    """Process 1 has none for fp64 copies of weights, and none for its second layer's spectra."""
+    from cola_ds.training import diagnostics
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("none is left")
+
+    if process.rank == 1:
+        diagnostics._copied = out_of_memory
+        look, calls = diagnostics.look, iter(range(100))
+        diagnostics.look = lambda *facts: out_of_memory() if next(calls) == 1 else look(*facts)
+    return run_once(process, path)
+
+
+def test_what_one_process_cannot_find_is_left_out(toy, looked_at, tmp_path):
+    """The run ends as it would have, the journal says what is missing, and the rest is there."""
+    config = three_links(toy, **ON, **watching(toy), run={"dir": str(tmp_path / "run")})
+    found = run_distributed(without_memory, 2, save_run(tmp_path / "run.yaml", config))
+    assert found == [looked_at[0]] * 2
+    told = [row for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "no figure"]
+    layers = [row["layer"] for row in rows(tmp_path / "run/links.jsonl")][:4]
+    assert [(row["process"], row["reason"]) for row in told] == [
+        (1, f"no spectra of {layers[3]}: none is left"),
+        (1, f"no intruder dimensions of {layers[1]}: none is left (and 1 more)"),
+    ]
+    expected = rows(looked_at[1] / "links.jsonl")
+    lost = {"link": 1, "layer": layers[3]}
+    for row, whole in zip(rows(tmp_path / "run/links.jsonl"), expected, strict=True):
+        if {key: row[key] for key in lost} == lost:
+            assert row["effective_rank"] is None
+        elif row["link"] == 3 and row["layer"] in (layers[1], layers[3]):
+            assert row == {**whole, "intruders": None}
+        else:
+            assert row == whole
+    assert rows(tmp_path / "run/knots.jsonl")[-1]["intruder_layers"] == 2
+
+
+def test_a_base_that_plain_merges_have_rounded_away_has_no_intruders(toy, tmp_path):
+    config = three_links(toy, model={"dtype": "bf16"}, lora={"rank": 4}, chain={"diagnostics": True, "merge": "plain"})
+    train_in(tmp_path, config, world_size=1)
+    last = rows(tmp_path / "run/knots.jsonl")[-1]
+    assert (last["intruders"], last["intruder_layers"]) == (None, 0) and last["effective_rank"] > 0
+    assert [row["intruders"] for row in rows(tmp_path / "run/links.jsonl")[-4:]] == [None] * 4
+    assert "| - |" in report([str(tmp_path / "run")])
 
 
 def test_each_process_decomposes_one_at_a_time():

@@ -355,7 +355,7 @@ def test_killed_before_at_and_after_a_decision(toy, whole, tmp_path):
     statuses, text = run_job(tmp_path / "job", ["train", path], world_size=1)
     assert statuses == [0], text
     assert "going on from step 6, in link 1" in text
-    assert "bit for bit: chain.length=4 'chain.knots={steps: [6, " in text
+    assert "values throughout): chain.length=4 'chain.knots={steps: [6, " in text
     assert record(tmp_path / "run") == record(run)
 
 

@@ -77,6 +77,8 @@ def main() -> None:
     if not (args.folder / "teacher.json").is_file():
         parser.error(f"{args.folder} has no teacher.json: name a folder that make.py made")
     facts = json.loads((args.folder / "teacher.json").read_text(encoding="utf-8"))
+    if facts.get("base") is not None:
+        parser.error(f"{args.folder} was made with --base {facts['base']}: this is for the small Llama alone")
     teacher = AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).requires_grad_(False)
     add_update(teacher, facts["rank"], facts["norm"], 100 + facts["seed"])
     train, dev = (ids_of(args.folder, name, facts["tokens"]) for name in ("train", "dev"))

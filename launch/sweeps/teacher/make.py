@@ -100,14 +100,23 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.rank, args.rows, args.dev_rows, args.tokens - 1) < 1:
         parser.error("--rank, --rows and --dev-rows must be 1 or more, and --tokens 2 or more")
+    if args.base and not (args.base / "config.json").is_file():
+        parser.error(f"--base {args.base}: not a model's folder, as it has no config.json")
+    options = {name: getattr(args, name) for name in ("rank", "norm", "seed", "rows", "dev_rows", "tokens")}
+    options["base"] = args.base.resolve().name if args.base else None
     if (args.out / "teacher.json").exists():
         made = json.loads((args.out / "teacher.json").read_text(encoding="utf-8"))
-        for name in ("rank", "norm", "seed", "rows", "dev_rows", "tokens"):
-            if made.get(name) != getattr(args, name):
-                option = name.replace("_", "-")
-                parser.error(f"{args.out} was made with --{option} {made.get(name)}; name another folder, or remove it")
+        for name, value in options.items():
+            if made.get(name) != value:
+                option = f"--{name.replace('_', '-')}"
+                how = f"without {option}" if made.get(name) is None else f"with {option} {made[name]}"
+                parser.error(f"{args.out} was made {how}; name another folder, or remove it")
         return
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32) if args.base else small_model(args.seed)
+    if not changed(base):
+        parser.error(
+            f"--base {args.base}: its attention has no layers named q_proj and v_proj, which the update is for"
+        )
     most = min(min(layer.weight.shape) for layer in changed(base))
     if args.rank > most:
         parser.error(
@@ -126,10 +135,7 @@ def main() -> None:
             out.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     with open(args.out / "dev.jsonl", encoding="utf-8") as lines:
         dev = [tokenizer(json.loads(line)["text"]).input_ids[: args.tokens] for line in lines]
-    facts = {
-        "rank": args.rank, "norm": args.norm, "seed": args.seed, "rows": args.rows, "dev_rows": args.dev_rows,
-        "tokens": args.tokens, "base_loss": loss_on(base, dev), "teacher_loss": loss_on(teacher, dev),
-    }  # fmt: skip
+    facts = {**options, "base_loss": loss_on(base, dev), "teacher_loss": loss_on(teacher, dev)}
     (args.out / "teacher.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts))
 

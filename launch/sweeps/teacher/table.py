@@ -99,7 +99,12 @@ def main() -> None:
     found: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for folder in args.folders:
         for result in sorted(folder.glob("*/*/*/seed=*/result.json")):
-            run = read_run(result.parent)
+            try:
+                run = read_run(result.parent)
+            except OSError as error:
+                parser.error(
+                    f"{result.parent}: {error.filename} cannot be read ({error.strerror}), which its residual is of"
+                )
             found[run.task, run.method].append(run)
     if not found:
         parser.error(f"no finished run of a sweep is in {', '.join(map(str, args.folders))}")
