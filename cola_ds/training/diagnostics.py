@@ -21,6 +21,8 @@ from cola_ds.lora.tie import Links
 from cola_ds.training.state import Chain
 
 T = TypeVar("T")
+Lost = tuple[str, str]
+"""A figure that was not found, and why."""
 _DENSE = 1024
 """The smaller side of the largest weights that are decomposed whole."""
 _ENTRIES = 2**24
@@ -37,7 +39,7 @@ def diagnose(chain: Chain) -> dict[str, Any]:
     begin, state = time.perf_counter(), chain.state
     layers = lora_layers(chain.engine.module)
     lora_ranks = [chain.config.tied_rank(link) for link in range(1, state.link + 1)]
-    is_last, lost = state.link == chain.links, list[str]()
+    is_last, lost = state.link == chain.links, list[Lost]()
     found = torch.zeros(len(layers), sum(parts_of(lora_ranks)) + 1, dtype=torch.float64, device=accelerator.device())
     for number, name in enumerate(layers):
         if collectives.falls_to_this_process(number):
@@ -58,22 +60,22 @@ def diagnose(chain: Chain) -> dict[str, Any]:
     return {**_summary(rows, is_last), "diagnostics_s": time.perf_counter() - begin}
 
 
-def _find(name: str, find: Callable[[], T], lost: list[str]) -> T | None:
+def _find(name: str, find: Callable[[], T], lost: list[Lost]) -> T | None:
     """What `find` returns; None where it fails, on this process alone: `lost` says why, for `_tell`."""
     try:
         return find()
     except Exception as error:
-        lost.append(f"no {name}: {first_line(error)}")
+        lost.append((name, cut(first_line(error), 200)))
         return None
 
 
-def _tell(chain: Chain, lost: list[str]) -> None:
+def _tell(chain: Chain, lost: list[Lost]) -> None:
     """Say which figures no process has found: of each process the first, and how many more. Collective."""
-    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-    for rank, text in enumerate(collectives.all_gather_objects(cut(lost[0], 200) + more if lost else "")):
-        if text:
-            chain.logger.warn(f"process {rank}: {text}")
-            chain.logger.event("no figure", process=rank, reason=text)
+    for rank, theirs in enumerate(collectives.all_gather_objects([*lost[0], len(lost) - 1] if lost else None)):
+        if theirs:
+            name, reason, more = theirs
+            chain.logger.warn(f"no {name}{f', and {more} more,' if more else ''} on process {rank}: {reason}")
+            chain.logger.event("no figure", figure=name, more=more, process=rank, reason=reason)
 
 
 def _look(links: Links | None, lora_ranks: list[int]) -> Tensor:
@@ -86,7 +88,7 @@ def _here(links: Links) -> Links:
     return A, B, scalings
 
 
-def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor, lost: list[str]) -> None:
+def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor, lost: list[Lost]) -> None:
     """Put each layer's number of intruder dimensions into `found` (layers,), on the process that minds it; NaN where the weight
     is not looked at (`_decomposed`). Collective.
 

@@ -49,6 +49,9 @@ def config_for(toy, optimizer="adamw", engine=SHARDED, rank=8, micro=4, **chain)
     [
         (1, {"optimizer_at_knot": "keep"}),
         pytest.param(2, {"optimizer_at_knot": PRUNE}, marks=pytest.mark.core),
+        (2, {"optimizer_at_knot": "keep"}),
+        (4, {"optimizer_at_knot": "keep", "micro": 2}),
+        (1, {"optimizer_at_knot": PRUNE, "merge_weight": [0.5, 0.25, 1.0]}),
         (1, {"optimizer_at_knot": PRUNE, "engine": ENGINES["zero2"]}),
         (2, {"optimizer_at_knot": "keep", "optimizer": "adagrad", "engine": ENGINES["zero2"]}),
         (2, {"optimizer_at_knot": PRUNE, "engine": ENGINES["zero3_offload_cpu"]}),

@@ -243,9 +243,9 @@ def test_what_one_process_cannot_find_is_left_out(toy, looked_at, tmp_path):
     assert found == [looked_at[0]] * 2
     told = [row for row in rows(tmp_path / "run/events.jsonl") if row["event"] == "no figure"]
     layers = [row["layer"] for row in rows(tmp_path / "run/links.jsonl")][:4]
-    assert [(row["process"], row["reason"]) for row in told] == [
-        (1, f"no spectra of {layers[3]}: none is left"),
-        (1, f"no intruder dimensions of {layers[1]}: none is left (and 1 more)"),
+    assert [(row["process"], row["figure"], row["more"], row["reason"]) for row in told] == [
+        (1, f"spectra of {layers[3]}", 0, "none is left"),
+        (1, f"intruder dimensions of {layers[1]}", 1, "none is left"),
     ]
     expected = rows(looked_at[1] / "links.jsonl")
     lost = {"link": 1, "layer": layers[3]}

@@ -187,6 +187,12 @@ def by_loss(toy, micro_batch_size=8, **sections):
     return three_links(toy, **options)
 
 
+def of_several(toy):
+    """ZeRO-3 in fp32, for up to four processes: the held-out loss places the knots."""
+    knots = {"plateau": {"loss": "held_out", "patience": 1, "min_improvement": 0.01}}
+    return by_loss(toy, micro_batch_size=2, chain={"knots": knots}, eval={"every": 2})
+
+
 def held_out(toy):
     knots = {"plateau": {"loss": "held_out", "patience": 1, "min_improvement": 0.01}}
     return by_loss(toy, model={"dtype": "bf16"}, deepspeed=ZERO2, chain={"knots": knots}, eval={"every": 2})
@@ -410,6 +416,41 @@ def test_stopped_in_the_evaluation_that_decides(toy, whole_held_out, tmp_path):
     number = len(rows(run / "knots.jsonl")[0]["losses"])
     assert train_in(tmp_path, held_out(toy), 1, stops=[("evaluation", number), ("evaluation", 2)]) == weights
     assert record(tmp_path / "run") == record(run)
+
+
+@pytest.fixture(scope="module")
+def of_two(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("of-two")
+    return train_in(folder, of_several(toy), 2), folder / "run"
+
+
+@pytest.mark.parametrize("world_size", thorough([1], [4]))
+def test_processes_agree_on_held_out_losses(toy, of_two, tmp_path, world_size):
+    train_in(tmp_path, of_several(toy), world_size)
+    found, expected = (rows(run / "knots.jsonl") for run in (tmp_path / "run", of_two[1]))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] and len(found) > 2
+    for a, b in zip(found, expected, strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-5)
+
+
+def test_two_processes_stopped_in_the_evaluation_that_decides(toy, of_two, tmp_path):
+    weights, run = of_two
+    number = len(rows(run / "knots.jsonl")[0]["losses"])
+    assert train_in(tmp_path, of_several(toy), 2, stops=[("evaluation", number), ("evaluation", 2)]) == weights
+    assert record(tmp_path / "run") == record(run)
+
+
+def test_one_of_two_processes_is_killed_after_the_decision(toy, of_two, tmp_path):
+    """Before the tie, whose figures process 0 waits for."""
+    path = save_run(
+        tmp_path / "run.yaml", {**(config := of_several(toy)), "run": {**config["run"], "dir": str(tmp_path / "run")}}
+    )
+    sabotage = ((1,), "cola_ds.training.knot", "tie_knot", 1, signal.SIGKILL)
+    statuses, text = run_job(tmp_path / "job", ["train", path], world_size=2, sabotage=at_call, arguments=sabotage)
+    assert statuses[1] == -signal.SIGKILL and statuses[0] != 0, text
+    statuses, text = run_job(tmp_path / "job", ["train", path], world_size=2)
+    assert statuses == [0, 0], text
+    assert record(tmp_path / "run") == record(of_two[1])
 
 
 def test_patience_may_end_a_run_at_a_knot_of_the_loss(toy, tmp_path):

@@ -240,6 +240,19 @@ def test_a_task_with_no_more_than_answers(model, tmp_path):
     assert result["scores"]["examples"] == 7
     text = report([str(tmp_path / "in/run")], None, None, None, None)
     assert f"{result['scores']['loss']:.4f}" in text, text
+    # What is said beforehand of knots that the held-out split places.
+    from cola_ds.training.prepare import prepare
+    from cola_ds.training.summary import summarize
+
+    config["chain"] = {"length": 2, "knots": {"plateau": {"loss": "held_out"}}}
+    for task, what in ((config["data"]["task"], "the held-out loss"), ("sst2", "the dev score")):
+        config["data"]["task"] = task
+        if task == "sst2":
+            config["data"]["dir"] = str(
+                task_run(model, tmp_path / "sst2", "sst2", reviews(3), reviews(2))["data"]["dir"]
+            )
+        said = summarize(prepare(load_config(save_run(tmp_path / "run.yaml", config)), 1), 1)
+        assert f"plateau     a link ends where {what} has 2 times" in said
 
 
 def test_full_fine_tuning_on_a_task(model, tmp_path):
