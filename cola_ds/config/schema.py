@@ -119,7 +119,7 @@ class LoraConfig(Section):
 
 
 class ChainConfig(Section):
-    length: int = Field(default=1, ge=1, le=10_000)
+    length: int = Field(default=1, ge=1, le=9999)
     """Number of links; 1 is plain LoRA. With chain.knots {plateau: ...} the most links."""
     knots: Annotated[str | dict[str, list[int] | PlateauConfig], BeforeValidator(_knots)] = "even"
     """Where links end: even, {epochs: [3]} or {steps: [125, 250]}. The last link ends with the run; an explicit list names the

@@ -91,6 +91,18 @@ def as_fused(model: nn.Module, kind: str, fused: bool) -> Iterator[None]:
 
 
 @contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Passes inside the block have logits, which hooks of the head see."""
+    was_fused = model in _FUSED
+    _FUSED.discard(model)
+    try:
+        yield
+    finally:
+        if was_fused:
+            _FUSED.add(model)
+
+
+@contextmanager
 def _head_of(model: Any, forward: Any) -> Iterator[None]:
     """The model with another forward function of its output head, whose hooks stay: under ZeRO-3 they gather its weight."""
     head = model.get_output_embeddings()

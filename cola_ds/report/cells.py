@@ -79,10 +79,11 @@ def cell_of_run(name: str, outcome: Outcome) -> Cell:
 
 
 def budget(config: RunConfig) -> tuple[Any, ...]:
-    """The compute and data budget that runs of a fair comparison have in common: base model with what has been trained onto it
-    before, examples, optimizer, how long it runs."""
-    optim, data = config.optim, config.data
+    """What runs of a fair comparison have in common: base model with what has been trained onto it before, which of its layers
+    train, examples, optimizer, how long it runs."""
+    optim, data, targets = config.optim, config.data, config.lora.targets
     return (
         config.model.path, repr(config.model.links), repr(config.model.adapter),
+        targets if isinstance(targets, str) else tuple(sorted(targets)), config.lora.bias,
         repr(data.train), data.num_train, optim.name, optim.epochs, optim.max_steps, rows_per_step(config),
     )  # fmt: skip

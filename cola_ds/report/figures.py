@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cola_ds.config.switches import switches
 from cola_ds.errors import UserError, inline
 from cola_ds.report.cells import Cell, budget
 from cola_ds.report.files import PNG_TEXT, check_picture, write_file
@@ -171,7 +172,7 @@ def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[flo
             x, rest = (length, f"rank {lora_rank}") if by == "length" else (lora_rank, f"length {length}")
             line = f"{cell.group.task}, {rest}, {config.optim.name}"
             here = f"{line}, {cell.group.name}" if line in names.values() else line  # of another budget
-            line = names.setdefault((line, *budget(config)), here)
+            line = names.setdefault((line, *switches(config), *budget(config)), here)
             if x in lines.get(line, {}):  # another way to make the same
                 line += f", {cell.group.name}"
             lines.setdefault(line, {})[x] = list(cell.scores.values())

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cola_ds.config.schema import RunConfig
+from cola_ds.config.switches import switches
 from cola_ds.errors import counted, inline, some_of
 from cola_ds.report.cells import Cell, budget
 from cola_ds.report.statistics import holm, paired_t_test
@@ -171,8 +172,8 @@ def _comparable(lora: Cell, chain: Cell) -> bool:
     one, other = lora.config, chain.config
     if one is None or other is None or not (one.trains_lora and other.trains_lora):
         return False
-    mine, theirs = ((c.lora_ranks[0], c.lora.targets, c.lora.bias, *budget(c)) for c in (one, other))
-    return mine == theirs and one.chain.length == 1 and other.chain.length > 1
+    same = (one.lora_ranks[0], *budget(one)) == (other.lora_ranks[0], *budget(other))
+    return same and one.chain.length == 1 and other.chain.length > 1
 
 
 def flops_table(cells: Sequence[Cell]) -> Table | None:
@@ -222,7 +223,7 @@ def _flops_by_seed(cell: Cell) -> dict[int, float]:
 
 
 def _family(config: RunConfig) -> tuple[Any, ...]:
-    return config.chain.length, config.lora_ranks[0], *budget(config)
+    return config.chain.length, config.lora_ranks[0], *switches(config), *budget(config)
 
 
 def footnotes(cells: Sequence[Cell]) -> list[str]:

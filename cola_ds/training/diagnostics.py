@@ -42,8 +42,8 @@ def diagnose(chain: Chain) -> dict[str, Any]:
     is_last, lost = state.link == chain.links, list[Lost]()
     found = torch.zeros(len(layers), sum(parts_of(lora_ranks)) + 1, dtype=torch.float64, device=accelerator.device())
     for number, name in enumerate(layers):
+        watchdog.heartbeat("diagnostics")  # of each layer on every process: the watch compares how many there were
         if collectives.falls_to_this_process(number):
-            watchdog.heartbeat("diagnostics")
             seen = _find(f"spectra of {name}", partial(_look, state.earlier.get(name), lora_ranks), lost)
             found[number, :-1] = math.nan if seen is None else seen
     if is_last:
@@ -112,8 +112,8 @@ def _count_intruders(chain: Chain, layers: dict[str, LoRALinear], found: Tensor,
                 if collectives.falls_to_this_process(numbers[name]):
                     which = name
                     tuned = _find(f"intruder dimensions of {name}", partial(_copied, layers[name]), lost)
+        watchdog.heartbeat("diagnostics")
         if tuned is not None:
-            watchdog.heartbeat("diagnostics")
             count = _find(f"intruder dimensions of {which}", partial(_intruders, chain, which, tuned), lost)
             found[numbers[which]] = math.nan if count is None else count
 

@@ -3,8 +3,8 @@ is wanted of it, dy^T (x omega) say, is as small as A. Collective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from cola_ds.distributed.deepspeed_internals import loss_scale
 from cola_ds.distributed.engine import evaluating
 from cola_ds.distributed.engine_state import random_state, set_random_state
 from cola_ds.errors import TrainingFailedError, UserError
+from cola_ds.evaluation.fused_loss import unfused
 from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import LoRALinear, lora_layers
 from cola_ds.training.state import Chain, step_examples
@@ -35,44 +36,83 @@ class GradientProducts:
     but for a positive factor: what is wanted are directions.
 
     Each product takes a forward and a backward pass over them, without dropout, towards the output of the embeddings: no
-    Parameter gets a gradient, and engine, optimizer and random state stay what they were. Both raise UserError, on all processes,
-    for a layer that no gradient reaches, and TrainingFailedError where the gradient is not finite.
+    Parameter gets a gradient, and engine, optimizer and random state stay what they were.
+
+    Where that gradient is not finite, or does not reach every layer (an expert may have no token in a step), the examples of the
+    next step take their place, and so on for as many steps as training may leave out in a row (optim.max_skips_in_a_row). Then
+    both raise TrainingFailedError for gradients that are not finite. For a layer that none reaches they raise UserError before
+    the first step; later, when lora.init and lora.targets can be no others, its products are zeros: the link begins there at
+    directions that mean nothing, and it is said. All processes do the same.
     """
 
     def __init__(self, chain: Chain):
-        self._engine = chain.engine
-        self._step = chain.state.step
-        examples = step_examples(chain, chain.state.step)
+        self._chain, self._engine = chain, chain.engine
+        self._first = self._step = chain.state.step
+        self._take_examples()
+
+    def _take_examples(self) -> None:
+        examples = step_examples(self._chain, self._step)
         self._batches = [batch.to(accelerator.device()) for batch in examples.micro_batches]
         # Of fp16's range, which a mean's gradients would be below.
-        self._factor = loss_scale(chain.engine) / max(examples.loss_tokens, 1)
+        self._factor = loss_scale(self._engine) / max(examples.loss_tokens, 1)
 
     def times(self, right: dict[str, Tensor]) -> dict[str, Tensor]:  # by layer (in, k) -> (out, k), fp32
         """G @ right."""
-        return self._finite(lambda x, dy, wanted: dy.T @ (x @ wanted), right, lambda layer: layer.out_features)
+        return self._of_some_step(lambda x, dy, wanted: dy.T @ (x @ wanted), right, lambda layer: layer.out_features)
 
     def transposed_times(self, left: dict[str, Tensor]) -> dict[str, Tensor]:  # by layer (out, k) -> (in, k), fp32
         """G^T @ left."""
-        return self._finite(lambda x, dy, wanted: x.T @ (dy @ wanted), left, lambda layer: layer.in_features)
+        return self._of_some_step(lambda x, dy, wanted: x.T @ (dy @ wanted), left, lambda layer: layer.in_features)
+
+    def _of_some_step(
+        self, multiply: _Product, by: dict[str, Tensor], height: Callable[[LoRALinear], int]
+    ) -> dict[str, Tensor]:
+        """Products of all layers, (height, k)."""
+        while True:
+            found, missed = self._finite(multiply, by, height)
+            if found is not None and not missed:
+                return found
+            after = self._step + 1
+            most = self._first + self._chain.config.optim.max_skips_in_a_row
+            if after > most or after == self._chain.step_plan.total_steps:
+                return self._give_up(found, missed)
+            why = "the gradient is not finite" if found is None else f"no gradient reaches {_some(missed)}"
+            del found
+            self._chain.logger.event("no first gradient", step=self._step, reason=why)
+            self._step = after
+            self._take_examples()
+
+    def _give_up(self, found: dict[str, Tensor] | None, missed: list[str]) -> dict[str, Tensor]:
+        steps = f"step {self._first}" if self._step == self._first else f"steps {self._first} to {self._step}"
+        if found is None:
+            raise TrainingFailedError(
+                f"lora.init gradient: no gradient of {steps} is finite; look at the data, or have more steps tried: "
+                "optim.max_skips_in_a_row"
+            )
+        said = f"lora.init gradient: no example of {steps} has a gradient that reaches {_some(missed)}"
+        if self._first == 0:
+            raise UserError(f"{said}; leave it out of lora.targets, or use another lora.init")
+        self._chain.logger.warn(f"{said}: it begins at directions that mean nothing")
+        return found
 
     def _finite(
         self, multiply: _Product, by: dict[str, Tensor], height: Callable[[LoRALinear], int]
-    ) -> dict[str, Tensor]:
-        """Products of all layers, (height, k), with a smaller factor where the one of before makes fp16 overflow."""
+    ) -> tuple[dict[str, Tensor] | None, list[str]]:
+        """Products of all layers, with a smaller factor where the one of before makes fp16 overflow, None where none is finite;
+        and the layers that are not reached."""
         for _ in range(_TRIES):
-            found = self._products(multiply, by, height)
+            found, missed = self._products(multiply, by, height)
             if bool(torch.stack([torch.isfinite(product).all() for product in found.values()]).all()):  # alike on all
-                return found
+                return found, missed
             del found
             self._factor /= _LESS
-        raise TrainingFailedError(
-            f"lora.init gradient: the gradient at step {self._step} is not finite; use another lora.init"
-        )
+        return None, []
 
     def _products(
         self, multiply: _Product, by: dict[str, Tensor], height: Callable[[LoRALinear], int]
-    ) -> dict[str, Tensor]:
-        layers = lora_layers(self._engine.module)
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        model = self._engine.module
+        layers = lora_layers(model)
         found = {name: right.new_zeros(height(layers[name]), right.shape[1]) for name, right in by.items()}
         reached: set[str] = set()
 
@@ -82,29 +122,24 @@ class GradientProducts:
 
         notes = {layers[name]: partial(note, name) for name in by}
         before = random_state()
-        with evaluating(self._engine, gradients=True), _noted(self._engine.module, notes) as starts:
+        # A head whose loss is fused has no logits, whose gradient is what is wanted of it.
+        with_logits = unfused(model) if model.get_output_embeddings() in notes else nullcontext()
+        with evaluating(self._engine, gradients=True), with_logits, _noted(model, notes) as starts:
             for number, batch in enumerate(self._batches, start=1):
                 watchdog.heartbeat(f"first gradient, micro batch {number}")
-                loss = loss_sum(self._engine.module, batch) * self._factor
+                loss = loss_sum(model, batch) * self._factor
                 # Not to any Parameter: the engine would take their gradients for a step's.
                 torch.autograd.grad(loss, starts.pop())
         set_random_state(before)
-        self._check_reached(reached, by)
+        names = list(by)
+        seen = collectives.all_reduce_max([name in reached for name in names])  # an expert may be on some
         for product in found.values():
             collectives.all_reduce_sum(product)
-        return found
+        return found, [name for name, by_any in zip(names, seen, strict=True) if not by_any]
 
-    def _check_reached(self, reached: set[str], wanted: Iterable[str]) -> None:
-        """Raise UserError on all processes where a layer was reached on none. (An expert may be on some.)"""
-        names = list(wanted)
-        seen = collectives.all_reduce_max([name in reached for name in names])
-        missed = [name for name, by_any in zip(names, seen, strict=True) if not by_any]
-        if missed:
-            others = f" (and {len(missed) - 1} more)" if missed[1:] else ""
-            raise UserError(
-                f"lora.init gradient: no example of step {self._step} has a gradient that reaches {missed[0]}{others}; leave it "
-                "out of lora.targets, or use another lora.init"
-            )
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if names[1:] else "")
 
 
 class _Tap(torch.autograd.Function):

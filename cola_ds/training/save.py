@@ -65,17 +65,24 @@ def stop_is_asked() -> bool:
     return stop_signal() > 0
 
 
+def can_stop_here(chain: Chain) -> bool:
+    """Whether there is something to go on from, or can be: with nothing left to tie, the checkpoint before the last knot.
+    Collective."""
+    if chain.state.link <= chain.links or not chain.config.trains:
+        return True
+    return bool(
+        collectives.broadcast_object(
+            chain.folder is not None and CheckpointFolder(chain.folder).at(chain.state.step).exists()
+        )
+    )
+
+
 def stop_here(chain: Chain, signum: int) -> None:
     """Write a checkpoint and raise StoppedError."""
     name, step = signal.Signals(signum).name, chain.state.step
     if not chain.config.trains:
         raise StoppedError(f"stopped on {name}")
-    if chain.state.link > chain.links:  # nothing is left to tie: the checkpoint before the last knot stands
-        written = collectives.broadcast_object(
-            chain.folder is not None and CheckpointFolder(chain.folder).at(step).exists()
-        )
-    else:
-        written = save_checkpoint(chain)
+    written = can_stop_here(chain) if chain.state.link > chain.links else save_checkpoint(chain)
     if not written:
         raise TrainingFailedError(f"stopped on {name} at step {step}, but no checkpoint could be written there")
     chain.logger.event("stopped", **position(chain), signal=name)

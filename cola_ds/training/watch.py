@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cola_ds.evaluation.evaluators import held_out_loss
-from cola_ds.training.save import stop_here, stop_is_asked, stop_signal
+from cola_ds.training.save import can_stop_here, stop_here, stop_is_asked, stop_signal
 from cola_ds.training.state import Chain, position
 
 
@@ -16,12 +16,14 @@ def watch_is_due(chain: Chain) -> bool:
 
 
 def watch_if_due(chain: Chain) -> None:
-    """Find the loss on data.watch if it is time to, for watch.jsonl. Raises StoppedError when a signal asks for it."""
+    """Find the loss on data.watch if it is time to, for watch.jsonl. Raises StoppedError when a signal asks for it, unless
+    eval.patience has just ended the run, behind a knot without a checkpoint: then nothing could go on from here."""
     if not watch_is_due(chain):
         return
     assert chain.watched is not None
     chain.logger.stop_clock()
-    found = held_out_loss(chain.engine, chain.watched, chain.eval_batch_size, stop_is_asked)
+    asked = stop_is_asked if can_stop_here(chain) else lambda: False
+    found = held_out_loss(chain.engine, chain.watched, chain.eval_batch_size, asked)
     if found is None:
         stop_here(chain, stop_signal())
         return

@@ -307,7 +307,7 @@ def test_paths_in_a_config_that_no_file_system_takes(load, key, value, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("chain.length=1000000000", "chain.length must be less than or equal to 10000"),
+        ("chain.length=1000000000", "chain.length must be less than or equal to 9999"),
         ("optim.max_steps=" + "9" * 100, "optim.max_steps must be less than 2147483648; it is a number of about"),
         ("lora.rank=" + "9" * 100, "lora.rank must be a whole number of at least 1"),
         ("lora.targets=[" + "[x]," * 2000 + "]", "lora.targets must be all-linear or a list of module name suffixes"),

@@ -394,6 +394,28 @@ def test_runs_of_another_budget_are_not_compared(tmp_path):
     }
 
 
+def test_other_layers_and_switches_are_no_points_of_a_line(tmp_path):
+    """Nor what a rank that steps down is compared with."""
+    wide = {"rank": 8, "alpha": 16, "targets": "all-linear"}
+    for seed in range(2):
+        save_result(tmp_path / f"a{seed}", 0.5, seed=seed, flops=20, **LORA)
+        save_result(tmp_path / f"b{seed}", 0.6, seed=seed, flops=10, **COLA)
+        save_result(tmp_path / f"c{seed}", 0.6, seed=seed, flops=6, **COLA | {"lora": {"rank": [8, 4], "alpha": 16}})
+        save_result(tmp_path / f"d{seed}", 0.8, seed=seed, flops=60, **COLA | {"lora": wide})
+        save_result(
+            tmp_path / f"e{seed}",
+            0.9,
+            seed=seed,
+            flops=11,
+            **COLA | {"lora": {**wide, "targets": ["v_proj", "q_proj"], "init": "pissa"}},
+        )
+    text = tables(tmp_path)
+    assert "60.00; 8.00e+00 (2)" in text and text.count("e+0") == 1
+    assert _score_lines(find_runs([str(tmp_path)]).cells, "length") == {
+        "cb, rank 8, adamw": {1: [50.0, 50.0], 2: [60.0, 60.0]}
+    }
+
+
 def test_what_was_begun_is_in_the_csv(tmp_path):
     """Also at a point that was not chosen, and at the chosen one with a seed that only searched."""
     states = {"lr=1/seed=0": 0.4, "lr=2/seed=0": 0.6, "lr=1/seed=1": 0.5, "lr=2/seed=2": 0.7}

@@ -202,7 +202,7 @@ def test_some_layers_are_decomposed(toy, looked_at, tmp_path):
 
 
 def test_which_layers_are_decomposed():
-    """As many as the budget has room for, of every kind and depth; large ones never, one always."""
+    """As many as the budget has room for, of every kind and depth; large ones never."""
     from cola_ds.training.diagnostics import _ENTRIES, _decomposed
 
     kinds = {
@@ -288,6 +288,52 @@ def test_a_watch_that_is_added_under_way(toy, tmp_path):
     assert statuses == [0], said
     assert "data.watch was added under way: its loss before the first step is not known" in said
     assert [row["step"] for row in rows(tmp_path / "run/watch.jsonl")] == [8, 12]
+
+
+def test_another_watch_under_way(toy, tmp_path):
+    """What was looked at before is no start for it, whatever start of the run follows."""
+    config = three_links(toy, **watching(toy), checkpoint={"every_steps": 2})
+    train_in(tmp_path, config, 1, stops=[("step", 3)], end=False)
+    assert [row["step"] for row in rows(tmp_path / "run/watch.jsonl")] == [0]
+    other = {**config, "data": {**config["data"], "watch": str(toy[2])}}
+    allowed = {"allow_change": ("data.watch",)}
+    train_in(tmp_path, other, 1, stops=[("watch", 1)], words=allowed, end=False)
+    assert rows(tmp_path / "run/watch.jsonl") == []
+    train_in(tmp_path, other, 1, words=allowed)
+    found = rows(tmp_path / "run/watch.jsonl")
+    assert [(row["step"], row["examples"]) for row in found] == [(4, 12), (8, 12), (12, 12)]
+    text = report([str(tmp_path / "run")])
+    assert f"| {found[-1]['loss']:.4f} |" in text
+
+
+def beats_of(process, path):
+    """How often each process has told the watch that it goes on in its diagnostics."""
+    from cola_ds.distributed import watchdog
+
+    inner, beats = watchdog.heartbeat, []
+    watchdog.heartbeat = lambda what, **facts: (beats.append(what), inner(what, **facts))[1]
+    run_once(process, path)
+    return beats
+
+
+def test_processes_tell_the_watch_alike(toy, tmp_path):
+    """Of three layers one process minds two; one has a figure that it cannot find. The watch names who has told it least."""
+    config = three_links(toy, **ON, run={"dir": str(tmp_path / "run")})
+    config["lora"]["targets"] = ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.v_proj"]
+    first, second = run_distributed(beats_of, 2, save_run(tmp_path / "run.yaml", config))
+    assert first == second and first.count("diagnostics") == 3 * 3 + 2
+
+
+def test_a_look_behind_a_run_that_has_ended_early_is_finished(toy, tmp_path):
+    """eval.patience ends it behind a knot without a checkpoint: what is asked to stop in the last look ends as it would have."""
+    config = three_links(
+        toy, **watching(toy), optim={"lr": 1e-30}, eval={"every": "link", "patience": 1}, chain={"length": 3}
+    )
+    weights = train_in(tmp_path / "whole", config)
+    assert json.loads((tmp_path / "whole/run/result.json").read_text(encoding="utf-8"))["ended_early"]
+    path = save_run(tmp_path / "run.yaml", {**config, "run": {**config["run"], "dir": str(tmp_path / "run")}})
+    assert run_distributed(run_once, 2, path, ("watch", 3)) == [weights] * 2
+    assert record(tmp_path / "run") == record(tmp_path / "whole/run")
 
 
 def test_full_fine_tuning_is_watched(toy, tmp_path):

@@ -192,11 +192,11 @@ def test_a_start_that_was_placed_is_not_placed_again(toy, tmp_path):
 # -- the first gradient ------------------------------------------------------------------------------------------------
 
 
-def starts_of(chain):
-    """Where each layer of the first link starts."""
+def starts_of(chain, link=1):
+    """Where each layer of a link starts."""
     from cola_ds.training.place_start import place_start
 
-    place_start(chain, 1)
+    place_start(chain, link)
     layers = lora_layers(chain.engine.module).items()
     return {f"{name}.{half}": getattr(layer, half).clone() for name, layer in layers for half in ("start_A", "start_B")}
 
@@ -274,19 +274,95 @@ def test_a_gradient_that_overflows_is_found_with_a_smaller_loss(toy, tmp_path):
     for plain, smaller, none in run_distributed(overflow, 2, path, float("inf")):
         for name, start in plain.items():
             torch.testing.assert_close(smaller[name], start, rtol=1e-3, atol=1e-5, msg=name)
-        assert none == "lora.init gradient: the gradient at step 0 is not finite; use another lora.init"
+        assert none == (
+            "lora.init gradient: no gradient of steps 0 to 5 is finite; look at the data, or have more steps tried: "
+            "optim.max_skips_in_a_row"
+        )
 
 
-def cut_off(process, path, on):
+def poisoned(process, path, steps):
+    """Starts with the loss of some steps no number, on the last process alone; and what those of the step after them are."""
+    from cola_ds.training import first_gradient
+
+    chain, inner = make_chain(process, path), (first_gradient.step_examples, first_gradient.loss_sum)
+    chain.state.step = steps
+    expected, taken = starts_of(chain), []
+    chain.state.step = 0
+    first_gradient.step_examples = lambda chain, step: (taken.append(step), inner[0](chain, step))[1]
+    bad = float("nan") if process.rank == process.world_size - 1 else 1.0
+    first_gradient.loss_sum = lambda *facts: inner[1](*facts) * (bad if taken[-1] < steps else 1.0)
+    found = starts_of(chain)
+    return all(torch.equal(found[name], expected[name]) for name in expected), taken
+
+
+def test_a_step_whose_gradient_is_not_finite_is_passed_over(toy, tmp_path):
+    """As training leaves it out: the link begins at the next one's gradient, and the journal says why."""
+    path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run"))
+    assert run_distributed(poisoned, 2, path, 2) == [(True, [0, 1, 2])] * 2
+
+
+def test_an_output_head_has_a_first_gradient(tmp_path):
+    """Under ZeRO-3, its loss fused in training: the directions are those of the dense gradient in plain torch."""
+    model, data = save_model(tmp_path / "model", tie_word_embeddings=False), save_sums(tmp_path / "train.jsonl", 20)
+    config = run_config(
+        model, data, tmp_path / "run", lora={"rank": 2, "init": "gradient", "targets": ["q_proj", "lm_head"]},
+        chain={"length": 1}, deepspeed=ENGINES["zero3"], optim={"micro_batch_size": 2},
+    )  # fmt: skip
+    path = save_run(tmp_path / "run.yaml", config)
+    first, second = run_distributed(head_starts, 2, path)
+    for name, start in first[0].items():
+        assert torch.equal(start, second[0][name])
+    plain = run_distributed(head_starts, 1, path)[0]
+    (head,) = {name.rpartition(".")[0] for name in first[0] if "lm_head" in name}
+    _, _, Vh = torch.linalg.svd(plain[1].double(), full_matrices=False)
+    for starts in (first[0], plain[0]):
+        rows_of_A = torch.linalg.qr(starts[f"{head}.start_A"].double().T)[0]
+        assert ((Vh[:2] @ rows_of_A).square().sum(1) > 0.99).all()
+
+
+def head_starts(process, path):
+    """Starts, with the loss fused as training has it; by one process also the dense gradient of the head."""
+    from cola_ds.data.batch import IGNORED
+    from cola_ds.evaluation import fused_loss
+    from cola_ds.evaluation.logits import labelled_logits
+    from cola_ds.training.state import step_examples
+
+    chain = make_chain(process, path)
+    assert fused_loss.allow(chain.engine)
+    starts = starts_of(chain)
+    assert chain.engine.module in fused_loss._FUSED
+    gradient = None
+    if process.world_size == 1:
+        model, total = chain.engine.module, 0.0
+        inputs = []
+        hook = model.lm_head.register_forward_hook(lambda _, args, out: inputs.append((args[0], out)))
+        chain.engine.eval()
+        for batch in step_examples(chain, 0).micro_batches:
+            with fused_loss.unfused(model):
+                labelled_logits(chain.engine, batch)
+            hidden, logits = inputs.pop()
+            hidden, logits, labels = (each.flatten(0, 1) for each in (hidden, logits, batch.labels.unsqueeze(-1)))
+            labels = labels.squeeze(-1)
+            probabilities = logits.detach().float().softmax(-1)
+            kept = labels != IGNORED
+            probabilities[kept, labels[kept]] -= 1
+            total = total + probabilities[kept].T @ hidden.detach().float()[kept]
+        hook.remove()
+        gradient = total
+    return {name: start for name, start in starts.items() if "lm_head" in name}, gradient
+
+
+def cut_off(process, path, on, link=1):
     """Let no gradient reach the second block's attention, on some of the processes."""
     from cola_ds.errors import UserError
 
     chain = make_chain(process, path)
+    chain.state.step = KNOTS[0] if link > 1 else 0
     if process.rank in on:
         attention = chain.engine.module.model.layers[1].self_attn
         attention.register_forward_hook(lambda _, args, out: (out[0].detach(), *out[1:]))
     try:
-        return {name: float(start.norm()) for name, start in starts_of(chain).items()}
+        return {name: float(start.norm()) for name, start in starts_of(chain, link).items()}
     except UserError as error:
         return str(error)
 
@@ -295,9 +371,13 @@ def test_a_layer_that_no_gradient_reaches_is_named_by_all(toy, tmp_path):
     path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run"))
     for said in run_distributed(cut_off, 2, path, [0, 1]):
         assert said == (
-            "lora.init gradient: no example of step 0 has a gradient that reaches model.layers.1.self_attn.q_proj (and 1 more); "
-            "leave it out of lora.targets, or use another lora.init"
+            "lora.init gradient: no example of steps 0 to 5 has a gradient that reaches model.layers.1.self_attn.q_proj (and 1 "
+            "more); leave it out of lora.targets, or use another lora.init"
         )
+    # A link that follows cannot have another lora.init, nor other targets: it begins there anyhow.
+    first, second = run_distributed(cut_off, 2, path, [0, 1], 2)
+    assert first == second
+    assert all(size > 0 for size in first.values())
     # At stage 3 all must gather what any one does: there no layer can be left out by some of them.
     path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run", "zero2"))
     first, second = run_distributed(cut_off, 2, path, [1])
