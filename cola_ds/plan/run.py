@@ -242,18 +242,21 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
 
 def _start_bytes(described: Described) -> int:
     """Of the product with the gradient of each target layer and what is multiplied by it, which stand side by side in fp32; and
-    of what one layer has for a moment: its inputs and their gradients in fp32, and what a micro batch adds to its product."""
-    config = described.config
+    of what one layer has for a moment: its inputs and their gradients in fp32, and what a micro batch adds to its product. Where
+    the output head is one of them, its logits too, in fp32 as well, and their gradients."""
+    config, skeleton = described.config, described.skeleton
     if config.lora.init != "gradient" or not config.trains_lora:
         return 0
     tokens = config.optim.micro_batch_size * described.max_length
     copied = tokens if DTYPES[config.model.dtype].element_bytes < 4 else 0
     held, moment = 0, 0
     for name in described.targets:
-        sizes = sizes_of(described.skeleton.get_submodule(name))
+        sizes = sizes_of(skeleton.get_submodule(name))
         k = sketch_width(max(config.lora_ranks), sizes)
         held += 4 * k * sum(sizes)
         moment = max(moment, 4 * copied * sum(sizes) + 4 * k * (tokens + max(sizes)))
+        if skeleton.get_submodule(name) is skeleton.get_output_embeddings():
+            held += tokens * sizes[1] * 2 * (4 + (DTYPES[config.model.dtype].element_bytes if copied else 0))
     return held + moment
 
 

@@ -63,7 +63,7 @@ def earlier_note(runs: Mapping[str, Path]) -> str:
 def link_rows(evals: _Rows, watch: _Rows, knots: _Rows) -> list[list[str]]:
     """A run's links, by the rows of its evals.jsonl, watch.jsonl and knots.jsonl: texts by COLUMNS but the first."""
     evaluations = {row["step"]: row for row in evals if row.get("split") != "test"}
-    watched = {row["step"]: row.get("loss") for row in watch}
+    watched = {row["step"]: row.get("loss") for row in of_last_set(watch)}
     found = []
     if not knots:  # method full has no links, nor has an evaluation alone
         for step in [step for step in watched if step] or list(watched):
@@ -82,6 +82,11 @@ def link_rows(evals: _Rows, watch: _Rows, knots: _Rows) -> list[list[str]]:
             ]
         )  # fmt: skip
     return found
+
+
+def of_last_set(watch: _Rows) -> _Rows:
+    """Rows of watch.jsonl without those of a data.watch that was exchanged for another."""
+    return [row for row in watch if row.get("data") == watch[-1].get("data")]
 
 
 def means(lists: Iterable[Sequence[float | None]]) -> list[float]:

@@ -136,17 +136,19 @@ def _unlike(config: RunConfig) -> list[str]:
 
 def published_columns(config: RunConfig, table: str) -> list[str]:
     """Columns of a table of the paper that this method stands in; none where it has nothing like it."""
+    optimizer = table if table in ("sgd", "adagrad") else "adamw"
+    if config.trains and (config.optim.name != optimizer or config.data.num_train != _NUM_TRAIN.get(table, 1000)):
+        return []
     if not config.trains_lora:
         return [config.method]
     if _unlike(config):
-        return []
-    optimizer = table if table in ("sgd", "adagrad") else "adamw"
-    if config.optim.name != optimizer or config.data.num_train != _NUM_TRAIN.get(table, config.data.num_train):
         return []
     ranks = config.lora_ranks
     if table == "lora-ranks":
         return [f"{'lora' if len(ranks) == 1 else 'cola'}-{ranks[0]}"] if ranks in ([ranks[0]], [ranks[0]] * 3) else []
     if len(ranks) == 1:
         return ["lora"] if ranks == [8] else []
-    # Where the table says cola, the paper does not say how many links.
+    if table == "main" and len(ranks) != 3:  # as its chains' scores are those of three links in the other tables
+        return []
+    # Where another table says cola, the paper does not say how many links.
     return [f"({','.join(map(str, ranks))})", *(["cola", f"cola-{len(ranks)}"] if set(ranks) == {8} else [])]

@@ -158,7 +158,10 @@ def comparison_table(cells: Sequence[Cell]) -> Table | None:
             objectives.append(chain.objective_of(mean))
             compared = f"{chain.group.name} - {lora.group.name}"
             rows.append([lora.group.task, compared, str(len(differences)), chain.show(mean, "+")])
-    adjusted = iter(holm([p for p in p_values if p is not None]))
+    # Differences that are all the same have no test, but are a comparison too. (A single seed is none.)
+    same = sum(p is None and int(row[2]) > 1 for row, p in zip(rows, p_values, strict=True))
+    tested = [p for p in p_values if p is not None]
+    adjusted = iter(holm([*tested, *[1.0] * same]) if tested else [])
     for row, objective, p in zip(rows, objectives, p_values, strict=True):
         after = None if p is None else next(adjusted)
         significant = after is not None and after < _SIGNIFICANT

@@ -333,11 +333,6 @@ class RunDir:
             self.mine.facts.pop("result", None)
             self.mine.write()
 
-    def forget_rows(self, name: str) -> None:
-        """Forget all rows of a file."""
-        if (self.path / name).exists():
-            self._write(name, b"")
-
     def go_back(self, counts: Mapping[str, int]) -> None:
         """Forget the rows after the first so many of each file, and all tied links: a run that was stopped had gone further than
         its checkpoint, which holds the links that stand."""

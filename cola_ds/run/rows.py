@@ -70,6 +70,7 @@ class _Watch(CheckedJson):
     step: Count
     link: Count = 1
     loss: float | None = None
+    data: str | None = None
 
 
 class _Event(CheckedJson):

@@ -63,6 +63,8 @@ def _methods(value: Any) -> Any:
             if not isinstance(overrides["grid"], dict):
                 raise ValueError(f"{name}.grid must be keys with lists of values")
             for key, values in overrides["grid"].items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{name}.grid has a key that is no text: {key!r}")
                 try:
                     _values(values)
                 except ValueError as error:
@@ -285,13 +287,11 @@ def _make_series(
             configs[point] = check_config(dict(raw), [*words, *of_point, *its_own], sweep.base)
         except UserError as error:
             raise UserError(f"{task} / {name}: {error}") from None
-    if len(points) > 1 and not all(map(_has_dev, configs.values())):
-        raise UserError(f"{task} / {name}: nothing is held out by which the grid's best is chosen: name data.eval")
+    if len(points) > 1 and not all(config.data.has_eval for config in configs.values()):
+        raise UserError(
+            f"{task} / {name}: nothing is held out by which the grid's best is chosen: name data.eval, or give data.eval_fraction"
+        )
     return Series(group, [*common, *words], points, configs)
-
-
-def _has_dev(config: RunConfig) -> bool:
-    return config.data.task is not None or config.data.eval is not None
 
 
 def _points(grid: dict[str, Any], merged: dict[str, Any]) -> list[Overrides]:

@@ -3,14 +3,16 @@ is wanted of it, dy^T (x omega) say, is as small as A. Collective."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from cola_ds.data.batch import AnyBatch
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.deepspeed_internals import loss_scale
 from cola_ds.distributed.engine import evaluating
@@ -21,6 +23,8 @@ from cola_ds.evaluation.loss import loss_sum
 from cola_ds.lora.layers import LoRALinear, lora_layers
 from cola_ds.training.state import Chain, step_examples
 
+_STEPS = 6
+"""At most so many steps' examples are tried: more than training leaves out in a row, by default."""
 _TRIES, _LESS = 5, 16.0
 """How often a pass is tried where the gradient overflows, and by how much the loss is divided then: at last by 2^16, which is the
 loss scale that DeepSpeed begins with in fp16."""
@@ -38,62 +42,78 @@ class GradientProducts:
     Each product takes a forward and a backward pass over them, without dropout, towards the output of the embeddings: no
     Parameter gets a gradient, and engine, optimizer and random state stay what they were.
 
-    Where that gradient is not finite, or does not reach every layer (an expert may have no token in a step), the examples of the
-    next step take their place, and so on for as many steps as training may leave out in a row (optim.max_skips_in_a_row). Then
-    both raise TrainingFailedError for gradients that are not finite. For a layer that none reaches they raise UserError before
-    the first step; later, when lora.init and lora.targets can be no others, its products are zeros: the link begins there at
+    The first product settles whose examples these are. Where a step's gradient is not finite, those of the next one take their
+    place; where it does not reach every layer (an expert may have no token in a step), those of the next one are added; up to
+    _STEPS in all. TrainingFailedError is raised if none is finite. For a layer that none reaches UserError is raised before the
+    first step; later, when lora.init and lora.targets can be no others, its products are zeros, so that the link begins there at
     directions that mean nothing, and it is said. All processes do the same.
     """
 
     def __init__(self, chain: Chain):
         self._chain, self._engine = chain, chain.engine
-        self._first = self._step = chain.state.step
-        self._take_examples()
-
-    def _take_examples(self) -> None:
-        examples = step_examples(self._chain, self._step)
-        self._batches = [batch.to(accelerator.device()) for batch in examples.micro_batches]
-        # Of fp16's range, which a mean's gradients would be below.
-        self._factor = loss_scale(self._engine) / max(examples.loss_tokens, 1)
+        self._batches: dict[int, list[AnyBatch]] = {}
+        """By step, the micro batches that the sum is over."""
+        self._loss_tokens: dict[int, int] = {}
+        self._factor = 1.0
+        self._settled = False
 
     def times(self, right: dict[str, Tensor]) -> dict[str, Tensor]:  # by layer (in, k) -> (out, k), fp32
         """G @ right."""
-        return self._of_some_step(lambda x, dy, wanted: dy.T @ (x @ wanted), right, lambda layer: layer.out_features)
+        return self._of_examples(lambda x, dy, wanted: dy.T @ (x @ wanted), right, lambda layer: layer.out_features)
 
     def transposed_times(self, left: dict[str, Tensor]) -> dict[str, Tensor]:  # by layer (out, k) -> (in, k), fp32
         """G^T @ left."""
-        return self._of_some_step(lambda x, dy, wanted: x.T @ (dy @ wanted), left, lambda layer: layer.in_features)
+        return self._of_examples(lambda x, dy, wanted: x.T @ (dy @ wanted), left, lambda layer: layer.in_features)
 
-    def _of_some_step(
+    def _of_examples(
         self, multiply: _Product, by: dict[str, Tensor], height: Callable[[LoRALinear], int]
     ) -> dict[str, Tensor]:
         """Products of all layers, (height, k)."""
-        while True:
-            found, missed = self._finite(multiply, by, height)
+        product = partial(self._finite, multiply, by, height)
+        if not self._settled:
+            self._settled = True
+            return self._settle(product)
+        found, _ = product()
+        return self._fail(list(self._batches)) if found is None else found
+
+    def _settle(self, product: Callable[[], tuple[dict[str, Tensor] | None, list[str]]]) -> dict[str, Tensor]:
+        """Find the steps whose examples the sum is over. Returns the product with them."""
+        first, end = self._chain.state.step, self._chain.step_plan.total_steps
+        steps = list(range(first, min(first + _STEPS, end)))
+        for step in steps:
+            self._take(step)
+            found, missed = product()
             if found is not None and not missed:
                 return found
-            after = self._step + 1
-            most = self._first + self._chain.config.optim.max_skips_in_a_row
-            if after > most or after == self._chain.step_plan.total_steps:
-                return self._give_up(found, missed)
             why = "the gradient is not finite" if found is None else f"no gradient reaches {_some(missed)}"
+            self._chain.logger.event("no first gradient", step=step, reason=why)
+            if found is None:
+                del self._batches[step], self._loss_tokens[step]
             del found
-            self._chain.logger.event("no first gradient", step=self._step, reason=why)
-            self._step = after
-            self._take_examples()
-
-    def _give_up(self, found: dict[str, Tensor] | None, missed: list[str]) -> dict[str, Tensor]:
-        steps = f"step {self._first}" if self._step == self._first else f"steps {self._first} to {self._step}"
+        if not self._batches:
+            self._fail(steps)
+        self._scale()
+        found, missed = product()
         if found is None:
-            raise TrainingFailedError(
-                f"lora.init gradient: no gradient of {steps} is finite; look at the data, or have more steps tried: "
-                "optim.max_skips_in_a_row"
-            )
-        said = f"lora.init gradient: no example of {steps} has a gradient that reaches {_some(missed)}"
-        if self._first == 0:
+            self._fail(steps)
+        said = f"lora.init gradient: no example of {_said(steps)} has a gradient that reaches {_some(missed)}"
+        if first == 0:
             raise UserError(f"{said}; leave it out of lora.targets, or use another lora.init")
-        self._chain.logger.warn(f"{said}: it begins at directions that mean nothing")
+        self._chain.logger.warn(f"{said}: the link that follows begins there at directions that mean nothing")
         return found
+
+    def _take(self, step: int) -> None:
+        examples = step_examples(self._chain, step)
+        self._batches[step] = [batch.to(accelerator.device()) for batch in examples.micro_batches]
+        self._loss_tokens[step] = examples.loss_tokens
+        self._scale()
+
+    def _scale(self) -> None:
+        # Of fp16's range, which a mean's gradients would be below.
+        self._factor = loss_scale(self._engine) / max(sum(self._loss_tokens.values()), 1)
+
+    def _fail(self, steps: list[int]) -> NoReturn:
+        raise TrainingFailedError(f"lora.init gradient: no gradient of {_said(steps)} is finite; look at the data")
 
     def _finite(
         self, multiply: _Product, by: dict[str, Tensor], height: Callable[[LoRALinear], int]
@@ -125,7 +145,7 @@ class GradientProducts:
         # A head whose loss is fused has no logits, whose gradient is what is wanted of it.
         with_logits = unfused(model) if model.get_output_embeddings() in notes else nullcontext()
         with evaluating(self._engine, gradients=True), with_logits, _noted(model, notes) as starts:
-            for number, batch in enumerate(self._batches, start=1):
+            for number, batch in enumerate(itertools.chain(*self._batches.values()), start=1):
                 watchdog.heartbeat(f"first gradient, micro batch {number}")
                 loss = loss_sum(model, batch) * self._factor
                 # Not to any Parameter: the engine would take their gradients for a step's.
@@ -140,6 +160,10 @@ class GradientProducts:
 
 def _some(names: list[str]) -> str:
     return names[0] + (f" (and {len(names) - 1} more)" if names[1:] else "")
+
+
+def _said(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
 class _Tap(torch.autograd.Function):

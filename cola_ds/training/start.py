@@ -106,15 +106,10 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
         restore_engine(chain.engine, saved, found, process)
         chain.logger.go_on(saved.journal.model_dump(), process.rank, process.world_size, chain.state.step)
         chain.logger.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
-        if _watches_others(prepared, saved):
+        if prepared.watched is not None and saved.watch != prepared.identity.watch and chain.state.step:
             how = "added" if saved.watch is None else "exchanged"
             chain.logger.say(f"data.watch was {how} under way: its loss before the first step is not known")
     return chain
-
-
-def _watches_others(prepared: Prepared, saved: SavedState) -> bool:
-    """Whether data.watch is not what was looked at before, whose losses are then no start for it."""
-    return prepared.watched is not None and saved.watch != prepared.identity.watch
 
 
 def _measure(chain: Chain, prepared: Prepared, process: Process) -> None:
@@ -147,8 +142,6 @@ def _write_down(
             folder.forget_earlier()
         folder.describe(config, environment, facts)
         found = restore_folder(folder, prepared.skeleton, config, prepared.targets, found)
-        if _watches_others(prepared, found.state):
-            folder.forget_rows("watch.jsonl")
         if earlier is not None and not folder.keeps(earlier):
             folder.write_earlier(earlier.made(config))
     else:

@@ -27,4 +27,5 @@ def watch_if_due(chain: Chain) -> None:
     if found is None:
         stop_here(chain, stop_signal())
         return
-    chain.logger.watched(position(chain), found)
+    whose = chain.facts.identity.watch if chain.facts else None  # data.watch may be exchanged under way
+    chain.logger.watched({**position(chain), "data": whose and whose[:16]}, found)

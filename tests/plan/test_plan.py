@@ -1,6 +1,7 @@
 """`cola-ds plan`: what it counts, against counts of other kinds, and what it refuses."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -157,6 +158,23 @@ def test_a_start_at_the_gradient_counts_what_is_there_at_once(run, dtype, copies
     assert found.layout.start_bytes == 2 * 4 * (20 * (32 + 32) + 16 * (32 + 16)) + 4 * 20 * (128 + 32) + copies
     found = plan_run(describe(load_config(run(lora={"rank": 2, "init": "pissa"}))), CLUSTER)
     assert found.layout.start_bytes == 0
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("fp32", 8), ("bf16", 12)])
+def test_an_output_head_that_starts_at_the_gradient_has_its_logits(run, tmp_path, dtype, each):
+    """Those of 2 rows of 64 tokens and their gradients: in fp32, and in the model's dtype where that is another."""
+    model = save_model(tmp_path / "untied", tie_word_embeddings=False)
+    vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+    def start_bytes(targets):
+        lora = {"rank": 2, "init": "gradient", "targets": targets}
+        return plan_run(
+            describe(load_config(run(model={"path": str(model), "dtype": dtype}, lora=lora))), CLUSTER
+        ).layout.start_bytes
+
+    without, head, moment = start_bytes(["q_proj"]), 4 * 20 * (32 + vocabulary), vocabulary - 32
+    copied = 4 * 128 * moment if dtype == "bf16" else 0
+    assert start_bytes(["q_proj", "lm_head"]) - without == head + 4 * 20 * moment + copied + 128 * vocabulary * each
 
 
 CLUSTER = Cluster(

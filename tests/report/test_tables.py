@@ -96,6 +96,17 @@ def test_a_difference_that_is_not_significant_is_not_called_so(tmp_path):
     assert "| cb | cola-2 - lora | 5 | -2.30 | 0.0452 | 0.0452 | worse |" in tables(*alone)
 
 
+def test_comparisons_without_a_test_count_too(tmp_path):
+    """One method equals LoRA at each seed: the other's p-value is adjusted for two comparisons all the same."""
+    for seed, more in enumerate((-0.01, -0.03, -0.02, -0.05, -0.005)):
+        save_result(tmp_path / f"l{seed}", 0.6, seed=seed, **LORA)
+        save_result(tmp_path / f"c{seed}", 0.6 + more, seed=seed, **COLA)
+        save_result(tmp_path / f"d{seed}", 0.6, seed=seed, **COLA | {"chain": {"length": 3}})
+    text = tables(tmp_path)
+    assert "| 5 | -2.30 | 0.0452 | 0.0905 | no significant difference |" in text
+    assert "| 5 | +0.00 | - | - | no significant difference |" in text
+
+
 def test_only_alike_runs_are_compared(tmp_path):
     """Not an AdaGrad chain with an AdamW LoRA, nor rank 16 with rank 8; lora is also a chain of one link."""
     for seed in range(2):
@@ -192,8 +203,17 @@ def test_the_papers_numbers(tmp_path):
         data = {"task": "cb", "num_train": number}
         folder = save_result(tmp_path / f"with-{number}", 0.7, **LORA, data=data)
         assert ("[72.76]" in tables(folder, paper="low-data")) == expected
+    few = save_result(tmp_path / "few", 0.7, **LORA, data={"task": "cb", "num_train": 100})
+    full = {"method": "full", "chain": {"length": 1}}
+    assert "[" not in tables(few, paper="opt-1.3b")  # whose number is of 1000
+    assert "[90.35]" in tables(save_result(tmp_path / "full", 0.7, **full), paper="llama-2-7b")
+    few = save_result(tmp_path / "few-full", 0.7, **full, data={"task": "cb", "num_train": 100})
+    assert "[" not in tables(few, paper="llama-2-7b")
+    for length, expected in ((2, False), (3, True)):  # main's chains have three links
+        of = save_result(tmp_path / f"main/of-{length}", 0.7, **COLA | {"chain": {"length": length}})
+        assert ("[76.42]" in tables(of, paper="main")) == expected
     for name in PAPER_TABLES:
-        tables(tmp_path, paper=name)
+        tables(tmp_path / "main", paper=name)
     with pytest.raises(UserError, match=r"--paper 1: known are main, opt-1.3b, llama-2-7b, ranks, sgd"):
         tables(tmp_path, paper="1")
 

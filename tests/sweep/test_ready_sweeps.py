@@ -12,6 +12,9 @@ import pytest
 import torch
 import yaml
 
+from cola_ds.data.tasks.catalog import TASKS
+from cola_ds.data.tasks.files import Rows
+from cola_ds.data.tasks.sampling import sample
 from cola_ds.report.paper import PAPER_TABLES, numbers_of, published_columns
 from cola_ds.sweep.plan import load_plan
 from tests.data.test_tasks import BY_HAND
@@ -143,6 +146,24 @@ def test_pickled_weights_become_safetensors(models, tmp_path):
     _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading["missing_keys"]
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids
+
+
+OFFICIAL = {"sst2": 67_349, "rte": 2490, "cb": 250, "copa": 400, "wsc": 554, "wic": 5428, "boolq": 9427, "multirc": 27_243,
+            "squad": 87_599, "drop": 77_400, "record": 100_730}  # fmt: skip
+"""Rows of the training splits on the hub; of multirc, drop and record more examples come of them, or fewer."""
+
+
+@pytest.mark.parametrize("path", [path for path in SWEEPS if path.parent.name == "paper"], ids=lambda path: path.stem)
+def test_the_papers_examples_are_there(path, monkeypatch):
+    """By each task's own numbers there is something to train on, and dev is the protocol's: 100 of CB and COPA."""
+    monkeypatch.chdir(REPOSITORY)
+    for series in load_plan(str(path.relative_to(REPOSITORY)), []).series:
+        data = next(iter(series.configs.values())).data
+        task, rows = TASKS[data.task], Rows(list(range(OFFICIAL[data.task])), {}, "")
+        splits = sample(task, rows, rows, 0, data.num_train, data.num_dev, data.num_test)
+        asked = {"data-5000": 400 if data.task == "wic" else 500, "low-data": 100, "low-data-50": 50}
+        assert len(splits.dev) == asked.get(path.stem, 100 if data.task in ("cb", "copa") else 500)
+        assert len(splits.train) == min(data.num_train, len(rows.examples) - len(splits.dev))
 
 
 def test_the_papers_tables_are_all_there():

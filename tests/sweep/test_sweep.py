@@ -381,6 +381,7 @@ def test_tasks_by_name(place):
             "easy / full: grid.optim.lr paper is for LoRA and chains",
         ),
         ({"methods": {"lora": {"grid": 3}}}, [], "methods lora.grid must be keys with lists of values"),
+        ({"methods": {"lora": {"grid": {1: [1, 2]}}}}, [], "methods lora.grid has a key that is no text: 1"),
         (
             {"methods": {"lora": {"grid": {"optim.lr": 3}}}},
             [],

@@ -291,19 +291,22 @@ def test_a_watch_that_is_added_under_way(toy, tmp_path):
 
 
 def test_another_watch_under_way(toy, tmp_path):
-    """What was looked at before is no start for it, whatever start of the run follows."""
-    config = three_links(toy, **watching(toy), checkpoint={"every_steps": 2})
-    train_in(tmp_path, config, 1, stops=[("step", 3)], end=False)
-    assert [row["step"] for row in rows(tmp_path / "run/watch.jsonl")] == [0]
+    """What was looked at before is no start for it, and what it found is taken back where the first one goes on after all."""
+    run, allowed = tmp_path / "run", {"allow_change": ("data.watch",)}
+    config = three_links(toy, **watching(toy), checkpoint={"keep": 2})
     other = {**config, "data": {**config["data"], "watch": str(toy[2])}}
-    allowed = {"allow_change": ("data.watch",)}
-    train_in(tmp_path, other, 1, stops=[("watch", 1)], words=allowed, end=False)
-    assert rows(tmp_path / "run/watch.jsonl") == []
-    train_in(tmp_path, other, 1, words=allowed)
-    found = rows(tmp_path / "run/watch.jsonl")
-    assert [(row["step"], row["examples"]) for row in found] == [(4, 12), (8, 12), (12, 12)]
-    text = report([str(tmp_path / "run")])
-    assert f"| {found[-1]['loss']:.4f} |" in text
+    train_in(tmp_path, config, 1, stops=[("step", 3)], end=False)
+    train_in(tmp_path, other, 1, stops=[("step", 3)], words=allowed, end=False)
+    assert [(row["step"], row["examples"]) for row in rows(run / "watch.jsonl")] == [(0, 9), (4, 12)]
+    shutil.copytree(tmp_path, tmp_path / "other")
+    train_in(tmp_path / "other", other, 1, words={"allow_change": ("data.watch",)})
+    found = rows(tmp_path / "other/run/watch.jsonl")
+    assert [(row["step"], row["examples"]) for row in found] == [(0, 9), (4, 12), (8, 12), (12, 12)]
+    assert found[0]["data"] != found[1]["data"] == found[3]["data"]
+    assert f"| {found[-1]['loss']:.4f} |" in report([str(tmp_path / "other/run")])  # no change since the start
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    train_in(tmp_path, config, 1)
+    assert [(row["step"], row["examples"]) for row in rows(run / "watch.jsonl")] == [(0, 9), (4, 9), (8, 9), (12, 9)]
 
 
 def beats_of(process, path):

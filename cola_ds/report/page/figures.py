@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cola_ds.report.links import means
+from cola_ds.report.links import means, of_last_set
 from cola_ds.report.page.chart import (
     MOST_CURVES,
     Curve,
@@ -126,7 +126,7 @@ def _losses(view: View) -> list[Curve]:
     held_out = [row for row in view.evals if row.get("loss") is not None]
     return [
         Curve(name, [number_of(r["step"]) for r in rows], [number_of(r.get("loss")) for r in rows], color, marked=True)
-        for color, name, rows in ((1, "held-out", held_out), (2, "data.watch", view.watch))
+        for color, name, rows in ((1, "held-out", held_out), (2, "data.watch", of_last_set(view.watch)))
     ]
 
 
