@@ -243,7 +243,7 @@ def _layout(described: Described, cluster: Cluster, settled: Settled) -> Layout:
 def _start_bytes(described: Described) -> int:
     """Of the product with the gradient of each target layer and what is multiplied by it, which stand side by side in fp32; and
     of what one layer has for a moment: its inputs and their gradients in fp32, and what a micro batch adds to its product. Where
-    the output head is one of them, its logits too, in fp32 as well, and their gradients."""
+    the output head is one of them, what its loss has of the logits on the way back, three times in fp32."""
     config, skeleton = described.config, described.skeleton
     if config.lora.init != "gradient" or not config.trains_lora:
         return 0
@@ -256,7 +256,7 @@ def _start_bytes(described: Described) -> int:
         held += 4 * k * sum(sizes)
         moment = max(moment, 4 * copied * sum(sizes) + 4 * k * (tokens + max(sizes)))
         if skeleton.get_submodule(name) is skeleton.get_output_embeddings():
-            held += tokens * sizes[1] * 2 * (4 + (DTYPES[config.model.dtype].element_bytes if copied else 0))
+            held += 3 * 4 * tokens * sizes[1]
     return held + moment
 
 

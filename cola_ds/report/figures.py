@@ -171,7 +171,7 @@ def _score_lines(cells: Sequence[Cell], by: str) -> dict[str, dict[int, list[flo
             length, lora_rank = config.chain.length, config.lora_ranks[0]
             x, rest = (length, f"rank {lora_rank}") if by == "length" else (lora_rank, f"length {length}")
             line = f"{cell.group.task}, {rest}, {config.optim.name}"
-            here = f"{line}, {cell.group.name}" if line in names.values() else line  # of another budget
+            here = f"{line}, {cell.group.name}" if line in names.values() else line  # of another budget, or other links
             line = names.setdefault((line, *switches(config), *budget(config)), here)
             if x in lines.get(line, {}):  # another way to make the same
                 line += f", {cell.group.name}"

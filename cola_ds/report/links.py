@@ -85,8 +85,8 @@ def link_rows(evals: _Rows, watch: _Rows, knots: _Rows) -> list[list[str]]:
 
 
 def of_last_set(watch: _Rows) -> _Rows:
-    """Rows of watch.jsonl without those of a data.watch that was exchanged for another."""
-    return [row for row in watch if row.get("data") == watch[-1].get("data")]
+    """Rows of watch.jsonl without those of a data.watch that was exchanged for another. (Old rows do not say whose they are.)"""
+    return [row for row in watch if row.get("data") in (None, watch[-1].get("data"))]
 
 
 def means(lists: Iterable[Sequence[float | None]]) -> list[float]:

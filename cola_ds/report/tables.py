@@ -139,7 +139,7 @@ def _score(cell: Cell) -> str:
 
 
 def comparison_table(cells: Sequence[Cell]) -> Table | None:
-    """Paired comparisons: each chain against LoRA of the same budget, first rank and targets, over the seeds that both have.
+    """Paired comparisons: each chain against LoRA of the same budget and first rank, over the seeds that both have.
 
     None without such a pair.
     Nothing is called better or worse unless its p-value, adjusted for all comparisons of the table, is below 0.05.

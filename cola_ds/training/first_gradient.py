@@ -3,7 +3,6 @@ is wanted of it, dy^T (x omega) say, is as small as A. Collective."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from cola_ds.data.batch import AnyBatch
+from cola_ds.data.batch import AnyBatch, StepExamples
 from cola_ds.distributed import accelerator, collectives, watchdog
 from cola_ds.distributed.deepspeed_internals import loss_scale
 from cola_ds.distributed.engine import evaluating
@@ -51,9 +50,8 @@ class GradientProducts:
 
     def __init__(self, chain: Chain):
         self._chain, self._engine = chain, chain.engine
-        self._batches: dict[int, list[AnyBatch]] = {}
-        """By step, the micro batches that the sum is over."""
-        self._loss_tokens: dict[int, int] = {}
+        self._batches: list[AnyBatch] = []
+        """What the sum is over."""
         self._factor = 1.0
         self._settled = False
 
@@ -74,46 +72,49 @@ class GradientProducts:
             self._settled = True
             return self._settle(product)
         found, _ = product()
-        return self._fail(list(self._batches)) if found is None else found
+        return self._fail() if found is None else found
 
     def _settle(self, product: Callable[[], tuple[dict[str, Tensor] | None, list[str]]]) -> dict[str, Tensor]:
-        """Find the steps whose examples the sum is over. Returns the product with them."""
+        """Find the steps whose examples the sum is over, each by itself. Returns the product with them."""
         first, end = self._chain.state.step, self._chain.step_plan.total_steps
-        steps = list(range(first, min(first + _STEPS, end)))
-        for step in steps:
-            self._take(step)
+        taken: dict[int, StepExamples] = {}
+        found, unreached = None, list[str]()
+        for step in range(first, min(first + _STEPS, end)):
+            examples = step_examples(self._chain, step)
+            self._take([examples])
             found, missed = product()
-            if found is not None and not missed:
-                return found
-            why = "the gradient is not finite" if found is None else f"no gradient reaches {_some(missed)}"
-            self._chain.logger.event("no first gradient", step=step, reason=why)
             if found is None:
-                del self._batches[step], self._loss_tokens[step]
-            del found
-        if not self._batches:
-            self._fail(steps)
-        self._scale()
-        found, missed = product()
-        if found is None:
-            self._fail(steps)
-        said = f"lora.init gradient: no example of {_said(steps)} has a gradient that reaches {_some(missed)}"
-        if first == 0:
-            raise UserError(f"{said}; leave it out of lora.targets, or use another lora.init")
-        self._chain.logger.warn(f"{said}: the link that follows begins there at directions that mean nothing")
-        return found
+                self._chain.logger.event("no first gradient", step=step, reason="it is not finite")
+                continue
+            unreached = [name for name in missed if name in unreached] if taken else missed
+            taken[step] = examples
+            if not unreached:
+                break
+            self._chain.logger.event("no first gradient", step=step, reason=f"none reaches {_some(unreached)}")
+        if not taken:
+            self._fail()
+        if list(taken) != [step] or found is None:  # `found` is of another sum
+            self._take(list(taken.values()))
+            found, _ = product()
+        if unreached:
+            said = f"lora.init gradient: no example of steps {first} to {step} has a gradient that reaches {_some(unreached)}"
+            if first == 0:
+                raise UserError(f"{said}; leave it out of lora.targets, or use another lora.init")
+            self._chain.logger.warn(f"{said}: the link that follows begins there at directions that mean nothing")
+        return self._fail() if found is None else found
 
-    def _take(self, step: int) -> None:
-        examples = step_examples(self._chain, step)
-        self._batches[step] = [batch.to(accelerator.device()) for batch in examples.micro_batches]
-        self._loss_tokens[step] = examples.loss_tokens
-        self._scale()
-
-    def _scale(self) -> None:
+    def _take(self, of_steps: list[StepExamples]) -> None:
+        self._batches = [batch.to(accelerator.device()) for examples in of_steps for batch in examples.micro_batches]
         # Of fp16's range, which a mean's gradients would be below.
-        self._factor = loss_scale(self._engine) / max(sum(self._loss_tokens.values()), 1)
+        self._factor = loss_scale(self._engine) / max(sum(examples.loss_tokens for examples in of_steps), 1)
 
-    def _fail(self, steps: list[int]) -> NoReturn:
-        raise TrainingFailedError(f"lora.init gradient: no gradient of {_said(steps)} is finite; look at the data")
+    def _fail(self) -> NoReturn:
+        instead = (
+            "; look at the data, or use another lora.init" if self._chain.state.step == 0 else "; look at the data"
+        )
+        raise TrainingFailedError(
+            f"lora.init gradient: no gradient is finite from step {self._chain.state.step} on (steps tried: {_STEPS}){instead}"
+        )
 
     def _finite(
         self, multiply: _Product, by: dict[str, Tensor], height: Callable[[LoRALinear], int]
@@ -145,7 +146,7 @@ class GradientProducts:
         # A head whose loss is fused has no logits, whose gradient is what is wanted of it.
         with_logits = unfused(model) if model.get_output_embeddings() in notes else nullcontext()
         with evaluating(self._engine, gradients=True), with_logits, _noted(model, notes) as starts:
-            for number, batch in enumerate(itertools.chain(*self._batches.values()), start=1):
+            for number, batch in enumerate(self._batches, start=1):
                 watchdog.heartbeat(f"first gradient, micro batch {number}")
                 loss = loss_sum(model, batch) * self._factor
                 # Not to any Parameter: the engine would take their gradients for a step's.
@@ -160,10 +161,6 @@ class GradientProducts:
 
 def _some(names: list[str]) -> str:
     return names[0] + (f" (and {len(names) - 1} more)" if names[1:] else "")
-
-
-def _said(steps: list[int]) -> str:
-    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
 class _Tap(torch.autograd.Function):

@@ -26,6 +26,7 @@ from cola_ds.training.preflight import check_shared
 from cola_ds.training.prepared import Prepared, frozen_of_links, tied_of_links, trained_of_links
 from cola_ds.training.save import space_needed
 from cola_ds.training.state import Chain, RunFacts, from_counters
+from cola_ds.training.watch import looked_at_start
 from cola_ds.training.work import work_of
 
 
@@ -106,7 +107,12 @@ def begin(prepared: Prepared, process: Process, folder: RunDir | None, start: St
         restore_engine(chain.engine, saved, found, process)
         chain.logger.go_on(saved.journal.model_dump(), process.rank, process.world_size, chain.state.step)
         chain.logger.say(f"going on from step {chain.state.step}, in link {chain.state.link}")
-        if prepared.watched is not None and saved.watch != prepared.identity.watch and chain.state.step:
+        if (
+            folder
+            and saved.watch != prepared.identity.watch
+            and chain.state.step
+            and not looked_at_start(chain, folder)
+        ):
             how = "added" if saved.watch is None else "exchanged"
             chain.logger.say(f"data.watch was {how} under way: its loss before the first step is not known")
     return chain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cola_ds.evaluation.evaluators import held_out_loss
+from cola_ds.run.folder import RunDir
 from cola_ds.training.save import can_stop_here, stop_here, stop_is_asked, stop_signal
 from cola_ds.training.state import Chain, position
 
@@ -27,5 +28,16 @@ def watch_if_due(chain: Chain) -> None:
     if found is None:
         stop_here(chain, stop_signal())
         return
-    whose = chain.facts.identity.watch if chain.facts else None  # data.watch may be exchanged under way
-    chain.logger.watched({**position(chain), "data": whose and whose[:16]}, found)
+    chain.logger.watched({**position(chain), "data": _whose(chain)}, found)
+
+
+def looked_at_start(chain: Chain, folder: RunDir) -> bool:
+    """Whether there is no data.watch, or it has been looked at before the first step: it may be exchanged under way."""
+    looks = folder.rows("watch.jsonl", skip_damaged=True)
+    return chain.watched is None or any(row["step"] == 0 and row.get("data") == _whose(chain) for row in looks)
+
+
+def _whose(chain: Chain) -> str | None:
+    """What the rows of a data.watch are known by; None on every process but 0."""
+    whose = chain.facts.identity.watch if chain.facts else None
+    return whose and whose[:16]

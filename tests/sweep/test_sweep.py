@@ -360,6 +360,11 @@ def test_tasks_by_name(place):
     assert words[4] == ["data.train=x", "data.eval=x", "method=full"]
 
 
+def test_a_share_of_the_rows_may_choose_the_grid_s_best(place):
+    plan = load_plan(str(place / "sweep.yaml"), ["data.eval=null", "data.eval_fraction=0.25"])
+    assert any(len(series.points) > 1 for series in plan.series)
+
+
 @pytest.mark.parametrize(
     ("keys", "words", "message"),
     [

@@ -49,7 +49,7 @@ def test_what_makes_no_teacher_leaves_nothing(tmp_path, monkeypatch, capsys, wor
 
 
 def test_another_teacher_is_not_taken_for_the_one_that_is_there(tmp_path, monkeypatch, capsys):
-    facts = {"rank": 4, "norm": 1.0, "seed": 0, "rows": 25_600, "dev_rows": 1024, "tokens": 32}
+    facts = {"rank": 4, "norm": 1.0, "seed": 0, "rows": 25_600, "dev_rows": 1024, "tokens": 32, "base": None}
     (tmp_path / "teacher.json").write_text(json.dumps(facts), encoding="utf-8")
     call("make.py", [tmp_path, "--rank", "4"], monkeypatch)
     with pytest.raises(SystemExit):
@@ -59,11 +59,11 @@ def test_another_teacher_is_not_taken_for_the_one_that_is_there(tmp_path, monkey
     with pytest.raises(SystemExit):
         call("make.py", [tmp_path, "--rank", "4", "--base", tmp_path / "llama"], monkeypatch)
     assert "was made without --base; name another folder" in capsys.readouterr().err
-    (tmp_path / "teacher.json").write_text(json.dumps({**facts, "base": "llama"}), encoding="utf-8")
-    call("make.py", [tmp_path, "--rank", "4", "--base", tmp_path / "llama"], monkeypatch)
+    del facts["base"]
+    (tmp_path / "teacher.json").write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(SystemExit):
-        call("make.py", [tmp_path, "--rank", "4"], monkeypatch)
-    assert "was made with --base llama; name another folder" in capsys.readouterr().err
+        call("make.py", [tmp_path, "--rank", "4", "--base", tmp_path / "llama"], monkeypatch)
+    assert "was made by an older version, which did not keep its --base; name another" in capsys.readouterr().err
 
 
 def test_a_base_that_no_update_is_for(tmp_path, monkeypatch, capsys):
@@ -78,7 +78,14 @@ def test_a_base_that_no_update_is_for(tmp_path, monkeypatch, capsys):
 def test_a_real_base_is_kept_in_mind(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "llama")
     call("make.py", [tmp_path / "out", *SMALL, "--base", tmp_path / "llama"], monkeypatch)
-    assert json.loads((tmp_path / "out/teacher.json").read_text(encoding="utf-8"))["base"] == "llama"
+    made = json.loads((tmp_path / "out/teacher.json").read_text(encoding="utf-8"))["base"]
+    assert made.startswith("llama ")
+    call("make.py", [tmp_path / "out", *SMALL, "--base", tmp_path / "llama"], monkeypatch)
+    save_model(tmp_path / "another/llama", rms_norm_eps=1e-5)
+    for other in (["--base", tmp_path / "another/llama"], []):
+        with pytest.raises(SystemExit):
+            call("make.py", [tmp_path / "out", *SMALL, *other], monkeypatch)
+        assert f"was made with --base {made}; name another folder" in capsys.readouterr().err
     monkeypatch.syspath_prepend(str(REPOSITORY / "launch/sweeps/teacher"))
     with pytest.raises(SystemExit) as ended:
         call("control.py", [tmp_path / "out"], monkeypatch)

@@ -296,10 +296,14 @@ def test_another_watch_under_way(toy, tmp_path):
     config = three_links(toy, **watching(toy), checkpoint={"keep": 2})
     other = {**config, "data": {**config["data"], "watch": str(toy[2])}}
     train_in(tmp_path, config, 1, stops=[("step", 3)], end=False)
+    shutil.copytree(tmp_path, tmp_path / "other")
     train_in(tmp_path, other, 1, stops=[("step", 3)], words=allowed, end=False)
     assert [(row["step"], row["examples"]) for row in rows(run / "watch.jsonl")] == [(0, 9), (4, 12)]
-    shutil.copytree(tmp_path, tmp_path / "other")
-    train_in(tmp_path / "other", other, 1, words={"allow_change": ("data.watch",)})
+    path = save_run(tmp_path / "other.yaml", {**other, "run": {**other["run"], "dir": str(tmp_path / "other/run")}})
+    words = ["train", path, "--allow-change", "data.watch"]
+    statuses, said = run_job(tmp_path / "job", words, world_size=1)
+    assert statuses == [0], said
+    assert "data.watch was exchanged under way: its loss before the first step is not known" in said
     found = rows(tmp_path / "other/run/watch.jsonl")
     assert [(row["step"], row["examples"]) for row in found] == [(0, 9), (4, 12), (8, 12), (12, 12)]
     assert found[0]["data"] != found[1]["data"] == found[3]["data"]
@@ -315,12 +319,12 @@ def beats_of(process, path):
 
     inner, beats = watchdog.heartbeat, []
     watchdog.heartbeat = lambda what, **facts: (beats.append(what), inner(what, **facts))[1]
-    run_once(process, path)
+    without_memory(process, path)
     return beats
 
 
 def test_processes_tell_the_watch_alike(toy, tmp_path):
-    """Of three layers one process minds two; one has a figure that it cannot find. The watch names who has told it least."""
+    """Of three layers one process minds two; the other cannot find a figure. The watch names who has told it least."""
     config = three_links(toy, **ON, run={"dir": str(tmp_path / "run")})
     config["lora"]["targets"] = ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.v_proj"]
     first, second = run_distributed(beats_of, 2, save_run(tmp_path / "run.yaml", config))

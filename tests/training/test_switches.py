@@ -252,7 +252,7 @@ def test_a_first_gradient_has_the_loss_scale_of_its_engine(monkeypatch, dtype, d
     monkeypatch.setattr(first_gradient, "step_examples", lambda chain, step: examples)
     chain = SimpleNamespace(engine=engine, state=SimpleNamespace(step=3))
     products = first_gradient.GradientProducts(chain)
-    products._take(3)
+    products._take([examples])
     assert products._factor == scale / 10
 
 
@@ -276,7 +276,10 @@ def test_a_gradient_that_overflows_is_found_with_a_smaller_loss(toy, tmp_path):
     for plain, smaller, none in run_distributed(overflow, 2, path, float("inf")):
         for name, start in plain.items():
             torch.testing.assert_close(smaller[name], start, rtol=1e-3, atol=1e-5, msg=name)
-        assert none == ("lora.init gradient: no gradient of steps 0 to 5 is finite; look at the data")
+        assert none == (
+            "lora.init gradient: no gradient is finite from step 0 on (steps tried: 6); look at the data, or use another "
+            "lora.init"
+        )
 
 
 def poisoned(process, path, steps):
@@ -285,19 +288,21 @@ def poisoned(process, path, steps):
 
     chain, inner = make_chain(process, path), (first_gradient.step_examples, first_gradient.loss_sum)
     chain.state.step = steps
-    expected, taken = starts_of(chain), []
+    expected, taken, events = starts_of(chain), [], []
     chain.state.step = 0
     first_gradient.step_examples = lambda chain, step: (taken.append(step), inner[0](chain, step))[1]
     bad = float("nan") if process.rank == process.world_size - 1 else 1.0
     first_gradient.loss_sum = lambda *facts: inner[1](*facts) * (bad if taken[-1] < steps else 1.0)
+    chain.logger.event = lambda what, **facts: events.append((facts["step"], facts["reason"]))
     found = starts_of(chain)
-    return all(torch.equal(found[name], expected[name]) for name in expected), taken
+    return all(torch.equal(found[name], expected[name]) for name in expected), taken, events
 
 
 def test_a_step_whose_gradient_is_not_finite_is_passed_over(toy, tmp_path):
     """As training leaves it out: the link begins at the next one's gradient, and the journal says why."""
     path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run"))
-    assert run_distributed(poisoned, 2, path, 2) == [(True, [0, 1, 2])] * 2
+    events = [(0, "it is not finite"), (1, "it is not finite")]
+    assert run_distributed(poisoned, 2, path, 2) == [(True, [0, 1, 2], events)] * 2
 
 
 def test_an_output_head_has_a_first_gradient(tmp_path):
@@ -368,7 +373,7 @@ def cut_off(process, path, on, link=1):
 
 def cut_off_once(process, path):
     """The first step's gradient does not reach the first block's attention. Returns how much of each layer's directions are
-    those of the second step there, and of both elsewhere, with nothing cut off; and whose examples were taken."""
+    those of the second step there, and of both elsewhere, with nothing cut off; and how many steps' examples were taken."""
     from cola_ds.training import first_gradient, place_start
 
     chain, taken, kind = make_chain(process, path), [], first_gradient.GradientProducts
@@ -376,8 +381,7 @@ def cut_off_once(process, path):
     class Both(kind):
         def __init__(self, chain):
             super().__init__(chain)
-            self._take(0)
-            self._take(1)
+            self._take([first_gradient.step_examples(chain, step) for step in (0, 1)])
             self._settled = True
 
     place_start.GradientProducts = Both
@@ -386,7 +390,7 @@ def cut_off_once(process, path):
     chain.state.step = 1
     of_second = starts_of(chain)
     chain.state.step = 0
-    is_first, inner = [], (first_gradient.step_examples, first_gradient.loss_sum, kind._products)
+    is_first, inner = [], (first_gradient.step_examples, first_gradient.loss_sum, kind._take, kind._products)
     chain.engine.module.model.layers[0].self_attn.register_forward_hook(
         lambda _, args, out: (out[0].detach(), *out[1:]) if is_first[0] else out
     )
@@ -396,12 +400,16 @@ def cut_off_once(process, path):
         is_first.pop(0)
         return loss
 
-    def products(self, *facts):
-        is_first[:] = [step == 0 for step, batches in self._batches.items() for _ in batches]
-        return inner[2](self, *facts)
+    def take(self, of_steps):
+        self.firsts = [each is taken[0] for each in of_steps for _ in each.micro_batches]
+        inner[2](self, of_steps)
 
-    first_gradient.step_examples = lambda chain, step: (taken.append(step), inner[0](chain, step))[1]
-    first_gradient.loss_sum, kind._products = of_a_batch, products
+    def products(self, *facts):
+        is_first[:] = self.firsts
+        return inner[3](self, *facts)
+
+    first_gradient.step_examples = lambda chain, step: (taken.append(inner[0](chain, step)), taken[-1])[1]
+    first_gradient.loss_sum, kind._take, kind._products = of_a_batch, take, products
     shares = {}
     for name, start in starts_of(chain).items():
         expected = (of_second if ".layers.0." in name else of_both)[name].double()
@@ -409,13 +417,13 @@ def cut_off_once(process, path):
             torch.linalg.qr(each.T if name.endswith("start_A") else each)[0] for each in (start.double(), expected)
         )
         shares[name] = float((one.T @ two).square().sum() / one.shape[1])
-    return shares, taken
+    return shares, len(taken)
 
 
 def test_a_layer_that_the_first_step_does_not_reach_has_the_next_one_s_gradient(toy, tmp_path):
     path = save_run(tmp_path / "run.yaml", config_for(toy, "gradient", tmp_path / "run"))
     for shares, taken in run_distributed(cut_off_once, 2, path):
-        assert taken == [0, 1] and len(shares) == 8
+        assert taken == 2 and len(shares) == 8
         assert all(share > 0.99 for share in shares.values()), shares
 
 

@@ -10,6 +10,7 @@ but by chance, and of the base. Where that file is there, and says the same opti
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def add_update(model: LlamaForCausalLM, rank: int, norm: float, seed: int) -> No
         out, width = layer.weight.shape
         update = torch.randn(out, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
         layer.weight.data += update * (norm * layer.weight.norm() / update.norm())
+
+
+def identity(folder: Path) -> str:
+    """A model's folder, by its name and what is in it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in ("config.json", "*.safetensors", "*.bin") for path in folder.glob(pattern)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{folder.resolve().name} {digest.hexdigest()[:16]}"
 
 
 def draw(model: LlamaForCausalLM, rows: int, tokens: int, seed: int) -> torch.Tensor:  # -> (rows, tokens)
@@ -103,13 +112,14 @@ def main() -> None:
     if args.base and not (args.base / "config.json").is_file():
         parser.error(f"--base {args.base}: not a model's folder, as it has no config.json")
     options = {name: getattr(args, name) for name in ("rank", "norm", "seed", "rows", "dev_rows", "tokens")}
-    options["base"] = args.base.resolve().name if args.base else None
+    options["base"] = identity(args.base) if args.base else None
     if (args.out / "teacher.json").exists():
         made = json.loads((args.out / "teacher.json").read_text(encoding="utf-8"))
         for name, value in options.items():
             if made.get(name) != value:
                 option = f"--{name.replace('_', '-')}"
                 how = f"without {option}" if made.get(name) is None else f"with {option} {made[name]}"
+                how = how if name in made else f"by an older version, which did not keep its {option}"
                 parser.error(f"{args.out} was made {how}; name another folder, or remove it")
         return
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32) if args.base else small_model(args.seed)

@@ -102,9 +102,7 @@ def main() -> None:
             try:
                 run = read_run(result.parent)
             except OSError as error:
-                parser.error(
-                    f"{result.parent}: {error.filename} cannot be read ({error.strerror}), which its residual is of"
-                )
+                parser.error(f"{result.parent} has no residual: {error.filename} cannot be read ({error.strerror})")
             found[run.task, run.method].append(run)
     if not found:
         parser.error(f"no finished run of a sweep is in {', '.join(map(str, args.folders))}")
