@@ -93,7 +93,7 @@ class GradientProducts:
             self._chain.logger.event("no first gradient", step=step, reason=f"none reaches {_some(unreached)}")
         if not taken:
             self._fail()
-        if list(taken) != [step] or found is None:  # `found` is of another sum
+        if list(taken) != [step]:  # `found` is of another sum
             self._take(list(taken.values()))
             found, _ = product()
         if unreached:

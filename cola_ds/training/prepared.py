@@ -90,11 +90,6 @@ class Prepared:
         return {name: None if data is None else data.fingerprint() for name, data in splits.items()}
 
     @property
-    def is_scored(self) -> bool:
-        """Whether a task's metric, and not the held-out loss, says which step is the best."""
-        return self.test is not None and self.test.task.metric is not None
-
-    @property
     def identity(self) -> Identity:
         """What the run is, apart from its config."""
         train, held_out = self.fingerprints["train"], self.fingerprints["held_out"]

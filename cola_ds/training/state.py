@@ -125,7 +125,7 @@ class Chain:
     @property
     def is_scored(self) -> bool:
         """Whether a task's metric, and not the held-out loss, says which step is the best."""
-        return self.test is not None and self.test.task.metric is not None
+        return self.test is not None and self.test.is_scored
 
     @property
     def eval_batch_size(self) -> int:

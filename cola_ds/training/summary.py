@@ -98,7 +98,8 @@ def _of_data(prepared: Prepared) -> str:
 def _links_beforehand(prepared: Prepared, plateau: PlateauConfig) -> Iterator[str]:
     """What is known beforehand of links that the loss ends."""
     config, step_plan = prepared.config, prepared.step_plan
-    yield f"plateau     {describe(plateau, step_plan.least_steps, is_scored=prepared.is_scored)}"
+    is_scored = prepared.test is not None and prepared.test.is_scored
+    yield f"plateau     {describe(plateau, step_plan.least_steps, is_scored)}"
     every, epochs = config.eval.every, step_plan.epochs
     between = every if isinstance(every, int) else epochs.steps(0) if epochs.are_even else 1
     longest = longest_links(plateau, step_plan.least_steps, config.chain.length, step_plan.total_steps, between)

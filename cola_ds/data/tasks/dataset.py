@@ -41,6 +41,11 @@ class TaskData:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the task's metric, and not the held-out loss, says which step is the best."""
+        return self.task.metric is not None
+
     @functools.cached_property
     def predictions(self) -> list[int]:
         """Positions of each example whose next id is predicted: all of its candidates' where they are compared."""
